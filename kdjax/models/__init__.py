@@ -1,0 +1,178 @@
+"""Networks, and the one interface through which the rest of kdjax sees them.
+
+A model is data: an architecture name, its hyper-parameters and a nested dict of arrays whose path is the torch
+module path (`params["body"]["0"]["rdb1"]["conv1"]["kernel"]`). `make_apply` turns the first two into a pure function
+
+    apply(params, x) -> (output, features)
+
+with x float NHWC in [0, 1] and `features` a dict from module path ("body.3") to array. Flax NNX lives inside this
+folder only. Leaves are named `kernel` (HWIO) and `bias` for convolutions; every other leaf has its torch name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, traverse_util
+
+from kdjax.models.dncnn import DnCNN
+from kdjax.models.rrdbnet import RRDBNet
+from kdjax.models.srvgg import SRVGGNetCompact
+
+Params = dict[str, Any]
+Apply = Callable[[Params, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+MODELS: dict[str, type[nnx.Module]] = {
+    "rrdbnet": RRDBNet,
+    "srvggnetcompact": SRVGGNetCompact,
+    "dncnn": DnCNN,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network with its weights; `model(x)` returns (output, features) for float NHWC x in [0, 1]."""
+
+    arch: str
+    hparams: dict[str, Any]
+    params: Params
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return _jitted_apply(self.arch, tuple(self.hparams.items()))(self.params, x)
+
+
+def canonical_arch(name: str) -> str:
+    """The key of MODELS for `name`, which may also be BasicSR's class name ("RRDBNet").
+
+    Raises:
+      ValueError: the name is unknown; the message lists the valid ones.
+    """
+    if name.lower() in MODELS:
+        return name.lower()
+    near = get_close_matches(name.lower(), MODELS, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"unknown architecture {name!r}{hint} (known: {', '.join(MODELS)})")
+
+
+def complete_hparams(arch: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """`hparams` with the defaults of the architecture filled in, in the order of its constructor.
+
+    Raises:
+      ValueError: a name the architecture does not have, or a value of the wrong type or not positive.
+    """
+    known = {
+        name: parameter.default
+        for name, parameter in inspect.signature(MODELS[arch].__init__).parameters.items()
+        if name != "self" and parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    }
+    for name, value in hparams.items():
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{arch} has no hyper-parameter {name!r}{hint} (it has: {', '.join(known)})")
+        if type(value) is not type(known[name]):
+            raise ValueError(
+                f"{arch}: {name}={value!r} is a {type(value).__name__}, wanted {type(known[name]).__name__}"
+            )
+        if isinstance(value, int) and value < (0 if name == "num_upsample" else 1):
+            raise ValueError(f"{arch}: {name}={value} must be positive")
+    return known | dict(hparams)
+
+
+def make_apply(arch: str, hparams: Mapping[str, Any], *, remat: bool = False) -> Apply:
+    """The network as a pure function `apply(params, x) -> (output, features)`.
+
+    Args:
+      arch: a key of MODELS, or BasicSR's class name.
+      hparams: constructor arguments; missing ones take their default.
+      remat: recompute each block's activations in the backward pass instead of storing them.
+    """
+    graphdef, abstract = nnx.split(_abstract_module(arch, hparams, remat=remat))
+    variables = nnx.to_flat_state(abstract)
+
+    def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        flat = traverse_util.flatten_dict(params)
+        state = nnx.from_flat_state(
+            [(path, variable.replace(flat[tuple(map(str, path))])) for path, variable in variables]
+        )
+        return nnx.merge(graphdef, state)(x)
+
+    return apply
+
+
+def abstract_params(arch: str, hparams: Mapping[str, Any]) -> Params:
+    """The parameter tree with `jax.ShapeDtypeStruct` leaves; nothing is computed."""
+    return _pure_dict(_abstract_module(arch, hparams))
+
+
+def init_model(arch: str, hparams: Mapping[str, Any], key: jax.Array) -> Model:
+    """A freshly initialised model; the initial values are those that torch and BasicSR draw from."""
+    arch = canonical_arch(arch)
+    hparams = complete_hparams(arch, hparams)
+    init = jax.jit(lambda key: _pure_dict(MODELS[arch](**hparams, rngs=nnx.Rngs(key))))
+    return Model(arch, hparams, init(key))
+
+
+def count_params(params: Params) -> int:
+    """The number of scalars in a parameter tree (arrays or ShapeDtypeStructs)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def count_macs(arch: str, hparams: Mapping[str, Any], shape: tuple[int, int, int, int]) -> int:
+    """Multiply-accumulates of the convolutions and matrix products of one forward pass on an NHWC `shape`."""
+    apply = make_apply(arch, hparams)
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    output_only = lambda params, x: apply(params, x)[0]  # noqa: E731
+    return _jaxpr_macs(jax.make_jaxpr(output_only)(abstract_params(arch, hparams), image).jaxpr)
+
+
+def num_channels(model: Model) -> int:
+    """How many colour channels the model reads: 3 for RGB, 1 for grey."""
+    return model.hparams["num_in_ch"]
+
+
+def scale_of(model: Model) -> int:
+    """How many times larger than its input the model's output is; 1 for denoising."""
+    return model.hparams.get("scale", model.hparams.get("upscale", 1))
+
+
+@functools.cache
+def _jitted_apply(arch: str, hparams: tuple[tuple[str, Any], ...]) -> Apply:
+    return jax.jit(make_apply(arch, dict(hparams)))
+
+
+def _abstract_module(arch: str, hparams: Mapping[str, Any], *, remat: bool = False) -> nnx.Module:
+    arch = canonical_arch(arch)
+    hparams = complete_hparams(arch, hparams)
+    return nnx.eval_shape(lambda: MODELS[arch](**hparams, remat=remat, rngs=nnx.Rngs(0)))
+
+
+def _pure_dict(module: nnx.Module) -> Params:
+    """The module's parameters as a nested dict with string keys (NNX has integers for list positions)."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    return traverse_util.unflatten_dict({tuple(map(str, path)): leaf.get_value() for path, leaf in flat})
+
+
+def _jaxpr_macs(jaxpr: jax.extend.core.Jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape
+            out_channels = equation.params["dimension_numbers"].rhs_spec[0]
+            total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // kernel[out_channels]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            total += math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr"):
+                total += _jaxpr_macs(value.jaxpr)
+    return total

@@ -1,0 +1,56 @@
+"""Layers that several architectures share, with torch's initialisation and parameter names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# torch's default for a convolution: weight and bias uniform in +-1/sqrt(fan_in).
+TORCH_KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# BasicSR's `default_init_weights(scale=0.1)`: 0.1 x Kaiming normal (gain sqrt 2), for residual branches.
+RESIDUAL_KERNEL_INIT = nnx.initializers.variance_scaling(0.02, "fan_in", "normal")
+
+
+def conv3x3(num_in: int, num_out: int, *, rngs: nnx.Rngs, residual_init: bool = False) -> nnx.Conv:
+    """A zero-padded 3x3 convolution with bias, initialised as torch does, or as BasicSR's residual branches."""
+    bound = 0.0 if residual_init else 1 / math.sqrt(9 * num_in)
+
+    def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    kernel_init = RESIDUAL_KERNEL_INIT if residual_init else TORCH_KERNEL_INIT
+    return nnx.Conv(
+        num_in, num_out, (3, 3), padding=1, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs
+    )
+
+
+class PReLU(nnx.Module):
+    """max(x, 0) + weight * min(x, 0) with one learnt slope per channel (torch's; Flax's has a single slope)."""
+
+    def __init__(self, num_channels: int) -> None:
+        self.weight = nnx.Param(jnp.full((num_channels,), 0.25))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jnp.where(x >= 0, x, self.weight[...].astype(x.dtype) * x)
+
+
+class Activation(nnx.Module):
+    """An activation without parameters, so that it can stand in a list of layers as it does in torch."""
+
+    def __init__(self, function: Callable[[jax.Array], jax.Array]) -> None:
+        self.function = function
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.function(x)
+
+
+def call(module: nnx.Module, x: jax.Array, *, remat: bool) -> jax.Array:
+    """`module(x)`; with `remat` its inner activations are computed again in the backward pass, not stored.
+
+    `nnx.remat`, not `jax.checkpoint`: the latter silently loses what an NNX module writes to itself.
+    """
+    return nnx.remat(lambda module, x: module(x))(module, x) if remat else module(x)

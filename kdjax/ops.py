@@ -1,0 +1,49 @@
+"""Array operations on images that more than one module needs.
+
+Images are NHWC; float images lie in [0, 1] and are not clipped here. Every function is pure and works under jit,
+grad and vmap.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def to_float(image: jax.Array) -> jax.Array:
+    """uint8 [0, 255] -> float32 [0, 1]; a float image comes back as it is."""
+    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+
+
+def to_uint8(image: jax.Array) -> jax.Array:
+    """float [0, 1] -> uint8: clip, times 255, round half to even, as BasicSR's `tensor2img` does."""
+    return jnp.round(jnp.clip(image, 0, 1) * 255).astype(jnp.uint8)
+
+
+def pixel_unshuffle(x: jax.Array, factor: int) -> jax.Array:
+    """(b, h, w, c) -> (b, h/factor, w/factor, c*factor^2), in torch's channel order c*f*f + row*f + column."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // factor, factor, w // factor, factor, c)
+    return x.transpose(0, 1, 3, 5, 2, 4).reshape(b, h // factor, w // factor, c * factor * factor)
+
+
+def pixel_shuffle(x: jax.Array, factor: int) -> jax.Array:
+    """The inverse of `pixel_unshuffle`: (b, h, w, c*factor^2) -> (b, h*factor, w*factor, c)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h, w, c // factor**2, factor, factor)
+    return x.transpose(0, 1, 4, 2, 5, 3).reshape(b, h * factor, w * factor, c // factor**2)
+
+
+def upsample_nearest(x: jax.Array, factor: int) -> jax.Array:
+    """(b, h, w, c) -> (b, h*factor, w*factor, c); every pixel becomes a factor x factor square."""
+    b, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, factor, w, factor, c))
+    return x.reshape(b, h * factor, w * factor, c)
+
+
+def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
+    """Reflects (b, h, w, c) at the bottom and right until h and w divide by `multiple`."""
+    pad_h, pad_w = -x.shape[1] % multiple, -x.shape[2] % multiple
+    if pad_h == pad_w == 0:
+        return x
+    return jnp.pad(x, ((0, 0), (0, pad_h), (0, pad_w), (0, 0)), mode="reflect")
