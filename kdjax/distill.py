@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +27,7 @@ import optax
 from kdjax import losses, ops
 from kdjax.degradations import Degrade
 from kdjax.models import Apply, Params
+from kdjax.names import pick
 from kdjax.schedules import Schedule, is_zero, make_schedule
 
 Batch = dict[str, jax.Array]
@@ -108,12 +108,8 @@ def make_terms(specs: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
     """
     terms = []
     for name, spec in specs.items():
-        if name not in TERMS:
-            near = get_close_matches(name, TERMS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown loss term {name!r}{hint} (known: {', '.join(TERMS)})")
+        build, needs_teacher = pick(TERMS, name, "loss term")
         options = dict(spec)
-        build, needs_teacher = TERMS[name]
         try:
             weight = options.pop("weight")
             schedule, value = make_schedule(weight), build(**options)
@@ -153,10 +149,8 @@ def make_optimizer(
         ),
         "adamw": lambda: optax.adamw(learning_rate, b1, b2, weight_decay=weight_decay),
     }
-    if name not in optimizers:
-        raise ValueError(f"unknown optimizer {name!r} (known: {', '.join(optimizers)})")
     clip = optax.clip_by_global_norm(grad_clip) if grad_clip else optax.identity()
-    return optax.chain(clip, optimizers[name]())
+    return optax.chain(clip, pick(optimizers, name, "optimizer")())
 
 
 def init_state(recipe: Recipe, student_params: Params) -> State:
@@ -224,3 +218,8 @@ def make_pair(degrade: Degrade | None, batch: Batch, key: jax.Array) -> tuple[ja
         return gt, ops.to_float(batch["lq"])
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch["index"])
     return gt, jax.vmap(degrade)(keys, gt)
+
+
+def eval_step(apply: Apply, params: Params, lq: jax.Array) -> jax.Array:
+    """The restored images as uint8 (b, h*scale, w*scale, c)."""
+    return ops.to_uint8(apply(params, ops.to_float(lq))[0])

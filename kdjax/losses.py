@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from difflib import get_close_matches
 
 import jax
 import jax.numpy as jnp
+
+from kdjax.names import pick
 
 Criterion = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -55,14 +56,11 @@ def make_criterion(name: str, **options: float) -> Criterion:
     Raises:
       ValueError: an unknown criterion, an option it does not have, or an option that is not positive.
     """
-    if name not in CRITERIA:
-        near = get_close_matches(name, CRITERIA, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown criterion {name!r}{hint} (known: {', '.join(CRITERIA)})")
-    known = CRITERIA[name].__kwdefaults__ or {}
+    criterion = pick(CRITERIA, name, "criterion")
+    known = criterion.__kwdefaults__ or {}
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"criterion {name!r} has no option {option!r} (it has: {', '.join(known) or 'none'})")
         if not value > 0:
             raise ValueError(f"criterion {name!r}: {option}={value} must be positive")
-    return functools.partial(CRITERIA[name], **options)
+    return functools.partial(criterion, **options)

@@ -13,12 +13,13 @@ MultiStep never leaves its last warm-up value, value*(N-1)/N; here the full valu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from kdjax.names import pick
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -66,14 +67,11 @@ def make_schedule(spec: float | Mapping[str, Any]) -> Schedule:
     options = dict(spec)
     name = options.pop("name", None)
     warmup = options.pop("warmup", 0)
-    if name not in SCHEDULES:
-        near = get_close_matches(str(name), SCHEDULES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown schedule {name!r}{hint} (known: {', '.join(SCHEDULES)}, or a plain number)")
+    build = pick(SCHEDULES, name, "schedule")
     if warmup < 0:
         raise ValueError(f"schedule {name!r}: warmup={warmup} must not be negative")
     try:
-        schedule = SCHEDULES[name](**options)
+        schedule = build(**options)
     except TypeError as error:  # an argument that the schedule does not take, or one that is missing
         raise ValueError(f"schedule {dict(spec)}: {error}") from None
     if not warmup:

@@ -7,33 +7,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import jax
 
+from kdjax.names import pick
+
 Degrade = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def awgn(key: jax.Array, image: jax.Array, *, sigma: float | tuple[float, float]) -> jax.Array:
-    """Adds white Gaussian noise to an (h, w, c) image.
+def awgn(key: jax.Array, image: jax.Array, *, sigma: float) -> jax.Array:
+    """Adds white Gaussian noise of standard deviation `sigma` (0..255 scale) to an (h, w, c) image."""
+    return image + sigma / 255 * jax.random.normal(key, image.shape)
 
-    Args:
-      sigma: standard deviation on the 0..255 scale; a pair (low, high) draws one uniformly per image.
-    """
+
+def awgn_blind(key: jax.Array, image: jax.Array, *, sigma: tuple[float, float]) -> jax.Array:
+    """As `awgn`, with a sigma drawn uniformly between the two numbers for every image."""
     key_sigma, key_noise = jax.random.split(key)
-    if isinstance(sigma, tuple):
-        sigma = jax.random.uniform(key_sigma, minval=sigma[0], maxval=sigma[1])
-    return image + sigma / 255 * jax.random.normal(key_noise, image.shape)
+    low, high = sigma
+    return awgn(key_noise, image, sigma=jax.random.uniform(key_sigma, minval=low, maxval=high))
 
 
-def _check_awgn(sigma: float | tuple[float, float]) -> None:
-    low, high = sigma if isinstance(sigma, tuple) else (sigma, sigma)
-    if not 0 <= low <= high <= 255:
-        raise ValueError(f"sigma={sigma} must be a number or a pair low <= high within 0..255")
+def _check_awgn(*, sigma: float) -> None:
+    if not isinstance(sigma, int | float) or not 0 <= sigma <= 255:
+        raise ValueError(f"awgn: sigma={sigma!r} must be a number from 0 to 255")
 
 
-DEGRADATIONS: dict[str, tuple[Degrade, Callable[..., None]]] = {"awgn": (awgn, _check_awgn)}
+def _check_awgn_blind(*, sigma: tuple[float, float]) -> None:
+    if not isinstance(sigma, tuple | list) or len(sigma) != 2 or not 0 <= sigma[0] <= sigma[1] <= 255:
+        raise ValueError(f"awgn_blind: sigma={sigma!r} must be two numbers, low <= high, from 0 to 255")
+
+
+# name -> (degradation, check of its options)
+DEGRADATIONS: dict[str, tuple[Callable[..., jax.Array], Callable[..., None]]] = {
+    "awgn": (awgn, _check_awgn),
+    "awgn_blind": (awgn_blind, _check_awgn_blind),
+}
 
 
 def make_degrade(spec: Mapping[str, Any]) -> Degrade:
@@ -44,11 +53,7 @@ def make_degrade(spec: Mapping[str, Any]) -> Degrade:
     """
     options = dict(spec)
     name = options.pop("name", None)
-    if name not in DEGRADATIONS:
-        near = get_close_matches(str(name), DEGRADATIONS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown degradation {name!r}{hint} (known: {', '.join(DEGRADATIONS)})")
-    degrade, check = DEGRADATIONS[name]
+    degrade, check = pick(DEGRADATIONS, name, "degradation")
     try:
         check(**options)
     except TypeError as error:  # an option it does not have, or one that is missing

@@ -16,7 +16,6 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ from flax import nnx, traverse_util
 from kdjax.models.dncnn import DnCNN
 from kdjax.models.rrdbnet import RRDBNet
 from kdjax.models.srvgg import SRVGGNetCompact
+from kdjax.names import nearest
 
 Params = dict[str, Any]
 Apply = Callable[[Params, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -57,9 +57,7 @@ def canonical_arch(name: str) -> str:
     """
     if name.lower() in MODELS:
         return name.lower()
-    near = get_close_matches(name.lower(), MODELS, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"unknown architecture {name!r}{hint} (known: {', '.join(MODELS)})")
+    raise ValueError(f"unknown architecture {name!r}{nearest(name.lower(), MODELS)} (known: {', '.join(MODELS)})")
 
 
 def complete_hparams(arch: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,9 +73,9 @@ def complete_hparams(arch: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
     }
     for name, value in hparams.items():
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{arch} has no hyper-parameter {name!r}{hint} (it has: {', '.join(known)})")
+            raise ValueError(
+                f"{arch} has no hyper-parameter {name!r}{nearest(name, known)} (it has: {', '.join(known)})"
+            )
         if type(value) is not type(known[name]):
             raise ValueError(
                 f"{arch}: {name}={value!r} is a {type(value).__name__}, wanted {type(known[name]).__name__}"
@@ -87,13 +85,14 @@ def complete_hparams(arch: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
     return known | dict(hparams)
 
 
-def make_apply(arch: str, hparams: Mapping[str, Any], *, remat: bool = False) -> Apply:
+def make_apply(arch: str, hparams: Mapping[str, Any], *, remat: bool = False, dtype: jnp.dtype = jnp.float32) -> Apply:
     """The network as a pure function `apply(params, x) -> (output, features)`.
 
     Args:
       arch: a key of MODELS, or BasicSR's class name.
       hparams: constructor arguments; missing ones take their default.
       remat: recompute each block's activations in the backward pass instead of storing them.
+      dtype: of parameters and activations inside; the output is always float32.
     """
     graphdef, abstract = nnx.split(_abstract_module(arch, hparams, remat=remat))
     variables = nnx.to_flat_state(abstract)
@@ -101,9 +100,10 @@ def make_apply(arch: str, hparams: Mapping[str, Any], *, remat: bool = False) ->
     def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         flat = traverse_util.flatten_dict(params)
         state = nnx.from_flat_state(
-            [(path, variable.replace(flat[tuple(map(str, path))])) for path, variable in variables]
+            [(path, variable.replace(flat[tuple(map(str, path))].astype(dtype))) for path, variable in variables]
         )
-        return nnx.merge(graphdef, state)(x)
+        output, features = nnx.merge(graphdef, state)(x.astype(dtype))
+        return output.astype(jnp.float32), features
 
     return apply
 

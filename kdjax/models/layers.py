@@ -23,9 +23,7 @@ def conv3x3(num_in: int, num_out: int, *, rngs: nnx.Rngs, residual_init: bool = 
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     kernel_init = RESIDUAL_KERNEL_INIT if residual_init else TORCH_KERNEL_INIT
-    return nnx.Conv(
-        num_in, num_out, (3, 3), padding=1, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs
-    )
+    return nnx.Conv(num_in, num_out, (3, 3), padding=1, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
 
 class PReLU(nnx.Module):

@@ -1,0 +1,82 @@
+"""Checkpoints of a training run, by Orbax: the latest few, and the best by validation PSNR.
+
+A checkpoint is the whole state of the step. The data pipeline needs none of its own: it is a pure function of the
+seed and the sample number, and the next sample follows from the step. A checkpoint appears whole or not at all, so a
+killed run finds its last complete one. Orbax types stay inside this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+BEST_METRIC = "psnr"
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints; use it as a context manager, so that pending writes end.
+
+    Args:
+      directory: created when missing.
+      keep: how many of the latest checkpoints stay; the one with the best PSNR stays besides.
+    """
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file at INFO
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
+        )
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                best_fn=lambda metrics: metrics[BEST_METRIC],
+                best_mode="max",
+            ),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint; None when there is none."""
+        return self._manager.latest_step()
+
+    @property
+    def best(self) -> int | None:
+        """The step of the checkpoint with the highest validation PSNR; None when none was validated."""
+        return self._manager.best_step()
+
+    def save(self, state: Any, *, psnr: float | None = None) -> None:
+        """Writes the state in the background under its own step; a step that is already there is left alone."""
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        metrics = None if psnr is None else {BEST_METRIC: psnr}
+        self._manager.save(step, args=ocp.args.StandardSave(_as_dict(state)), metrics=metrics)
+
+    def restore(self, like: Any) -> Any:
+        """The newest checkpoint, with the structure, types and shardings of the state `like`.
+
+        Raises:
+          ValueError: the checkpoint holds other arrays than `like`.
+        """
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _as_dict(like)
+        )
+        restored = self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
+        return dataclasses.replace(like, **restored)
+
+
+def _as_dict(state: Any) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}

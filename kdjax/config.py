@@ -1,0 +1,198 @@
+"""What the config of a training run may say: every key, its default and its unit.
+
+A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` with the keys it wants to set; `parse` turns that
+nested dict into these frozen dataclasses and refuses what does not fit. What a number means for the rest of the run
+(does the batch divide, is there such a loss term) is checked where it is used, at start.
+
+Paths may be the word "embedded": the photographs and the teacher inside the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from kdjax.names import nearest
+
+
+class ConfigError(ValueError):
+    """A key or value of the config is wrong; the message says which, and what would be right."""
+
+
+# A plain number, or a dict for `kdjax.schedules.make_schedule`.
+ScheduleSpec = float | dict
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    arch: str = "srvggnetcompact"
+    hparams: dict = dataclasses.field(default_factory=dict)  # of the architecture; missing ones take its default
+    weights: str = ""  # a .pth or .safetensors to start from; "" starts from scratch
+    remat: bool = False  # recompute activations per block in the backward pass: less memory, more time
+    dtype: str = "float32"  # of the forward and backward pass; "bfloat16" on accelerators
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    weights: str = ""  # a .pth or .safetensors, or "embedded"; "" when no loss term needs a teacher
+    key: str = "auto"  # which state dict of the file: "auto" is params_ema, then params, then a bare one
+    hparams: dict = dataclasses.field(default_factory=dict)  # only what the file cannot tell, such as act_type
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    gt: str = ""  # folder of clean images
+    lq: str = ""  # folder of their degraded partners; "" makes them from gt with `degrade`
+    filename_tmpl: str = "{}"  # lq file stem from the gt file stem, for example "{}_noisy"
+    meta_info: str = ""  # BasicSR list of files to use, one a line; "" takes the whole folder
+    crop: int = 128  # side of the square training crop of gt, pixels
+    batch_size: int = 16  # crops per step over all devices and processes together
+    hflip: bool = True
+    rot: bool = True  # with hflip, all 8 flips and quarter turns
+    workers: int = 0  # decoding processes; 0 decodes in threads of the main process
+    cache_mb: int = 512  # decoded images kept in memory, per process
+
+
+@dataclasses.dataclass(frozen=True)
+class Val:
+    gt: str = ""
+    lq: str = ""
+    filename_tmpl: str = "{}"
+    meta_info: str = ""
+    sigma: float = 25.0  # of the noise added to gt where there is no lq, 0..255 scale, seed 0 per image
+    crop: int = 0  # side of a centre crop, pixels; 0 validates whole images
+    limit: int = 0  # how many images at most, spread over the folder; 0 takes all
+    every: int = 5_000  # steps
+    save_images: int = 4  # side-by-side pictures per validation
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    steps: int = 250_000
+    optimizer: str = "adam"  # "adam" (weight decay as torch's Adam, L2) or "adamw"
+    lr: ScheduleSpec = 2e-4
+    betas: tuple = (0.9, 0.99)
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0  # largest norm of the gradient; 0 does not clip
+    ema_decay: float = 0.999
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    every: int = 100  # steps
+    tensorboard: bool = False  # needs the extra `tb`
+    wandb: str = ""  # a Weights & Biases project; needs the extra `wandb`
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    every: int = 5_000  # steps
+    keep: int = 2  # latest ones; the best by validation PSNR is kept besides
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str = "run"  # the run's folder is runs/NAME unless --workdir says otherwise
+    seed: int = 0
+    student: Student = Student()
+    teacher: Teacher = Teacher()
+    terms: dict = dataclasses.field(default_factory=dict)  # loss terms, see kdjax.distill.make_terms
+    degrade: dict = dataclasses.field(default_factory=dict)  # see kdjax.degradations.make_degrade
+    data: Data = Data()
+    val: Val = Val()
+    train: Train = Train()
+    log: Log = Log()
+    checkpoint: Checkpoint = Checkpoint()
+
+    def __post_init__(self) -> None:
+        positive = ("data.crop", "data.batch_size", "train.steps", "log.every", "val.every", "checkpoint.every")
+        for path, least in [*((path, 1) for path in positive), ("checkpoint.keep", 1)]:
+            _require(self, path, lambda value, least=least: value >= least, f"at least {least}")
+        for path in ("data.workers", "data.cache_mb", "val.crop", "val.limit", "val.save_images", "seed"):
+            _require(self, path, lambda value: value >= 0, "0 or more")
+        for path in ("train.weight_decay", "train.grad_clip"):
+            _require(self, path, lambda value: 0 <= value < float("inf"), "0 or more, and finite")
+        _require(self, "train.ema_decay", lambda value: 0 <= value < 1, "from 0 up to, not including, 1")
+        _require(self, "val.sigma", lambda value: 0 <= value <= 255, "from 0 to 255")
+        _require(
+            self,
+            "train.betas",
+            lambda value: len(value) == 2 and all(isinstance(beta, float) and 0 <= beta < 1 for beta in value),
+            "two numbers from 0 up to, not including, 1",
+        )
+        for path in ("student.dtype", "teacher.dtype"):
+            _require(self, path, lambda value: value in ("float32", "bfloat16"), '"float32" or "bfloat16"')
+
+
+def parse(values: Mapping[str, Any]) -> Config:
+    """The checked config of a nested mapping.
+
+    Raises:
+      ConfigError: an unknown key (the nearest valid one is named), a value of the wrong type or out of range.
+    """
+    return _parse(Config, values, "")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain values that JSON can hold."""
+    return dataclasses.asdict(config)
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """'key: old -> new' for every value that differs between two nested dicts."""
+    found = []
+    for key in [*before, *(key for key in now if key not in before)]:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += changes(old, new, f"{prefix}{key}.")
+        elif old != (list(new) if isinstance(new, tuple) else new):  # JSON has no tuples
+            found.append(f"{prefix}{key}: {old} -> {new}")
+    return found
+
+
+def _parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            where = f"in {prefix[:-1]}" if prefix else "at the top level"
+            raise ConfigError(
+                f"config key {prefix + key!r} does not exist{nearest(key, fields)} (keys {where}: {', '.join(fields)})"
+            )
+        arguments[key] = _convert(value, hints[key], prefix + key)
+    return cls(**arguments)
+
+
+def _convert(value: Any, wanted: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(wanted):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"config.{path} is {value!r}; it must be a group of keys")
+        return _parse(wanted, value, path + ".")
+    if isinstance(wanted, types.UnionType):
+        # A schedule: a dict, or else a number.
+        wanted = dict if isinstance(value, Mapping) else float
+    if wanted is dict and isinstance(value, Mapping):
+        return {key: _convert(entry, dict, f"{path}.{key}") if isinstance(entry, Mapping) else entry
+                for key, entry in value.items()}  # fmt: skip
+    if wanted is float and type(value) is int:
+        return float(value)
+    if wanted is tuple and isinstance(value, list):
+        return tuple(value)
+    if type(value) is not wanted:
+        raise ConfigError(
+            f"config.{path}={value!r} is of type {type(value).__name__}; it must be of type {wanted.__name__}"
+        )
+    return value
+
+
+def _require(config: Config, path: str, holds: typing.Callable[[Any], bool], wanted: str) -> None:
+    value: Any = config
+    for part in path.split("."):
+        value = getattr(value, part)
+    if not holds(value):
+        raise ConfigError(f"config.{path}={value!r} must be {wanted}")

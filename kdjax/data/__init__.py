@@ -1,0 +1,25 @@
+"""Images from disk: finding them, reading them, and batches of crops for training.
+
+Images are uint8 (height, width, channels), RGB or one grey channel; `gt` is the clean image and `lq` the
+degraded one, and sizes are `scale` times apart. Only NumPy, Pillow and Grain are used here, so that worker
+processes can import this package without touching an accelerator. Degrading images and converting them to
+float happen on the device, elsewhere.
+"""
+
+from kdjax.data.images import IMAGE_SUFFIXES, ImageError, read_image, write_image
+from kdjax.data.pipeline import TrainingData, ValidationImage, load_images, training_batches
+from kdjax.data.sources import DataError, ImagePair, find_pairs
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "DataError",
+    "ImageError",
+    "ImagePair",
+    "TrainingData",
+    "ValidationImage",
+    "find_pairs",
+    "load_images",
+    "read_image",
+    "training_batches",
+    "write_image",
+]

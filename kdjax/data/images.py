@@ -1,0 +1,145 @@
+"""Reading and writing one image file.
+
+An image in memory is uint8, height x width x channels, RGB or one grey channel, as a person would see it: the
+EXIF orientation is applied, palettes are resolved, CMYK is converted, and of an animation the first frame
+counts. An alpha channel is dropped, not blended with a background. Grey becomes RGB by repetition; RGB
+becomes grey by the ITU-R 601 luma.
+
+Samples of 16 bits become 8 by round(v / 257), so 0 stays 0 and 65535 becomes 255. That holds for grey; of
+16-bit colour Pillow hands out only the high byte, which is at most one level away. Floating-point and 32-bit
+integer images have no agreed range and are refused.
+
+Left out: colour profiles, which are ignored, and damage that a decoder cannot see, such as wrong bytes inside
+JPEG data.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# What a folder is searched for. The content decides how a file is decoded, so a PNG named .jpg can be read.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+
+# Pillow knows more formats, and some of them start other programs (EPS runs Ghostscript): an image folder
+# needs none.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),  # clockwise
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
+
+_SAVE_OPTIONS = {
+    ".jpg": {"quality": 95, "subsampling": 0},
+    ".jpeg": {"quality": 95, "subsampling": 0},
+    ".webp": {"lossless": True},
+}
+
+
+class ImageError(ValueError):
+    """An image file that cannot be read or written; the message starts with its path."""
+
+
+def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
+    """The image in `path` as uint8 (height, width, channels); `channels` is 3 for RGB or 1 for grey.
+
+    Every file that is missing, damaged, cut short, too large or not an image ends in an `ImageError`.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels!r}; it must be 3 (RGB) or 1 (grey)")
+    try:
+        with open(path, "rb", opener=_open_regular) as file, Image.open(file, formats=_FORMATS) as image:
+            image.load()
+            upright = _UPRIGHT.get(_orientation(image))
+            pixels = _to_uint8(image, channels)
+    except ImageError as error:
+        raise ImageError(f"{path}: {error}") from None
+    except UnidentifiedImageError:
+        if os.path.getsize(path) == 0:
+            raise ImageError(f"{path}: the file is empty (0 bytes)") from None
+        raise ImageError(f"{path}: not a readable image ({', '.join(_FORMATS)} were tried)") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(f"{path}: too many pixels: {error}") from error
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise nearly every kind of exception
+        raise ImageError(f"{path}: cannot be decoded ({type(error).__name__}: {error})") from error
+    return pixels if upright is None else np.ascontiguousarray(upright(pixels))
+
+
+def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
+    """Writes uint8 (height, width, 1 or 3) in the format that the suffix names.
+
+    The file appears whole or not at all: it is written under a temporary name in the same folder, then
+    renamed. JPEG is written at quality 95 without chroma subsampling, WebP without loss.
+    """
+    path = Path(path)
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
+        raise ValueError(
+            f"{path}: the image is {image.dtype} of shape {image.shape}; it must be uint8 of shape "
+            "(height, width, 1 or 3)"
+        )
+    suffix = path.suffix.lower()
+    if suffix not in IMAGE_SUFFIXES:
+        raise ImageError(f"{path}: cannot write the suffix {suffix!r}; use one of {', '.join(IMAGE_SUFFIXES)}")
+    picture = Image.fromarray(np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0]))
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
+    try:
+        picture.save(temporary, **_SAVE_OPTIONS.get(suffix, {}))
+        os.replace(temporary, path)
+    except (OSError, ValueError) as error:  # ValueError: more pixels than the format can hold
+        raise ImageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """Opens regular files only: a folder has no clear message otherwise, and a pipe would block for ever."""
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise OSError(0, "is a folder, not an image file")
+    if not stat.S_ISREG(mode):
+        raise OSError(0, "is not a regular file")
+    return os.open(path, flags)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation of a loaded image: 1 when there is none, or when Pillow has applied it (TIFF)."""
+    try:
+        return image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # a broken EXIF block says nothing about the pixels
+        return 1
+
+
+def _to_uint8(image: Image.Image, channels: int) -> np.ndarray:
+    """The pixels of a loaded image as uint8 (height, width, channels)."""
+    sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if image.mode == "F" or (image.mode == "I" and not sixteen_bit):
+        kind = "floating-point" if image.mode == "F" else "32-bit integer"
+        raise ImageError(f"{kind} images have no agreed range; convert the file to 8 or 16 bits")
+    if sixteen_bit:
+        grey = ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)[:, :, None]
+        return np.repeat(grey, channels, axis=2)
+    # Otherwise convert() would blend a transparent palette entry, or warn about it.
+    image.info.pop("transparency", None)
+    if image.mode in ("RGBa", "La"):  # colour was multiplied by alpha: undo that before dropping alpha
+        image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
+    if channels == 1:
+        return np.array(image.convert("L"))[:, :, None]
+    return np.array(image.convert("RGB"))

@@ -1,0 +1,262 @@
+"""Which image files belong to a data set, found from folders, single files and lists.
+
+A data set is either clean (`gt` alone: noise or other degradations are added later) or paired (`gt` and `lq`,
+low quality). Files pair by BasicSR's rule: `filename_tmpl.format(stem of gt)` in the same sub-folder. Unlike
+BasicSR, the suffix may differ where that leaves no doubt, sub-folders are searched, and every file that has
+no partner is an error, told in one message. Files and folders whose names start with a dot are not seen.
+
+Left out: lmdb stores, and looking into the files, which `kdjax.data.images` does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kdjax.data.images import IMAGE_SUFFIXES
+
+_LISTED = 10  # names that a message shows of each kind
+
+# BasicSR's meta_info: "name.png (480,480,3)", in lmdb folders followed by the compression level.
+_NAME_AND_SIZE = re.compile(r"(?P<name>.*\S)\s+\(\s*\d+(\s*,\s*\d+)*\s*\)(\s+\d+)?")
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message says what was given, what was wanted and what to do."""
+
+
+@dataclass(frozen=True)
+class ImagePair:
+    """One image of a data set: its name in messages and results, and the paths of its files."""
+
+    name: str  # the path of gt relative to its folder, with forward slashes
+    gt: str
+    lq: str | None  # None: a clean image
+
+
+def find_pairs(
+    *,
+    gt: str,
+    lq: str | None = None,
+    filename_tmpl: str = "{}",
+    meta_info: str | None = None,
+    recursive: bool = True,
+    what: str = "training",
+) -> list[ImagePair]:
+    """The images of a data set, in natural order of their names (2 before 10).
+
+    `gt` and `lq` are two folders, or two files. `meta_info` is a text file that names the images to use, one
+    in a line: either `name.png (height,width,channels)` as BasicSR writes it, or `gt name, lq name` as
+    Real-ESRGAN does; blank lines and lines that start with # are skipped, and the order of the file is kept.
+    Without `lq`, lq names are ignored. `what` names the data set in messages.
+    """
+    gt = _existing(gt, f"{what} images (gt)")
+    lq = None if lq is None else _existing(lq, f"{what} images (lq)")
+    _check_template(filename_tmpl)
+    if os.path.isfile(gt):
+        if meta_info is not None:
+            raise DataError(f"{what} images: meta_info needs a folder as gt, and {gt!r} is a file")
+        if lq is not None and not os.path.isfile(lq):
+            raise DataError(f"{what} images: gt is the file {gt!r}, so lq must be a file too, and {lq!r} is a folder")
+        return [ImagePair(os.path.basename(gt), gt, lq)]
+    if lq is not None and os.path.isfile(lq):
+        raise DataError(f"{what} images: gt is the folder {gt!r}, so lq must be a folder too, and {lq!r} is a file")
+    if meta_info is not None:
+        return _listed_pairs(gt, lq, filename_tmpl, meta_info, what)
+    gt_names = _list_images(gt, recursive, f"{what} images (gt)")
+    if lq is None:
+        return [ImagePair(name, os.path.join(gt, name), None) for name in gt_names]
+    if os.path.samefile(gt, lq):
+        raise DataError(
+            f"{what} images: gt and lq are the same folder, {gt!r}; keep them in two folders, "
+            "or list the pairs in a meta_info file"
+        )
+    return _matched_pairs(gt, lq, gt_names, _list_images(lq, recursive, f"{what} images (lq)"), filename_tmpl, what)
+
+
+def _existing(path: str, role: str) -> str:
+    if not path:
+        raise DataError(f"{role}: no path was given; give a folder or an image file")
+    path = os.path.expanduser(path)
+    if not os.path.exists(path):
+        raise DataError(f"{role}: {path!r} does not exist (looked for {os.path.abspath(path)})")
+    return path
+
+
+def _check_template(template: str) -> None:
+    try:
+        varies = template.format("a") != template.format("b")
+    except (IndexError, KeyError, ValueError, AttributeError):
+        varies = False
+    if not varies:
+        raise DataError(
+            f"filename_tmpl is {template!r}; it must hold one {{}} where the name of gt without its suffix "
+            "goes, such as '{}' or '{}x4'"
+        )
+
+
+def _list_images(folder: str, recursive: bool, role: str) -> list[str]:
+    """Paths of the images below `folder`, relative to it and with forward slashes, in natural order."""
+    names: list[str] = []
+    others = 0
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{role}: the folder {error.filename!r} cannot be read: {error.strerror}")
+
+    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        here = os.path.realpath(parent)
+
+        def leads_back(name: str, here: str = here) -> bool:  # a link to a folder that holds this one
+            target = os.path.realpath(os.path.join(here, name))
+            return f"{here}{os.sep}".startswith(f"{target}{os.sep}")
+
+        folders[:] = [name for name in folders if recursive and not name.startswith(".") and not leads_back(name)]
+        for name in files:
+            if name.startswith("."):
+                continue
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                names.append(os.path.relpath(os.path.join(parent, name), folder).replace(os.sep, "/"))
+            else:
+                others += 1
+    if not names:
+        depth = "and its sub-folders" if recursive else "(sub-folders were not searched)"
+        raise DataError(
+            f"{role}: no image in {folder!r} {depth}; looked for {', '.join(IMAGE_SUFFIXES)} and saw "
+            f"{others} other file{'' if others == 1 else 's'}"
+        )
+    return sorted(names, key=_natural)
+
+
+def _natural(name: str) -> tuple[list[list[str | int]], str]:
+    """A sort key that takes digits as numbers, folder by folder; 1 and 01 are told apart by the text."""
+    # With one group, re.split alternates text, digits, text: the same position always holds the same type.
+    parts = [re.split(r"([0-9]+)", part.lower()) for part in name.split("/")]
+    return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], name
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _partner_stem(gt_name: str, template: str) -> str:
+    """The path of lq without its suffix: the template applies to the file name, the sub-folder stays."""
+    folder, _, file_name = gt_name.rpartition("/")
+    partner = template.format(_stem(file_name))
+    return f"{folder}/{partner}" if folder else partner
+
+
+def _matched_pairs(
+    gt: str, lq: str, gt_names: Sequence[str], lq_names: Sequence[str], template: str, what: str
+) -> list[ImagePair]:
+    free: dict[str, list[str]] = defaultdict(list)  # by path without suffix: lq files that have no gt yet
+    for name in lq_names:
+        free[_stem(name)].append(name)
+    partner: dict[str, str] = {}
+    rest: dict[str, list[str]] = defaultdict(list)
+    for name in gt_names:
+        wanted = _partner_stem(name, template)
+        exact = wanted + os.path.splitext(name)[1]
+        if exact in free.get(wanted, ()):
+            partner[name] = exact
+            free[wanted].remove(exact)
+        else:
+            rest[wanted].append(name)
+    for wanted, names in rest.items():
+        if len(names) == 1 and len(free.get(wanted, ())) == 1:
+            partner[names[0]] = free[wanted].pop()
+    without_lq = [name for name in gt_names if name not in partner]
+    without_gt = [name for name in lq_names if name in free[_stem(name)]]
+    if without_lq or without_gt:
+        lines = [f"{what} images: gt {gt!r} and lq {lq!r} do not form pairs (filename_tmpl {template!r})"]
+        if without_lq:
+            example = without_lq[0]
+            wanted = _partner_stem(example, template)
+            looked_for = wanted + os.path.splitext(example)[1]
+            lines += [f"{len(without_lq)} of {len(gt_names)} in gt have no lq:", *_shortened(without_lq)]
+            lines += [f"for {example!r} the lq would be {looked_for!r}, or the same with another suffix"]
+            if len(found := free.get(wanted, [])) > 1:
+                lines[-1] += f", but there are {len(found)}: {', '.join(found)}"
+        if without_gt:
+            lines += [f"{len(without_gt)} of {len(lq_names)} in lq have no gt:", *_shortened(without_gt)]
+        lines += ["rename or remove these files, set filename_tmpl, or list the pairs in a meta_info file"]
+        raise DataError("\n".join(lines))
+    return [ImagePair(name, os.path.join(gt, name), os.path.join(lq, partner[name])) for name in gt_names]
+
+
+def _listed_pairs(gt: str, lq: str | None, template: str, meta_info: str, what: str) -> list[ImagePair]:
+    meta_info = os.path.expanduser(meta_info)
+    try:
+        with open(meta_info, encoding="utf-8-sig") as file:
+            lines = file.readlines()
+    except OSError as error:
+        raise DataError(f"{what} images: meta_info {meta_info!r} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{what} images: meta_info {meta_info!r} is not a text file in UTF-8: {error}") from error
+    pairs: list[ImagePair] = []
+    faults: list[str] = []
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        gt_name, lq_name = _parse_line(line, gt)
+        if not os.path.isfile(os.path.join(gt, gt_name)):
+            faults.append(f"line {number}: no gt {gt_name!r}")
+            continue
+        lq_path = None
+        if lq is not None:
+            if lq_name is None:
+                lq_name = _partner_on_disk(gt_name, lq, template)
+            lq_path = os.path.join(lq, lq_name)
+            if not os.path.isfile(lq_path):
+                faults.append(f"line {number}: no lq {lq_name!r}")
+                continue
+        pairs.append(ImagePair(gt_name, os.path.join(gt, gt_name), lq_path))
+    if faults:
+        places = f"gt {gt!r}" if lq is None else f"gt {gt!r} and lq {lq!r}"
+        lines = [
+            f"{what} images: {len(faults)} of {len(faults) + len(pairs)} entries in meta_info {meta_info!r} "
+            f"do not exist; names are relative to {places}",
+            *_shortened(faults),
+        ]
+        raise DataError("\n".join(lines))
+    if not pairs:
+        raise DataError(f"{what} images: meta_info {meta_info!r} names no image; give one name in a line")
+    return pairs
+
+
+def _parse_line(line: str, gt: str) -> tuple[str, str | None]:
+    """The gt name and, in Real-ESRGAN's form, the lq name; a name with spaces or commas is found by looking."""
+
+    def exists(name: str) -> bool:
+        return os.path.isfile(os.path.join(gt, name))
+
+    if exists(line):
+        return line, None
+    if (match := _NAME_AND_SIZE.fullmatch(line)) is not None:
+        return match["name"], None
+    splits = [(line[: comma.start()].rstrip(), line[comma.end() :].lstrip()) for comma in re.finditer(",", line)]
+    for left, right in splits:
+        if exists(left):
+            return left, right
+    if splits:
+        return splits[0]
+    first = line.split()[0]  # BasicSR takes the first word, whatever follows
+    return (first, None) if exists(first) else (line, None)
+
+
+def _partner_on_disk(gt_name: str, lq: str, template: str) -> str:
+    """The lq name of a listed gt: the same suffix, else the one other image suffix that exists."""
+    stem = _partner_stem(gt_name, template)
+    exact = stem + os.path.splitext(gt_name)[1]
+    if os.path.isfile(os.path.join(lq, exact)):
+        return exact
+    found = [stem + suffix for suffix in IMAGE_SUFFIXES if os.path.isfile(os.path.join(lq, stem + suffix))]
+    return found[0] if len(found) == 1 else exact
+
+
+def _shortened(items: Sequence[str]) -> list[str]:
+    rest = len(items) - _LISTED
+    return [f"  {item}" for item in items[:_LISTED]] + ([f"  ... and {rest} more"] if rest > 0 else [])

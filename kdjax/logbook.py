@@ -1,0 +1,95 @@
+"""What a run writes down: `metrics.jsonl` always, TensorBoard and Weights & Biases where asked for.
+
+One JSON object a line, with the `step` first. A resumed run first drops the lines after the step it resumes from, so
+that the file of a run that was killed reads like that of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+
+class Logbook:
+    """Writes the numbers of a run; use it as a context manager.
+
+    Args:
+      workdir: the run's folder.
+      resume_step: keep the lines up to this step and continue after them; 0 starts anew.
+      tensorboard: also write event files to `workdir/tensorboard` (extra `tb`).
+      wandb: also report to this Weights & Biases project (extra `wandb`); "" does not.
+    """
+
+    def __init__(self, workdir: Path, *, resume_step: int, name: str, tensorboard: bool, wandb: str) -> None:
+        path = workdir / "metrics.jsonl"
+        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step]
+        write_text(path, "".join(kept if resume_step else []))
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = self._wandb = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        if wandb:
+            import wandb as wandb_module
+
+            self._wandb = wandb_module.init(project=wandb, name=name, dir=str(workdir), id=name, resume="allow")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes numbers of one step; what is not finite is null in the JSON."""
+        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Hands a uint8 (h, w, c) picture to TensorBoard and Weights & Biases, where they are on."""
+        if self._tensorboard:
+            self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        if self._wandb:
+            import wandb as wandb_module
+
+            self._wandb.log({name: wandb_module.Image(image)}, step=step)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or nothing: to a temporary name, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty when there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """The lines of the file that end; a killed process may leave half a line behind them."""
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

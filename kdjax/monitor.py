@@ -1,0 +1,196 @@
+"""Validation during training: the student beside its teacher and the input it started from.
+
+Input and teacher do not change during a run, so their scores are measured once and kept in `baseline.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kdjax import assets, data, models, validation
+from kdjax.config import ConfigError, Val
+from kdjax.logbook import Logbook, read_json, write_json
+from kdjax.validation import Sample, Score
+from kdjax.weights import Loaded
+
+log = logging.getLogger("kdjax")
+
+_CHECK_IMAGES, _CHECK_CROP = 4, 128  # of the look at the teacher before training starts
+_PICTURE_SIDE = 512  # of each of the images that stand side by side, at most
+
+
+class Monitor:
+    """The validation set of a run, and what has been measured on it.
+
+    Raises:
+      ValueError: the images are missing or damaged, or a student that enlarges has no small images to start from.
+    """
+
+    def __init__(self, options: Val, student: models.Model, teacher: Loaded | None) -> None:
+        self._options, self._teacher = options, teacher
+        self._scale = models.scale_of(student)
+        self._student_apply = models.make_apply(student.arch, student.hparams)
+        self._teacher_apply = teacher and models.make_apply(teacher.model.arch, teacher.model.hparams)
+        self._scores: dict[str, Score] = {}
+        if self._scale != 1 and not options.lq:
+            raise ConfigError("config.val.lq is empty; a student that enlarges needs a folder of small images")
+        images = data.load_images(
+            data.find_pairs(
+                gt=assets.locate(options.gt, assets.VAL_PHOTOGRAPHS),
+                lq=options.lq or None,
+                filename_tmpl=options.filename_tmpl,
+                meta_info=options.meta_info or None,
+                what="validation",
+            ),
+            channels=models.num_channels(student),
+            scale=self._scale,
+            crop=options.crop,
+            limit=options.limit,
+        )
+        self._samples = [validation.make_sample(image.name, image.gt, image.lq, options.sigma) for image in images]
+        self._pictures = range(min(options.save_images, len(images)))
+
+    def report(self) -> None:
+        """Says what is validated, and warns when the teacher does not improve its input."""
+        degraded = f"noise sigma {self._options.sigma:g}" if not self._options.lq else f"inputs {self._options.lq}"
+        log.info(f"validation images: {len(self._samples)} from {self._options.gt}, {degraded}")
+        if not self._teacher:
+            return
+        crops = [_centre(sample, _CHECK_CROP, self._scale) for sample in self._samples[:_CHECK_IMAGES]]
+        outputs = dict(validation.restore(self._teacher_apply, self._teacher.model.params, [crop.lq for crop in crops]))
+        teacher = validation.mean_score([validation.score(outputs[i], crop.gt) for i, crop in enumerate(crops)])
+        before = validation.mean_score([validation.score(self._input(crop), crop.gt) for crop in crops])
+        log.info(f"teacher on {len(crops)} validation crops: {teacher.psnr:.2f} dB, its input {before.psnr:.2f} dB")
+        if not teacher.psnr > before.psnr:
+            log.warning(
+                "WARNING: THE TEACHER DOES NOT IMPROVE ITS INPUT. A student will learn that from it. Is it a model for"
+                " this noise (config.val.sigma, config.degrade), and are its weights the right ones (config.teacher)?"
+            )
+
+    def validate(
+        self,
+        step: int,
+        params: models.Params,
+        workdir: Path,
+        logbook: Logbook,
+        *,
+        keep_going: Callable[[], bool] = lambda: True,
+    ) -> float | None:
+        """Measures the student, logs it beside teacher and input, and saves pictures in `workdir/val/STEP`.
+
+        Returns:
+          The student's PSNR, or None when `keep_going` ended the validation early.
+        """
+        started = time.monotonic()
+        self._measure_baseline(workdir, keep_going)
+        student = self._measure(self._student_apply, jax.device_get(params), keep_going)
+        if student is None or "input" not in self._scores:
+            return None
+        score, outputs = student
+        self._scores["student"] = score
+        values = {
+            f"val/{who}_{metric}": value
+            for who, score in self._scores.items()
+            for metric, value in dataclasses.asdict(score).items()
+        }
+        logbook.write(step, values)
+        log.info(f"validation at step {step:,}: {self.summary()} ({time.monotonic() - started:.0f} s)")
+        self._save_pictures(step, outputs, workdir, logbook)
+        return score.psnr
+
+    @property
+    def validated(self) -> bool:
+        """Whether the student has been measured in this process."""
+        return "student" in self._scores
+
+    def summary(self) -> str:
+        """Who reached how many dB, in one line."""
+        return ", ".join(
+            f"{who} {self._scores[who].psnr:.2f} dB / {self._scores[who].ssim:.4f}"
+            for who in ("student", "teacher", "input")
+            if who in self._scores
+        )
+
+    def _measure_baseline(self, workdir: Path, keep_going: Callable[[], bool]) -> None:
+        """Scores of the input and the teacher: from memory, from the run's folder, or measured now."""
+        if "input" in self._scores:
+            return
+        path = workdir / "baseline.json"
+        of = {"val": dataclasses.asdict(self._options), "teacher": self._teacher and self._teacher.sha256}
+        known = read_json(path)
+        if known.get("of") == of:
+            self._scores = {who: Score(**values) for who, values in known["scores"].items()}
+            return
+        scores = {}
+        if self._teacher:
+            teacher = self._measure(self._teacher_apply, self._teacher.model.params, keep_going)
+            if teacher is None:
+                return
+            scores["teacher"] = teacher[0]
+        scores["input"] = validation.mean_score(
+            [validation.score(self._input(sample), sample.gt) for sample in self._samples]
+        )
+        self._scores = scores
+        write_json(path, {"of": of, "scores": {who: dataclasses.asdict(score) for who, score in scores.items()}})
+
+    def _measure(
+        self, apply: models.Apply, params: models.Params, keep_going: Callable[[], bool]
+    ) -> tuple[Score, dict[int, np.ndarray]] | None:
+        """The mean score over the set and the outputs that go into pictures; None when ended early."""
+        scores, outputs = [], {}
+        images = [sample.lq for sample in self._samples]
+        for position, output in validation.restore(apply, params, images, keep_going=keep_going):
+            scores.append(validation.score(output, self._samples[position].gt))
+            if position in self._pictures:
+                outputs[position] = output
+        if len(scores) < len(images):
+            return None
+        return validation.mean_score(scores), outputs
+
+    def _save_pictures(self, step: int, outputs: dict[int, np.ndarray], workdir: Path, logbook: Logbook) -> None:
+        if not outputs or jax.process_index() != 0:
+            return
+        teacher_outputs = {}
+        if self._teacher:
+            images = [self._samples[position].lq for position in outputs]
+            restored = dict(validation.restore(self._teacher_apply, self._teacher.model.params, images))
+            teacher_outputs = {position: restored[i] for i, position in enumerate(outputs)}
+        for position, output in outputs.items():
+            sample = self._samples[position]
+            images = [self._input(sample), output, teacher_outputs.get(position), sample.gt]
+            picture = _side_by_side([image for image in images if image is not None])
+            path = workdir / "val" / f"{step:07}" / f"{Path(sample.name).stem}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data.write_image(path, picture)
+            logbook.image(step, f"val/{sample.name}", picture)
+
+    def _input(self, sample: Sample) -> np.ndarray:
+        """What the model starts from, as an 8-bit picture of the size of `gt`."""
+        image = np.round(np.clip(sample.lq, 0, 1) * 255).astype(np.uint8)
+        return image.repeat(self._scale, 0).repeat(self._scale, 1)
+
+
+def _centre(sample: Sample, side: int, scale: int) -> Sample:
+    """The middle `side` x `side` pixels of the lq and what belongs to them."""
+    top, left = (max(0, (size - side) // 2) for size in sample.lq.shape[:2])
+    lq = sample.lq[top : top + side, left : left + side]
+    gt = sample.gt[top * scale : (top + side) * scale, left * scale : (left + side) * scale]
+    return Sample(sample.name, lq, gt)
+
+
+def _side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:
+    """The middles of images of one size in a row, with a white line between them."""
+    height, width = (min(_PICTURE_SIDE, size) for size in images[0].shape[:2])
+    top, left = (images[0].shape[0] - height) // 2, (images[0].shape[1] - width) // 2
+    line = np.full((height, 4, images[0].shape[2]), 255, np.uint8)
+    row: list[np.ndarray] = []
+    for image in images:
+        row += [image[top : top + height, left : left + width], line]
+    return np.concatenate(row[:-1], axis=1)

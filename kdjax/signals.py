@@ -1,0 +1,34 @@
+"""Ending a program in order when it is asked to: SIGTERM (schedulers, `kill`) and SIGINT (Ctrl-C)."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Self
+
+
+class StopSignals:
+    """While active, the first SIGTERM or SIGINT only sets `requested`; a second one ends the program at once."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self.name)
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,396 @@
+"""Trains a student, or without distillation terms a teacher:
+
+    python -m kdjax.train --config configs/denoise.py [--workdir DIR] [--config.train.steps=N ...]
+
+`prepare` turns the config into data, networks and the recipe, and refuses what does not fit; `train` is the loop of
+step, log, validate, save. The same command started again continues from the last checkpoint. In the run's folder:
+
+    config.json      the whole config          train.log       what was printed
+    metrics.jsonl    the numbers by step       checkpoints/    the state: the latest ones and the best
+    val/STEP/*.png   input | student | teacher | clean
+    student.pth, student.safetensors           the EMA student, at the end
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from ml_collections import config_flags
+
+from kdjax import assets, data, distill, models, sharding
+from kdjax import config as config_lib
+from kdjax.checkpoint import Checkpoints
+from kdjax.config import Config, ConfigError
+from kdjax.degradations import make_degrade
+from kdjax.logbook import Logbook, read_json, write_json
+from kdjax.monitor import Monitor
+from kdjax.schedules import make_schedule
+from kdjax.signals import StopSignals
+from kdjax.weights import Loaded, load_weights, save_model
+
+log = logging.getLogger("kdjax")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient is not a finite number; the message has the step and every value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run works with; everything in it has been checked."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    student: models.Model
+    teacher: Loaded | None
+    recipe: distill.Recipe
+    pairs: list[data.ImagePair]
+    monitor: Monitor
+
+
+def prepare(config: Config) -> Setup:
+    """Data, networks and recipe of a run.
+
+    Raises:
+      ValueError, OSError: something is missing or does not fit; the message is for the user.
+    """
+    mesh = sharding.data_mesh()
+    if config.data.batch_size % mesh.size:
+        raise ConfigError(
+            f"config.data.batch_size={config.data.batch_size} does not divide by the {mesh.size} devices; use"
+            f" {max(1, config.data.batch_size // mesh.size) * mesh.size} or another multiple of {mesh.size}"
+        )
+    terms = distill.make_terms(config.terms)
+    student = make_student(config)
+    teacher = load_teacher(config, student) if any(term.needs_teacher for term in terms) else None
+    learning_rate = make_schedule(config.train.lr)
+    recipe = distill.Recipe(
+        student=models.make_apply(
+            student.arch, student.hparams, remat=config.student.remat, dtype=jnp.dtype(config.student.dtype)
+        ),
+        teacher=teacher
+        and models.make_apply(teacher.model.arch, teacher.model.hparams, dtype=jnp.dtype(config.teacher.dtype)),
+        terms=terms,
+        optimizer=distill.make_optimizer(
+            config.train.optimizer,
+            learning_rate,
+            betas=config.train.betas,
+            weight_decay=config.train.weight_decay,
+            grad_clip=config.train.grad_clip,
+        ),
+        learning_rate=learning_rate,
+        ema_decay=config.train.ema_decay,
+        degrade=None if config.data.lq else make_degrade(config.degrade),
+    )
+    if not config.data.lq and models.scale_of(student) != 1:
+        raise ConfigError(
+            f"the student enlarges {models.scale_of(student)} times, and only noise can be added to clean images here;"
+            " set config.data.lq and config.val.lq to the small images"
+        )
+    pairs = data.find_pairs(
+        gt=assets.locate(config.data.gt, assets.TRAIN_PHOTOGRAPHS),
+        lq=config.data.lq or None,
+        filename_tmpl=config.data.filename_tmpl,
+        meta_info=config.data.meta_info or None,
+        what="training",
+    )
+    return Setup(config, mesh, student, teacher, recipe, pairs, Monitor(config.val, student, teacher))
+
+
+def make_student(config: Config) -> models.Model:
+    """The student from scratch, or from a file whose architecture and hyper-parameters must be the config's."""
+    arch = models.canonical_arch(config.student.arch)
+    hparams = models.complete_hparams(arch, config.student.hparams)
+    if not config.student.weights:
+        return models.init_model(arch, hparams, jax.random.fold_in(jax.random.key(config.seed), 1))
+    loaded = load_weights(config.student.weights, arch=arch).model
+    if loaded.hparams != hparams:
+        raise ConfigError(
+            f"config.student.weights={config.student.weights!r} holds {loaded.arch} with {loaded.hparams};"
+            f" config.student asks for {hparams}"
+        )
+    return loaded
+
+
+def load_teacher(config: Config, student: models.Model) -> Loaded:
+    """The teacher, which must read and write the same kind of image as the student."""
+    if not config.teacher.weights:
+        raise ConfigError(
+            f"a loss term among {', '.join(config.terms)} needs a teacher: set config.teacher.weights to a .pth or"
+            ' .safetensors file or to "embedded", or set the weights of the distillation terms to 0'
+        )
+    path = assets.locate(config.teacher.weights, assets.TEACHER)
+    teacher = load_weights(path, key=config.teacher.key, **config.teacher.hparams)
+    for what, of in (("colour channels", models.num_channels), ("times enlargement", models.scale_of)):
+        if of(teacher.model) != of(student):
+            raise ConfigError(
+                f"the teacher {path} has {of(teacher.model)} {what}, the student {of(student)}; they must be equal"
+            )
+    return teacher
+
+
+def train(setup: Setup, workdir: Path) -> str:
+    """Trains to the last step, or until a signal, and returns one line that says what came of it.
+
+    Raises:
+      NonFiniteLoss: the run diverged; its last checkpoint is from before.
+      ConfigError: `workdir` holds a run with another student or teacher.
+      data.DataError: hardly any training image can be read.
+    """
+    config, recipe = setup.config, setup.recipe
+    state = sharding.replicate(distill.init_state(recipe, setup.student.params), setup.mesh)
+    teacher_params = setup.teacher and sharding.replicate(setup.teacher.model.params, setup.mesh)
+    step_fn = jax.jit(functools.partial(distill.train_step, recipe), donate_argnums=0)
+    key = sharding.replicate(jax.random.key(config.seed), setup.mesh)
+
+    with StopSignals() as stop, Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+        if checkpoints.latest is not None:
+            check_same_run(setup, workdir)
+            state = checkpoints.restore(state)
+        write_json(workdir / "run.json", identity(setup))
+        write_json(workdir / "config.json", config_lib.to_dict(config))
+        step = int(state.step)
+        report(setup, resumed_at=step)
+        with (
+            open_batches(setup, start_step=step) as batches,
+            Logbook(
+                workdir,
+                resume_step=step,
+                name=config.name,
+                tensorboard=config.log.tensorboard,
+                wandb=config.log.wandb,
+            ) as logbook,
+        ):
+            pending: list[tuple[int, distill.Metrics]] = []
+            progress = Progress(step, config)
+            while step < config.train.steps and not stop.requested:
+                batch = sharding.shard_batch(next(batches), setup.mesh)
+                state, metrics = step_fn(state, teacher_params, batch, key)
+                step += 1
+                pending.append((step, metrics))
+                # Wait for the step before last, not for this one: the device never idles, and the host never runs
+                # far ahead with batches in memory.
+                jax.block_until_ready(pending[-3:][0][1])
+                progress.count(step)
+
+                # The order matters: numbers are checked before they are saved, and everything is written before the
+                # checkpoint from which a killed run would continue after it.
+                logs = step % config.log.every == 0
+                validates = step % config.val.every == 0 or step == config.train.steps
+                saves = step % config.checkpoint.every == 0 or validates or stop.requested
+                if logs or saves:
+                    values = fetch(pending)
+                if logs:
+                    log.info(progress.line(values))
+                    rate = {"images_per_second": progress.rate, "damaged_images": float(len(batches.damaged))}
+                    logbook.write(step, values | rate)
+                psnr = None
+                if validates:
+                    psnr = setup.monitor.validate(
+                        step, state.params_ema, workdir, logbook, keep_going=lambda: not stop.requested
+                    )
+                if step == config.train.steps and psnr is not None:
+                    export(setup, state, workdir)
+                if saves:
+                    checkpoints.save(state, psnr=psnr)
+                if logs or saves:
+                    progress.restart()
+            finished = step == config.train.steps and not stop.requested
+            if finished and not (workdir / "result.json").exists():  # a signal came during the last validation
+                setup.monitor.validate(step, state.params_ema, workdir, logbook)
+                export(setup, state, workdir)
+        if not finished:
+            return f"stopped by {stop.name} at step {step:,} of {config.train.steps:,}; the same command continues"
+        return f"{read_json(workdir / 'result.json')['summary']}; saved as {workdir / 'student.pth'} and .safetensors"
+
+
+def export(setup: Setup, state: distill.State, workdir: Path) -> None:
+    """Writes the EMA student as `student.pth` and `student.safetensors`, and what it reached as `result.json`."""
+    trained = models.Model(setup.student.arch, setup.student.hparams, jax.device_get(state.params_ema))
+    for suffix in (".pth", ".safetensors"):
+        save_model(trained, workdir / f"student{suffix}")
+    summary = f"step {int(state.step):,}: {setup.monitor.summary()} (PSNR / SSIM)"
+    write_json(workdir / "result.json", {"step": int(state.step), "summary": summary})
+
+
+def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
+    """The training batches from step `start_step` on."""
+    config = setup.config.data
+    return data.training_batches(
+        setup.pairs,
+        crop=config.crop,
+        batch_size=config.batch_size,
+        seed=setup.config.seed,
+        start_step=start_step,
+        scale=models.scale_of(setup.student),
+        channels=models.num_channels(setup.student),
+        hflip=config.hflip,
+        rot=config.rot,
+        workers=config.workers,
+        cache_mb=config.cache_mb,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def fetch(pending: list[tuple[int, distill.Metrics]]) -> dict[str, float]:
+    """Fetches what the device reported since the last call and empties the list; returns the last step's numbers.
+
+    Raises:
+      NonFiniteLoss: at one of the steps the loss or the gradient was not finite.
+    """
+    fetched = jax.device_get(pending)
+    pending.clear()
+    for step, metrics in fetched:
+        if not metrics["finite"]:
+            values = ", ".join(f"{name} {value:.6g}" for name, value in metrics.items() if name != "finite")
+            raise NonFiniteLoss(
+                f"step {step:,}: the loss or its gradient is not finite ({values}). Lower the learning rate, add"
+                " warm-up or gradient clipping, or look at the data of this step; the checkpoints are from before"
+            )
+    return {name: float(value) for name, value in fetched[-1][1].items() if name != "finite"}
+
+
+class Progress:
+    """How fast the run is, and its line in the log."""
+
+    def __init__(self, step: int, config: Config) -> None:
+        self._steps, self._batch_size = config.train.steps, config.data.batch_size
+        self._weights_shown = tuple(config.terms)
+        self._first = step + 1
+        self._compiling_since = time.monotonic()
+        self.rate = float("nan")
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts timing anew, after work that is not training."""
+        self._since, self._counted = time.monotonic(), 0
+
+    def count(self, step: int) -> None:
+        """Counts a step; the first one only tells how long compiling took."""
+        self._step = step
+        if step == self._first:
+            log.info(f"first step after {time.monotonic() - self._compiling_since:.1f} s (compiled)")
+            self.restart()
+            return
+        self._counted += 1
+        self.rate = self._counted * self._batch_size / (time.monotonic() - self._since)
+
+    def line(self, values: dict[str, float]) -> str:
+        """One line with step, loss terms, weights, learning rate, speed and time left."""
+        parts = [f"step {self._step:,}/{self._steps:,}", f"loss {values['loss/total']:.5f}"]
+        for name in self._weights_shown:
+            if f"loss/{name}" in values:
+                parts.append(f"{name} {values[f'loss/{name}']:.5f} x{values[f'weight/{name}']:g}")
+        parts.append(f"lr {values['lr']:.2e}")
+        if self.rate == self.rate:  # not nan: at least one step was timed
+            left = round((self._steps - self._step) * self._batch_size / self.rate)
+            parts += [f"{self.rate:.1f} images/s", f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"]
+        return "  ".join(parts)
+
+
+def identity(setup: Setup) -> dict[str, object]:
+    """What a checkpoint depends on and does not hold."""
+    return {
+        "student": {"arch": setup.student.arch, "hparams": setup.student.hparams},
+        "teacher": setup.teacher and {"path": setup.teacher.path, "sha256": setup.teacher.sha256},
+    }
+
+
+def check_same_run(setup: Setup, workdir: Path) -> None:
+    """Refuses to continue a run with another student or another teacher file."""
+    before, now = read_json(workdir / "run.json"), identity(setup)
+    changed = [
+        f"{what}: {before.get(what)} before, {now[what]} now"
+        for what, compared in (("student", lambda entry: entry), ("teacher", lambda entry: entry and entry["sha256"]))
+        if compared(before.get(what)) != compared(now[what])
+    ]
+    if changed:
+        raise ConfigError(f"{workdir} holds a run with another {'; '.join(changed)}; give a new --workdir")
+    changes = config_lib.changes(read_json(workdir / "config.json"), config_lib.to_dict(setup.config))
+    for change in changes:
+        log.info(f"config changed since the last start: {change}")
+
+
+def report(setup: Setup, *, resumed_at: int) -> None:
+    """Says, once, what this run is about to do with what."""
+    config, mesh = setup.config, setup.mesh
+    device = mesh.devices.flat[0]
+    log.info(
+        f"devices: {mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es);"
+        f" batch {config.data.batch_size} = {config.data.batch_size // mesh.size} per device"
+    )
+    log.info(f"training images: {len(setup.pairs)} from {config.data.gt}; crops of {config.data.crop} pixels")
+    if setup.teacher:
+        teacher = setup.teacher
+        log.info(f"teacher: {teacher.path}, sha256 {teacher.sha256}")
+        log.info(f"teacher: {teacher.layout} layout, weights under {teacher.key!r}, {describe(teacher.model)}")
+    log.info(f"student: {describe(setup.student)}")
+    setup.monitor.report()
+    log.info(f"continuing at step {resumed_at:,}" if resumed_at else f"training {config.train.steps:,} steps")
+
+
+def describe(model: models.Model) -> str:
+    """Architecture, size and cost of a model in a few words."""
+    macs = models.count_macs(model.arch, model.hparams, (1, 256, 256, models.num_channels(model)))
+    hparams = ", ".join(f"{name}={value}" for name, value in model.hparams.items())
+    return (
+        f"{model.arch}({hparams}), {models.count_params(model.params):,} parameters, {macs / 1e9:.2f} GMAC at 256x256"
+    )
+
+
+def start_logging(workdir: Path) -> None:
+    """Sends the log to standard output and to `workdir/train.log`, a plain line each."""
+    log.handlers.clear()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(workdir / "train.log")):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        log.addHandler(handler)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
+    try:
+        config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
+        setup = prepare(config)
+        workdir = Path(flags.FLAGS.workdir or Path("runs") / config.name).absolute()
+        workdir.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+        fail(str(error))
+    start_logging(workdir)
+    try:
+        log.info(train(setup, workdir))
+    except (NonFiniteLoss, ConfigError, data.DataError) as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Ends the program with one message on standard error and exit code 1."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """As absl, with messages in place of tracebacks."""
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+        fail(f"{error}")
+        raise
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT behind it if it has any.")
+    flags.DEFINE_string("workdir", None, "Folder of the run; runs/NAME by default.")
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=parse_flags)

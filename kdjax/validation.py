@@ -1,0 +1,94 @@
+"""Measuring a model on whole images: the noise protocol, the forward passes over all local devices, PSNR and SSIM.
+
+The protocol is that of the colour denoising benchmarks (KAIR, Restormer): the noise of every image is drawn with
+`np.random.seed(0)` in RGB order, the noisy image is neither clipped nor rounded, the output is clipped and rounded to
+uint8, and the result of a set is the mean of its images' results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+
+from kdjax import metrics, sharding
+from kdjax.distill import eval_step
+from kdjax.models import Apply, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One image to restore: `lq` float32 (h, w, c) in about [0, 1], `gt` uint8 (h*scale, w*scale, c)."""
+
+    name: str
+    lq: np.ndarray
+    gt: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """PSNR in dB and SSIM of one image, or their means over a set."""
+
+    psnr: float
+    ssim: float
+
+
+def add_noise(gt: np.ndarray, sigma: float) -> np.ndarray:
+    """A uint8 (h, w, c) image plus the benchmark's Gaussian noise of `sigma` (0..255 scale), float32, not clipped."""
+    noise = np.random.RandomState(0).normal(0, sigma / 255, gt.shape)
+    return (gt / 255 + noise).astype(np.float32)
+
+
+def make_sample(name: str, gt: np.ndarray, lq: np.ndarray | None, sigma: float) -> Sample:
+    """A sample from a uint8 `gt` and its uint8 `lq`, or with the benchmark's noise where there is no `lq`."""
+    return Sample(name, add_noise(gt, sigma) if lq is None else np.float32(lq) / 255, gt)
+
+
+def restore(
+    apply: Apply,
+    params: Params,
+    images: Sequence[np.ndarray],
+    *,
+    keep_going: Callable[[], bool] = lambda: True,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Restores float32 (h, w, c) images of any sizes, one on each local device at a time.
+
+    Every distinct size compiles once. Images come back as uint8, grouped by size, each with its position; the
+    iterator ends early when `keep_going()` is false.
+    """
+    mesh = sharding.data_mesh(jax.local_devices())
+    params = sharding.replicate(params, mesh)
+    step = _jitted_eval_step(apply)
+    by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for position, image in enumerate(images):
+        by_shape[image.shape].append(position)
+    for positions in by_shape.values():
+        for start in range(0, len(positions), mesh.size):
+            if not keep_going():
+                return
+            chunk = positions[start : start + mesh.size]
+            filled = chunk + chunk[-1:] * (mesh.size - len(chunk))  # repeat the last to fill the devices
+            lq = np.stack([images[position] for position in filled])
+            outputs = np.asarray(step(params, jax.device_put(lq, sharding.split_batch(mesh))))
+            yield from zip(chunk, outputs, strict=False)
+
+
+def score(output: np.ndarray, gt: np.ndarray) -> Score:
+    """PSNR and SSIM of uint8 (h, w, c) images: RGB, no border left out. SSIM is nan below 11x11 pixels."""
+    large_enough = min(gt.shape[:2]) >= 11
+    return Score(metrics.psnr(output, gt), metrics.ssim(output, gt) if large_enough else math.nan)
+
+
+def mean_score(scores: Sequence[Score]) -> Score:
+    """The mean over images, as benchmarks report it."""
+    return Score(float(np.mean([s.psnr for s in scores])), float(np.mean([s.ssim for s in scores])))
+
+
+@functools.lru_cache(maxsize=8)
+def _jitted_eval_step(apply: Apply) -> Callable[[Params, jax.Array], jax.Array]:
+    return jax.jit(functools.partial(eval_step, apply))
