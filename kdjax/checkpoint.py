@@ -28,7 +28,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, keep: int) -> None:
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax reports every file at INFO
+        # Orbax reports every file at INFO, and at WARNING that a checkpoint between validations has no metrics.
+        logging.getLogger("absl").setLevel(logging.ERROR)
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
         )

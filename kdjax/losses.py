@@ -22,8 +22,9 @@ def _difference(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    """|d|."""
-    return jnp.abs(_difference(prediction, target))
+    """|d|, with gradient 0 at d = 0 as in torch (JAX has 1 there)."""
+    difference = _difference(prediction, target)
+    return jnp.where(difference == 0, 0, jnp.abs(difference))
 
 
 def mse(prediction: jax.Array, target: jax.Array) -> jax.Array:

@@ -66,7 +66,7 @@ class Monitor:
         crops = [_centre(sample, _CHECK_CROP, self._scale) for sample in self._samples[:_CHECK_IMAGES]]
         outputs = dict(validation.restore(self._teacher_apply, self._teacher.model.params, [crop.lq for crop in crops]))
         teacher = validation.mean_score([validation.score(outputs[i], crop.gt) for i, crop in enumerate(crops)])
-        before = validation.mean_score([validation.score(self._input(crop), crop.gt) for crop in crops])
+        before = validation.input_score(crops)
         log.info(f"teacher on {len(crops)} validation crops: {teacher.psnr:.2f} dB, its input {before.psnr:.2f} dB")
         if not teacher.psnr > before.psnr:
             log.warning(
@@ -134,9 +134,7 @@ class Monitor:
             if teacher is None:
                 return
             scores["teacher"] = teacher[0]
-        scores["input"] = validation.mean_score(
-            [validation.score(self._input(sample), sample.gt) for sample in self._samples]
-        )
+        scores["input"] = validation.input_score(self._samples)
         self._scores = scores
         write_json(path, {"of": of, "scores": {who: dataclasses.asdict(score) for who, score in scores.items()}})
 
@@ -164,17 +162,12 @@ class Monitor:
             teacher_outputs = {position: restored[i] for i, position in enumerate(outputs)}
         for position, output in outputs.items():
             sample = self._samples[position]
-            images = [self._input(sample), output, teacher_outputs.get(position), sample.gt]
+            images = [validation.input_picture(sample), output, teacher_outputs.get(position), sample.gt]
             picture = _side_by_side([image for image in images if image is not None])
             path = workdir / "val" / f"{step:07}" / f"{Path(sample.name).stem}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             data.write_image(path, picture)
             logbook.image(step, f"val/{sample.name}", picture)
-
-    def _input(self, sample: Sample) -> np.ndarray:
-        """What the model starts from, as an 8-bit picture of the size of `gt`."""
-        image = np.round(np.clip(sample.lq, 0, 1) * 255).astype(np.uint8)
-        return image.repeat(self._scale, 0).repeat(self._scale, 1)
 
 
 def _centre(sample: Sample, side: int, scale: int) -> Sample:

@@ -360,6 +360,7 @@ def start_logging(workdir: Path) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
+    logging.getLogger("jax").setLevel(logging.WARNING)  # at INFO it tells which accelerators it did not find
     try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
         setup = prepare(config)

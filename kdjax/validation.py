@@ -84,6 +84,18 @@ def score(output: np.ndarray, gt: np.ndarray) -> Score:
     return Score(metrics.psnr(output, gt), metrics.ssim(output, gt) if large_enough else math.nan)
 
 
+def input_picture(sample: Sample) -> np.ndarray:
+    """The lq as a uint8 picture of the size of gt, every pixel repeated where it is smaller."""
+    factor = sample.gt.shape[0] // sample.lq.shape[0]
+    picture = np.round(np.clip(sample.lq, 0, 1) * 255).astype(np.uint8)
+    return picture.repeat(factor, 0).repeat(factor, 1)
+
+
+def input_score(samples: Sequence[Sample]) -> Score:
+    """The mean score of the inputs themselves: what a model has to beat."""
+    return mean_score([score(input_picture(sample), sample.gt) for sample in samples])
+
+
 def mean_score(scores: Sequence[Score]) -> Score:
     """The mean over images, as benchmarks report it."""
     return Score(float(np.mean([s.psnr for s in scores])), float(np.mean([s.ssim for s in scores])))

@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 )
 
+import numpy as np
 import pytest
 
 # Reference vectors computed with BasicSR. Another folder of the same form can be tried through KDJAX_GOLDEN:
@@ -20,3 +21,9 @@ GOLDEN = Path(os.environ.get("KDJAX_GOLDEN", Path(__file__).parent / "golden"))
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return GOLDEN
+
+
+def load_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a file, which is closed again."""
+    with np.load(path) as archive:
+        return dict(archive)

@@ -28,6 +28,7 @@ import os
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -114,12 +115,15 @@ class TrainingData(Iterator[dict[str, np.ndarray]]):
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
             batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
-        self._batches: Iterator[dict[str, np.ndarray]] | None = iter(batches)
+        # Holds Grain's iterator until it is closed, which also happens when this object is forgotten, and at exit:
+        # there the last reference has to go before the modules that Grain needs for closing are gone.
+        self._open = [iter(batches)]
+        self._finalizer = weakref.finalize(self, _close, self._open)
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._batches is None:
+        if not self._open:
             raise ValueError("the training data were closed")
-        batch = next(self._batches)
+        batch = next(self._open[0])
         for number in batch.pop("damaged").tolist():
             if number >= 0:
                 self.replaced += 1
@@ -141,9 +145,7 @@ class TrainingData(Iterator[dict[str, np.ndarray]]):
 
     def close(self) -> None:
         """Ends the workers and threads; safe to call twice."""
-        batches, self._batches = self._batches, None
-        if batches is not None:
-            batches.close()
+        self._finalizer()
 
     def __enter__(self) -> Self:
         return self
@@ -152,6 +154,10 @@ class TrainingData(Iterator[dict[str, np.ndarray]]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+    iterators.pop().close()
 
 
 class _Samples:

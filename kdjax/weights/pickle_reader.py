@@ -1,0 +1,231 @@
+"""Reads the pickles inside torch files without running anything they ask for.
+
+Pickle is a small stack language. This is an interpreter of the part that a saved state dict needs, over the opcode
+list of `pickletools`: it builds plain numbers, strings, lists, tuples, dicts and `Tensor`s, and knows the few names
+in ALLOWED by exact match. Python's unpickler is never called and nothing is ever imported, so there is nothing a
+file could get executed. Left out on purpose: every opcode that constructs or changes other objects (INST, OBJ,
+NEWOBJ, EXT*, ...), sets, protocol-5 buffers, numpy scalars.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kdjax.weights.tensors import BFLOAT16, MAX_DIMS, Storage, Tensor, WeightsError
+
+MAX_STEPS = 4_000_000  # a state dict takes about 30 opcodes per tensor
+RESAVE = "re-save the weights in torch with torch.save({'params': model.state_dict()}, path) or as .safetensors"
+
+STORAGE_DTYPES: dict[str, np.dtype] = {
+    "FloatStorage": np.dtype(np.float32),
+    "DoubleStorage": np.dtype(np.float64),
+    "HalfStorage": np.dtype(np.float16),
+    "BFloat16Storage": BFLOAT16,
+    "LongStorage": np.dtype(np.int64),
+    "IntStorage": np.dtype(np.int32),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
+}
+
+
+@dataclass(frozen=True)
+class Name:
+    """A global that a pickle mentioned and ALLOWED lists; `dtype` is set for storage types."""
+
+    module: str
+    name: str
+    dtype: np.dtype | None = None
+
+
+ALLOWED: dict[tuple[str, str], Name] = {
+    (name.module, name.name): name
+    for name in (
+        Name("collections", "OrderedDict"),
+        Name("torch", "Size"),
+        Name("torch._utils", "_rebuild_tensor"),
+        Name("torch._utils", "_rebuild_tensor_v2"),
+        Name("torch._utils", "_rebuild_parameter"),
+        *(Name("torch", storage, dtype) for storage, dtype in STORAGE_DTYPES.items()),
+    )
+}
+
+# Opcodes whose argument is the value to push.
+_LITERALS = frozenset(
+    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE"
+    " SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
+)
+_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_FIXED_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def read_pickle(
+    data: bytes, start: int, find_storage: Callable[[Any], Storage], max_view_bytes: int
+) -> tuple[Any, int]:
+    """The object pickled at `start` and the position after it.
+
+    Args:
+      data: the whole file.
+      start: where the pickle begins.
+      find_storage: maps a persistent id to its storage.
+      max_view_bytes: refuse tensors that would together unfold to more than this.
+
+    Raises:
+      WeightsError: anything but plain values and tensors. Damaged pickles may raise other exceptions too; the
+        caller turns those into a WeightsError, with the name of the file.
+    """
+    stream = io.BytesIO(data)
+    stream.seek(start)
+    return _Machine(find_storage, max_view_bytes).run(stream), stream.tell()
+
+
+class _Machine:
+    def __init__(self, find_storage: Callable[[Any], Storage], max_view_bytes: int) -> None:
+        self.find_storage, self.view_bytes_left = find_storage, max_view_bytes
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: dict[int, Any] = {}
+        self.steps = 0
+
+    def run(self, stream: io.BytesIO) -> Any:
+        for opcode, argument, _ in pickletools.genops(stream):
+            self.count(1)
+            if opcode.name == "STOP":
+                return self.stack.pop()
+            self.execute(opcode.name, argument)
+        raise WeightsError("the pickle ends without a STOP; the file is truncated")
+
+    def count(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise WeightsError(f"the pickle takes more than {MAX_STEPS} steps; that is no state dict; {RESAVE}")
+
+    def execute(self, op: str, argument: Any) -> None:
+        push, pop = self.stack.append, self.stack.pop
+        if op in _LITERALS:
+            push(argument)
+        elif op in _CONSTANTS:
+            push(_CONSTANTS[op])
+        elif op in ("BINPUT", "LONG_BINPUT", "PUT"):
+            self.memo[argument] = self.stack[-1]
+        elif op == "MEMOIZE":
+            self.memo[len(self.memo)] = self.stack[-1]
+        elif op in ("BINGET", "LONG_BINGET", "GET"):
+            push(self.memo[argument])
+        elif op == "MARK":
+            self.marks.append(len(self.stack))
+        elif op == "TUPLE":
+            push(tuple(self.pop_to_mark()))
+        elif op in _FIXED_TUPLES:
+            items = [pop() for _ in range(_FIXED_TUPLES[op])]
+            push(tuple(reversed(items)))
+        elif op == "EMPTY_LIST":
+            push([])
+        elif op == "LIST":
+            push(self.pop_to_mark())
+        elif op == "EMPTY_DICT":
+            push({})
+        elif op == "DICT":
+            push(_update({}, self.pop_to_mark()))
+        elif op in ("APPEND", "APPENDS"):
+            items = [pop()] if op == "APPEND" else self.pop_to_mark()
+            _expect(self.stack[-1], list, op).extend(items)
+        elif op == "SETITEM":
+            value, key = pop(), pop()
+            _update(_expect(self.stack[-1], dict, op), [key, value])
+        elif op == "SETITEMS":
+            items = self.pop_to_mark()
+            _update(_expect(self.stack[-1], dict, op), items)
+        elif op == "GLOBAL":
+            # pickletools joins the two lines with a blank; no allowed name has one in it.
+            push(_find_name(*argument.split(" ", 1)))
+        elif op == "STACK_GLOBAL":
+            name, module = pop(), pop()
+            push(_find_name(module, name))
+        elif op == "REDUCE":
+            arguments = _expect(pop(), tuple, op)
+            push(self.call(_expect(pop(), Name, op), arguments))
+        elif op == "BUILD":
+            # torch hangs `_metadata` (module versions) on the state dict; it is of no use here and is dropped.
+            _expect(pop(), dict, op)
+            _expect(self.stack[-1], dict, op)
+        elif op == "BINPERSID":
+            push(self.find_storage(pop()))
+        elif op == "POP":
+            pop()
+        elif op == "POP_MARK":
+            self.pop_to_mark()
+        elif op == "DUP":
+            push(self.stack[-1])
+        elif op not in ("PROTO", "FRAME"):
+            raise WeightsError(f"the pickle uses the opcode {op}, which no state dict needs; {RESAVE}")
+
+    def pop_to_mark(self) -> list[Any]:
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
+
+    def call(self, name: Name, arguments: tuple[Any, ...]) -> Any:
+        """What torch's function of that name would return, as plain values."""
+        match name.name, arguments:
+            case "OrderedDict", ():
+                return {}
+            case "OrderedDict", (list(pairs),):
+                self.count(len(pairs))
+                return _update({}, [part for pair in pairs for part in _expect(pair, list, "OrderedDict", 2)])
+            case "Size", (tuple(sizes),):
+                return sizes
+            case "_rebuild_parameter", (Tensor() as tensor, *_):
+                return tensor
+            case "_rebuild_tensor" | "_rebuild_tensor_v2", (Storage() as storage, offset, tuple(shape), tuple(stride), *_):
+                if max(len(shape), len(stride)) > MAX_DIMS:
+                    raise WeightsError(f"a tensor has {len(shape)} dimensions, at most {MAX_DIMS} are read")
+                tensor = Tensor(storage, offset, shape, stride)
+                self.view_bytes_left -= tensor.nbytes
+                if self.view_bytes_left < 0:
+                    raise WeightsError(
+                        "its tensors unfold to far more bytes than the file has (views that repeat their storage);"
+                        f" {RESAVE}"
+                    )
+                return tensor
+        raise WeightsError(f"the pickle calls {name.module}.{name.name} with arguments torch never gives; {RESAVE}")
+
+
+def _find_name(module: Any, name: Any = "") -> Name:
+    if isinstance(module, str) and isinstance(name, str) and (module, name) in ALLOWED:
+        return ALLOWED[module, name]
+    what = f"{module}.{name}" if isinstance(module, str) and isinstance(name, str) else "an unnamed object"
+    hint = ""
+    if isinstance(module, str) and module.split(".")[0] not in ("os", "posix", "nt", "builtins", "subprocess"):
+        hint = " (a whole pickled model or a training state rather than a state dict?)"
+    raise WeightsError(
+        f"its pickle asks for {what[:120]!r}, which is not on the list of names a state dict needs{hint};"
+        f" nothing was executed; {RESAVE}"
+    )
+
+
+def _expect(value: Any, kind: type, where: str, length: int | None = None) -> Any:
+    # A pair may be a list (Python 2) or a tuple.
+    kinds = (list, tuple) if length is not None else (kind,)
+    if type(value) not in kinds or (length is not None and len(value) != length):
+        raise WeightsError(f"the pickle applies {where} to a {type(value).__name__}; the file is damaged; {RESAVE}")
+    return value
+
+
+def _update(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
+    """Sets key, value, key, value, ...; keys are plain scalars, since hashing a deeply nested tuple can crash."""
+    if len(items) % 2:
+        raise WeightsError("the pickle fills a dict with a key that has no value; the file is damaged")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not (key is None or type(key) in (str, int, float, bool)):
+            raise WeightsError(f"the pickle has a {type(key).__name__} as dict key; wanted a string; {RESAVE}")
+        target[key] = value
+    return target

@@ -1,0 +1,218 @@
+"""Reads and writes torch's `.pth` files without torch.
+
+Read: the zip format (torch 1.6 and later) and the stream format before it. Values come back as plain Python and
+`Tensor`s. Refused by name: TorchScript archives, whole pickled modules, tar files of torch 0.1.
+Written: the zip format, BasicSR's layout, the same bytes for the same weights; `torch.load(weights_only=True)` reads
+it, memory-mapped too.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from kdjax.weights.pickle_reader import RESAVE, Name, read_pickle
+from kdjax.weights.tensors import Storage, WeightsError, row_major_strides
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+LEGACY_PROTOCOL = 1001
+ALIGNMENT = 64  # of tensor data in the zip file, as torch does
+SLACK_BYTES = 64 << 20
+
+
+def is_torch_file(data: bytes) -> bool:
+    """Whether the bytes begin like a zip file, a pickle or a tar file."""
+    return data[:4] == b"PK\x03\x04" or data[:1] == b"\x80" or _is_tar(data)
+
+
+def read_torch_file(data: bytes) -> Any:
+    """The object that torch.save was given.
+
+    Raises:
+      WeightsError: what is wrong. Damaged files may raise other exceptions too; `load_weights` translates them.
+    """
+    if data[:4] == b"PK\x03\x04":
+        return _read_zip(data)
+    if _is_tar(data):
+        raise WeightsError(f"it is a tar file of torch 0.1; {RESAVE}")
+    return _read_legacy(data)
+
+
+def _is_tar(data: bytes) -> bool:
+    return data[257:262] == b"ustar"
+
+
+def _max_view_bytes(data: bytes) -> int:
+    return 4 * len(data) + SLACK_BYTES
+
+
+def _storage_id(identifier: Any, length: int) -> tuple[Any, ...]:
+    """The fields after "storage" of a persistent id, checked: type, key, device, numel, ..."""
+    match identifier:
+        case ("storage", Name(dtype=np.dtype()), str(), _, int(numel), *_) if len(identifier) == length and numel >= 0:
+            return identifier[1:]
+        case ("module", *_):
+            raise WeightsError(f"it is a whole pickled model, which cannot be read without its code; {RESAVE}")
+    raise WeightsError(f"a storage has an identifier that torch never writes; the file is damaged; {RESAVE}")
+
+
+# ---- the zip format --------------------------------------------------------------------------------------------
+
+
+def _read_zip(data: bytes) -> Any:
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    records = {info.filename: info for info in archive.infolist()}
+    if len(records) != len(archive.infolist()):
+        raise WeightsError(f"the zip file holds two records of the same name; {RESAVE}")
+    roots = [name.removesuffix("data.pkl") for name in records if name.split("/")[-1] == "data.pkl"]
+    if len(roots) != 1:
+        raise WeightsError(f"it is a zip file with {len(roots)} records data.pkl, wanted 1: not written by torch.save")
+    root = roots[0]
+    if root + "constants.pkl" in records or any(name.startswith(root + "code/") for name in records):
+        raise WeightsError(f"it is a TorchScript archive, which holds code and not only weights; {RESAVE}")
+    # torch never compresses, so what the records declare can never exceed the file: no zip bomb passes this.
+    if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
+        raise WeightsError(f"the zip file is compressed; torch never compresses; unpack and zip it with -0, or {RESAVE}")
+    declared = sum(info.file_size for info in records.values())
+    if declared > len(data):
+        raise WeightsError(f"its records declare {declared} bytes, the file has {len(data)}; the file is damaged")
+    byteorder = archive.read(root + "byteorder").decode() if root + "byteorder" in records else "little"
+    if byteorder not in ("little", "big"):
+        raise WeightsError(f"its byteorder is {byteorder[:20]!r}, wanted 'little' or 'big'")
+
+    storages: dict[str, Storage] = {}
+
+    def find_storage(identifier: Any) -> Storage:
+        kind, key, _, numel = _storage_id(identifier, 5)
+        name = f"{root}data/{key}"
+        if key not in storages:
+            if name not in records:
+                raise WeightsError(f"the record {name[:120]!r} of one of its tensors is missing; the file is damaged")
+            storages[key] = Storage(kind.dtype, numel, lambda: archive.read(name), byteorder)
+        storage = storages[key]
+        if records[name].file_size != numel * kind.dtype.itemsize or storage.dtype != kind.dtype:
+            raise WeightsError(
+                f"the record {name[:120]!r} has {records[name].file_size} bytes, its tensor wants {numel}"
+                f" x {kind.dtype}; the file is damaged"
+            )
+        return storage
+
+    return read_pickle(archive.read(root + "data.pkl"), 0, find_storage, _max_view_bytes(data))[0]
+
+
+# ---- the stream format before torch 1.6 ------------------------------------------------------------------------
+
+
+def _read_legacy(data: bytes) -> Any:
+    roots: dict[str, Storage] = {}
+    contents: dict[str, memoryview] = {}
+
+    def refuse(identifier: Any) -> Storage:
+        raise WeightsError(f"its header holds a tensor; the file is damaged; {RESAVE}")
+
+    def find_storage(identifier: Any) -> Storage:
+        kind, key, _, numel, view = _storage_id(identifier, 6)
+        # Numbers are little-endian in this format, whatever machine wrote it.
+        root = roots.setdefault(key, Storage(kind.dtype, numel, lambda: contents[key], "little"))
+        if root.dtype != kind.dtype or root.numel != numel:
+            raise WeightsError(f"the storage {key[:40]!r} is declared twice, differently; the file is damaged")
+        match view:
+            case None:
+                return root
+            case (str(), int(offset), int(view_numel)):
+                return root.view(offset, view_numel)
+        raise WeightsError(f"a view of a storage is described in a way that torch never writes; {RESAVE}")
+
+    magic, position = read_pickle(data, 0, refuse, 0)
+    if type(magic) is not int or magic != LEGACY_MAGIC:
+        raise WeightsError(f"it is a pickle, but not one that torch.save wrote; {RESAVE}")
+    protocol, position = read_pickle(data, position, refuse, 0)
+    if type(protocol) is not int or protocol != LEGACY_PROTOCOL:
+        raise WeightsError(f"it is a torch file of protocol {protocol!r:.40}, wanted {LEGACY_PROTOCOL}; {RESAVE}")
+    _, position = read_pickle(data, position, refuse, 0)  # sizes of C types on the writing machine
+    result, position = read_pickle(data, position, find_storage, _max_view_bytes(data))
+    keys, position = read_pickle(data, position, refuse, 0)
+    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(roots):
+        raise WeightsError("its list of storages does not fit its tensors; the file is damaged")
+    for key in keys:
+        root = roots[key]
+        start, stop = position + 8, position + 8 + root.nbytes
+        if stop > len(data):
+            raise WeightsError(f"it ends within storage {key[:40]!r} ({stop} bytes wanted, {len(data)} found): truncated")
+        (numel,) = struct.unpack_from("<q", data, position)
+        if numel != root.numel:
+            raise WeightsError(f"storage {key[:40]!r} has {numel} scalars, {root.numel} were declared; damaged")
+        contents[key] = memoryview(data)[start:stop]
+        position = stop
+    return result
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------
+
+
+def torch_file_bytes(state_dict: dict[str, np.ndarray], about: dict[str, Any]) -> bytes:
+    """A `.pth` with {"params": state_dict, "kdjax": about}.
+
+    Args:
+      state_dict: float32 arrays in torch's layout, in the order they shall have in the file.
+      about: plain strings, numbers, booleans and dicts of them.
+    """
+    storages: list[np.ndarray] = []
+    params = [b"ccollections\nOrderedDict\n)R("]
+    for key, array in state_dict.items():
+        params += [_pickled(key), _pickled_tensor(array, str(len(storages)))]
+        storages.append(array)
+    program = b"\x80\x02}(" + _pickled("params") + b"".join(params) + b"u" + _pickled("kdjax") + _pickled(about) + b"u."
+
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        _add(archive, file, "archive/data.pkl", program)
+        _add(archive, file, "archive/byteorder", b"little")
+        for i, array in enumerate(storages):
+            _add(archive, file, f"archive/data/{i}", array.astype("<f4", copy=False).tobytes())
+        _add(archive, file, "archive/version", b"3\n")
+    return file.getvalue()
+
+
+def _add(archive: zipfile.ZipFile, file: io.BytesIO, name: str, content: bytes) -> None:
+    """One record whose content begins at a multiple of ALIGNMENT, by an extra field of zeros before it."""
+    info = zipfile.ZipInfo(name)  # dated 1980, so that equal weights give equal files
+    info.create_system = 3
+    used = file.tell() + 30 + len(name) + 4
+    padding = -used % ALIGNMENT
+    info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
+    archive.writestr(info, content)
+
+
+def _pickled(value: Any) -> bytes:
+    """Protocol-2 opcodes that push a plain value."""
+    match value:
+        case bool():
+            return b"\x88" if value else b"\x89"
+        case int() if 0 <= value < 2**31:
+            return b"J" + struct.pack("<i", value)
+        case int():
+            content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            return b"\x8a" + struct.pack("<B", len(content)) + content
+        case float():
+            return b"G" + struct.pack(">d", value)
+        case str():
+            content = value.encode()
+            return b"X" + struct.pack("<I", len(content)) + content
+        case tuple():
+            return b"(" + b"".join(map(_pickled, value)) + b"t"
+        case dict():
+            return b"}(" + b"".join(_pickled(part) for item in value.items() for part in item) + b"u"
+    raise WeightsError(f"cannot write the hyper-parameter value {value!r}; wanted a string, number or boolean")
+
+
+def _pickled_tensor(array: np.ndarray, key: str) -> bytes:
+    storage = b"(" + _pickled("storage") + b"ctorch\nFloatStorage\n" + _pickled(key) + _pickled("cpu")
+    storage += _pickled(array.size) + b"tQ"
+    shape = _pickled(array.shape) + _pickled(row_major_strides(array.shape))
+    # _rebuild_tensor_v2(storage, offset 0, shape, strides, requires_grad False, no backward hooks)
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _pickled(0) + shape + b"\x89ccollections\nOrderedDict\n)RtR"

@@ -1,0 +1,47 @@
+"""Schedules against the values that torch's and BasicSR's schedulers have."""
+
+import numpy as np
+import pytest
+
+from kdjax.schedules import is_zero, make_schedule
+
+
+def test_constant() -> None:
+    assert float(make_schedule(3)(10**6)) == 3.0
+
+
+def test_multistep_decays_when_count_reaches_a_milestone() -> None:
+    schedule = make_schedule(dict(name="multistep", value=8.0, milestones=(2, 5, 5), gamma=0.5))
+    assert [float(schedule(count)) for count in range(7)] == [8, 8, 4, 4, 4, 1, 1]
+
+
+def test_cosine_has_basicsr_values_and_stays_at_its_end() -> None:
+    schedule = make_schedule(dict(name="cosine", value=2e-4, steps=250_000, final=1e-7))
+    values = [float(schedule(count)) for count in (0, 125_000, 250_000, 250_001, 10**6)]
+    np.testing.assert_allclose(values, [2e-4, 1.0005e-4, 1e-7, 1e-7, 1e-7], rtol=1e-5)
+
+
+def test_warmup_reaches_the_full_value() -> None:
+    schedule = make_schedule(dict(name="multistep", value=1.0, milestones=(8,), gamma=0.1, warmup=4))
+    np.testing.assert_allclose([schedule(c) for c in (0, 1, 2, 3, 4, 7, 8)], [0.25, 0.5, 0.75, 1, 1, 1, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (dict(name="multistop", value=1.0), "did you mean 'multistep'"),
+        (dict(value=1.0), "unknown schedule None"),
+        (dict(name="cosine", value=1.0), "steps"),
+        (dict(name="cosine", value=1.0, steps=0), "steps >= 1"),
+        (dict(name="multistep", value=1.0, milestones=(1,), gama=0.5), "gama"),
+        (dict(name="constant", value=1.0, warmup=-1), "warmup=-1"),
+    ],
+)
+def test_bad_specs_are_refused(spec: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_schedule(spec)
+
+
+def test_is_zero() -> None:
+    assert is_zero(0) and is_zero(0.0) and is_zero(dict(name="cosine", value=0.0, steps=5))
+    assert not is_zero(1e-9) and not is_zero(dict(name="cosine", value=0.0, steps=5, final=1.0))
