@@ -193,7 +193,7 @@ def train_step(
     (total, values), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     metrics = {
         "loss/total": total,
         **{f"loss/{name}": value for name, value in values.items()},

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import load_npz
 from flax import traverse_util
 
-from conftest import load_npz
 from kdjax import distill, models, sharding
 from kdjax.degradations import make_degrade
 from kdjax.schedules import make_schedule
@@ -73,9 +73,7 @@ class Tiny:
     """A small denoising problem with every part of a recipe in it."""
 
     student = models.init_model("dncnn", dict(num_feat=8, depth=3), jax.random.key(0))
-    teacher = models.init_model(
-        "rrdbnet", dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4), jax.random.key(1)
-    )
+    teacher = models.init_model("rrdbnet", dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4), jax.random.key(1))
     gt = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
 
     def recipe(self, **changes: object) -> distill.Recipe:
@@ -215,7 +213,9 @@ def adam_by_hand(params: np.ndarray, grads: list[np.ndarray], *, l2: float, deco
     return params
 
 
-@pytest.mark.parametrize(("name", "options"), [("adam", dict(l2=0.3, decoupled=0)), ("adamw", dict(l2=0, decoupled=0.3))])
+@pytest.mark.parametrize(
+    ("name", "options"), [("adam", dict(l2=0.3, decoupled=0)), ("adamw", dict(l2=0, decoupled=0.3))]
+)
 def test_optimizers_are_torchs(name: str, options: dict) -> None:
     rng = np.random.default_rng(0)
     start, grads = rng.normal(size=5), [rng.normal(size=5) for _ in range(4)]

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import load_npz
+
 from kdjax.losses import make_criterion
 
 CASES = {  # name in the reference file -> criterion, options, reduction

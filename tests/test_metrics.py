@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load_npz
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from conftest import load_npz
 from kdjax.metrics import psnr, ssim
 
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from conftest import GOLDEN, load_npz
+
 from kdjax.models import abstract_params, count_macs, count_params, init_model, make_apply
 from kdjax.weights import load_model
 
@@ -16,9 +16,7 @@ TINY = {
     "srvggnetcompact": dict(num_feat=8, num_conv=2, upscale=1),
     "dncnn": dict(num_feat=8, depth=4),
 }
-REFERENCES = sorted(
-    path.stem for arch in TINY for path in (GOLDEN / "archs").glob(f"{arch}*.npz")
-)
+REFERENCES = sorted(path.stem for arch in TINY for path in (GOLDEN / "archs").glob(f"{arch}*.npz"))
 
 
 def load_reference(folder: Path, name: str) -> tuple:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.weights.tensors import BFLOAT16, MAX_DIMS, Storage, Tensor, WeightsError
+from kdjax.weights.tensors import BFLOAT16, Storage, Tensor, WeightsError
 
 MAX_STEPS = 4_000_000  # a state dict takes about 30 opcodes per tensor
 RESAVE = "re-save the weights in torch with torch.save({'params': model.state_dict()}, path) or as .safetensors"
@@ -59,8 +59,9 @@ ALLOWED: dict[tuple[str, str], Name] = {
 
 # Opcodes whose argument is the value to push.
 _LITERALS = frozenset(
-    "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE"
-    " SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8".split()
+    ("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT")
+    + ("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
+    + ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8")
 )
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 _FIXED_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -179,16 +180,16 @@ class _Machine:
             case "OrderedDict", ():
                 return {}
             case "OrderedDict", (list(pairs),):
+                # Python 2 wrote the items as lists. Counted, since copying a long list again and again takes long.
                 self.count(len(pairs))
-                return _update({}, [part for pair in pairs for part in _expect(pair, list, "OrderedDict", 2)])
+                if all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+                    return _update({}, [part for pair in pairs for part in pair])
             case "Size", (tuple(sizes),):
                 return sizes
             case "_rebuild_parameter", (Tensor() as tensor, *_):
                 return tensor
-            case "_rebuild_tensor" | "_rebuild_tensor_v2", (Storage() as storage, offset, tuple(shape), tuple(stride), *_):
-                if max(len(shape), len(stride)) > MAX_DIMS:
-                    raise WeightsError(f"a tensor has {len(shape)} dimensions, at most {MAX_DIMS} are read")
-                tensor = Tensor(storage, offset, shape, stride)
+            case "_rebuild_tensor" | "_rebuild_tensor_v2", (Storage() as data, offset, tuple(shape), tuple(stride), *_):
+                tensor = Tensor(data, offset, shape, stride)
                 self.view_bytes_left -= tensor.nbytes
                 if self.view_bytes_left < 0:
                     raise WeightsError(
@@ -212,10 +213,8 @@ def _find_name(module: Any, name: Any = "") -> Name:
     )
 
 
-def _expect(value: Any, kind: type, where: str, length: int | None = None) -> Any:
-    # A pair may be a list (Python 2) or a tuple.
-    kinds = (list, tuple) if length is not None else (kind,)
-    if type(value) not in kinds or (length is not None and len(value) != length):
+def _expect(value: Any, kind: type, where: str) -> Any:
+    if type(value) is not kind:
         raise WeightsError(f"the pickle applies {where} to a {type(value).__name__}; the file is damaged; {RESAVE}")
     return value
 

@@ -1,6 +1,6 @@
-"""Reads and writes `.safetensors` through the safetensors library: torch's names and layouts, so other tools read them.
+"""Reads and writes `.safetensors` through the safetensors library: torch's names and layouts, as other tools expect.
 
-The header's metadata holds `kdjax`, a JSON object with the architecture and its hyper-parameters; other tools ignore it.
+The header's metadata holds `kdjax`, a JSON object with architecture and hyper-parameters; other tools ignore it.
 """
 
 from __future__ import annotations

@@ -73,14 +73,14 @@ class Tensor:
     stride: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        integers = (self.offset, *self.shape, *self.stride)
-        if any(type(n) is not int or n < 0 for n in integers) or len(self.shape) != len(self.stride):
-            raise WeightsError(
-                f"a tensor of shape {self.shape!r:.80} has offset {self.offset!r:.40} and strides {self.stride!r:.80};"
-                " wanted one stride per dimension and no negative number"
-            )
-        if len(self.shape) > MAX_DIMS:
+        if max(len(self.shape), len(self.stride)) > MAX_DIMS:
             raise WeightsError(f"a tensor has {len(self.shape)} dimensions, at most {MAX_DIMS} are read")
+        integers = (self.offset, *self.shape, *self.stride)
+        if any(type(n) is not int or not 0 <= n < 2**63 for n in integers) or len(self.shape) != len(self.stride):
+            raise WeightsError(
+                "a tensor has a shape, offset or strides that torch never writes; wanted one stride per dimension and"
+                " no negative number; the file is damaged"
+            )
         if self.numel > MAX_NUMEL:
             raise WeightsError(f"a tensor of shape {self.shape!r:.80} is absurdly large")
         reach = self.offset

@@ -76,7 +76,9 @@ def _read_zip(data: bytes) -> Any:
         raise WeightsError(f"it is a TorchScript archive, which holds code and not only weights; {RESAVE}")
     # torch never compresses, so what the records declare can never exceed the file: no zip bomb passes this.
     if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
-        raise WeightsError(f"the zip file is compressed; torch never compresses; unpack and zip it with -0, or {RESAVE}")
+        raise WeightsError(
+            f"the zip file is compressed; torch never compresses; unpack and zip it with -0, or {RESAVE}"
+        )
     declared = sum(info.file_size for info in records.values())
     if declared > len(data):
         raise WeightsError(f"its records declare {declared} bytes, the file has {len(data)}; the file is damaged")
@@ -142,7 +144,7 @@ def _read_legacy(data: bytes) -> Any:
         root = roots[key]
         start, stop = position + 8, position + 8 + root.nbytes
         if stop > len(data):
-            raise WeightsError(f"it ends within storage {key[:40]!r} ({stop} bytes wanted, {len(data)} found): truncated")
+            raise WeightsError(f"storage {key[:40]!r} ends at byte {stop}, the file at {len(data)}: truncated")
         (numel,) = struct.unpack_from("<q", data, position)
         if numel != root.numel:
             raise WeightsError(f"storage {key[:40]!r} has {numel} scalars, {root.numel} were declared; damaged")
@@ -215,4 +217,5 @@ def _pickled_tensor(array: np.ndarray, key: str) -> bytes:
     storage += _pickled(array.size) + b"tQ"
     shape = _pickled(array.shape) + _pickled(row_major_strides(array.shape))
     # _rebuild_tensor_v2(storage, offset 0, shape, strides, requires_grad False, no backward hooks)
-    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _pickled(0) + shape + b"\x89ccollections\nOrderedDict\n)RtR"
+    arguments = storage + _pickled(0) + shape + b"\x89ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"tR"

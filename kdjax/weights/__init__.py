@@ -1,0 +1,171 @@
+"""Weights in and out: `.pth` and `.safetensors` files to models and back, without torch.
+
+    loaded = load_weights("RealESRGAN_x4plus.pth")     # architecture and hyper-parameters come from the tensors
+    output, features = loaded.model(image)
+    save_model(loaded.model, "student.pth")            # opens in BasicSR, spandrel, torch.load(weights_only=True)
+
+Files are read as data: nothing in them is executed, and whatever is wrong with one ends in a `WeightsError`.
+Parameters are float32 numpy arrays; weights stored in other precisions are converted. Files that `save_model` wrote
+also say their architecture and hyper-parameters, under the entry "kdjax" that other tools ignore.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdjax.models import MODELS, Model, canonical_arch
+from kdjax.weights import layouts
+from kdjax.weights.safetensors_file import is_safetensors_file, read_safetensors_file, safetensors_file_bytes
+from kdjax.weights.tensors import WeightsError
+from kdjax.weights.torch_file import is_torch_file, read_torch_file, torch_file_bytes
+
+__all__ = ["Loaded", "WeightsError", "load_model", "load_weights", "save_model"]
+
+MAX_FILE_BYTES = 8 << 30
+
+WRITERS = {".pth": torch_file_bytes, ".safetensors": safetensors_file_bytes}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and where it came from.
+
+    Attributes:
+      model: with float32 numpy parameters.
+      path: the file, as it was given.
+      sha256: of the whole file.
+      layout: how the file names its parameters: "BasicSR", "BSRGAN", "old ESRGAN", "KAIR", "KAIR with BatchNorm".
+      key: which entry of the file the weights are: "params_ema", "params", ..., or "bare" for the top level.
+    """
+
+    model: Model
+    path: str
+    sha256: str
+    layout: str
+    key: str
+
+
+def load_weights(
+    path: str | os.PathLike[str], *, key: str = "auto", arch: str | None = None, **hparams_overrides: Any
+) -> Loaded:
+    """Reads a weight file; the format is recognised by its content, not its suffix.
+
+    Args:
+      path: a `.pth`, `.pt`, `.ckpt` or `.safetensors` file.
+      key: which entry to take when the file has several sets of weights. "auto" takes the first that exists of
+        `layouts.WRAPPERS` (params_ema, params, ...), then the only set of tensors, then the top level.
+      arch: the architecture, when it shall not be recognised from the keys. BasicSR's class names work too.
+      **hparams_overrides: hyper-parameters that the tensors do not tell, such as act_type="relu".
+
+    Raises:
+      WeightsError: the file cannot be read or does not fit; the message names the file, what was found and what to do.
+      ValueError: `arch` is not a known architecture.
+    """
+    arch = None if arch is None else canonical_arch(arch)
+    data = _read(path)
+    try:
+        content, about = _parse(data)
+        state, found_key = layouts.unwrap(content, key)
+        said_arch, said = _said(about)
+        if None not in (arch, said_arch) and arch != said_arch:
+            raise WeightsError(f"it says it is {said_arch}, not {arch}")
+        model, layout = layouts.to_model(state, arch=arch or said_arch, said=said, given=hparams_overrides)
+    except WeightsError as error:
+        raise WeightsError(f"{os.fspath(path)}: {error}") from None
+    except Exception as error:
+        # A damaged or hostile file can trip any step of zipfile, pickletools, numpy and json; none of that is a fault
+        # of the program, and callers need one kind of error.
+        raise WeightsError(
+            f"{os.fspath(path)}: the file is damaged ({type(error).__name__}: {error!s:.200}); get or write it again"
+        ) from error
+    return Loaded(model, os.fspath(path), hashlib.sha256(data).hexdigest(), layout, found_key)
+
+
+def load_model(
+    path: str | os.PathLike[str], *, key: str = "auto", arch: str | None = None, **hparams_overrides: Any
+) -> Model:
+    """The model in a weight file; see `load_weights`."""
+    return load_weights(path, key=key, arch=arch, **hparams_overrides).model
+
+
+def save_model(model: Model, path: str | os.PathLike[str]) -> None:
+    """Writes a model as `.pth` (BasicSR's layout, under "params") or `.safetensors`, chosen by the suffix.
+
+    The same weights always give the same bytes. The file appears whole or not at all: on any failure an existing file
+    of that name stays as it was.
+
+    Raises:
+      WeightsError: unknown suffix, parameters that do not fit the architecture or are not finite, or no such folder.
+    """
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise WeightsError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {' or '.join(WRITERS)}")
+    if not path.parent.is_dir():
+        raise WeightsError(f"{path}: the folder {path.parent} does not exist; create it first")
+    try:
+        about = {"arch": model.arch, "hparams": {name: _plain(value) for name, value in model.hparams.items()}}
+        data = WRITERS[path.suffix](layouts.to_state_dict(model), about)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: str | os.PathLike[str]) -> bytes:
+    file = Path(path)
+    try:
+        if not file.is_file():  # also keeps us from waiting on a pipe
+            what = "is a folder" if file.is_dir() else "is not a regular file" if file.exists() else "does not exist"
+            raise WeightsError(f"{file}: {what}; wanted a .pth or .safetensors file")
+        size = file.stat().st_size
+        if not 0 < size <= MAX_FILE_BYTES:
+            raise WeightsError(
+                f"{file}: has {size} bytes; wanted a .pth or .safetensors file of at most {MAX_FILE_BYTES}"
+            )
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{file}: cannot be read: {error}") from error
+
+
+def _parse(data: bytes) -> tuple[Any, Any]:
+    """What the file holds, and what it says about itself when `save_model` wrote it."""
+    if is_torch_file(data):
+        content = read_torch_file(data)
+        about = content.get("kdjax") if type(content) is dict else None
+        return content, about
+    if is_safetensors_file(data):
+        return read_safetensors_file(data)
+    raise WeightsError(f"it begins with {data[:8]!r}; wanted a .pth file of torch.save or a .safetensors file")
+
+
+def _said(about: Any) -> tuple[str | None, dict[str, Any]]:
+    """The architecture and hyper-parameters that a file states."""
+    match about:
+        case None:
+            return None, {}
+        case {"arch": str(arch), "hparams": dict(hparams)} if arch in MODELS:
+            return arch, hparams
+    raise WeightsError('its entry "kdjax" does not name an architecture and its hyper-parameters; it was altered')
+
+
+def _plain(value: Any) -> Any:
+    """A numpy scalar as the Python number it stands for."""
+    return value.item() if isinstance(value, np.generic) else value

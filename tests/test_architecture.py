@@ -1,0 +1,68 @@
+"""The house has floors: a module of kdjax imports from lower floors only, and Flax and torch stay where they belong."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import kdjax
+
+PACKAGE = Path(kdjax.__file__).parent
+FLOORS = [
+    {"names", "config", "signals", "assets", "ops", "schedules", "sharding"},  # the ground
+    {"models", "losses", "metrics", "degradations"},  # the maths
+    {"data", "weights", "checkpoint", "logbook"},  # the world outside
+    {"distill"},  # the step
+    {"validation"},  # measuring
+    {"monitor"},
+    {"train", "evaluate"},  # programs
+]
+FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
+# Ground-floor modules that others of that floor may use.
+FOUNDATION = {"names"}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The absolute names that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_module_has_a_floor() -> None:
+    modules = {module_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"}
+    assert modules == set(FLOOR_OF)
+
+
+def test_modules_import_from_lower_floors_only() -> None:
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        here = module_of(path)
+        for name in imported_modules(path):
+            parts = name.split(".")
+            if parts[0] != "kdjax" or len(parts) < 2 or parts[1] in {here, *FOUNDATION} or here == "__init__":
+                continue
+            if FLOOR_OF[parts[1]] >= FLOOR_OF[here]:
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {name}")
+    assert not wrong
+
+
+def test_flax_modules_stay_inside_models_and_torch_outside_the_package() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        names = imported_modules(path)
+        assert not any(name.split(".")[0] == "torch" for name in names), path
+        if module_of(path) != "models":
+            assert not any(name.startswith(("flax.nnx", "flax.linen")) for name in names), path
+
+
+def test_import_is_lazy() -> None:
+    code = "import kdjax, sys; assert 'jax' not in sys.modules and 'numpy' not in sys.modules; kdjax.psnr"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,273 @@
+"""The training program as its users meet it: a subprocess with flags, files in, files and one line out."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+from test_config import load
+
+from kdjax import assets, config, data, train
+from kdjax.weights import load_model, load_weights, save_model
+
+ROOT = Path(__file__).parent.parent
+TIMES = ("images_per_second",)  # the only numbers that two equal runs may not share
+
+
+def start(workdir: Path, *flags: str, devices: int = 1, **options: object) -> subprocess.Popen:
+    """Starts the debug recipe in a process of its own."""
+    command = [sys.executable, "-m", "kdjax.train", "--config", "configs/denoise.py:debug", "--workdir", str(workdir)]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command + list(flags),
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        **options,
+    )
+
+
+def run(workdir: Path, *flags: str, devices: int = 1, code: int = 0) -> str:
+    """Runs it to the end and returns what it printed."""
+    process = start(workdir, *flags, devices=devices)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def rows(workdir: Path) -> list[dict]:
+    """The numbers of a run, without those that measure time."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{name: v for name, v in json.loads(line).items() if name not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A whole run of 12 steps, and its output."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, run(workdir, "--config.train.steps=12", "--config.log.tensorboard=True")
+
+
+def test_report_progress_and_result_are_printed(finished: tuple[Path, str]) -> None:
+    workdir, output = finished
+    teacher = load_weights(assets.TEACHER)
+    assert "devices: 1 x cpu" in output and "batch 4 = 4 per device" in output
+    assert f"sha256 {teacher.sha256}" in output and f"weights under '{teacher.key}'" in output
+    assert "srvggnetcompact" in output and "GMAC at 256x256" in output
+    assert "dB, its input" in output and "DOES NOT IMPROVE" not in output
+    assert "step 12/12  loss " in output and "task " in output and "output " in output and "0:00:00 left" in output
+    assert f"saved as {workdir / 'student.pth'}" in output.splitlines()[-1]
+    assert "\r" not in output and "Traceback" not in output
+    assert (workdir / "train.log").read_text().splitlines()[-1] in output
+
+
+def test_numbers_are_written_by_step(finished: tuple[Path, str]) -> None:
+    workdir, _ = finished
+    training = [row for row in rows(workdir) if "loss/total" in row]
+    validation = [row for row in rows(workdir) if "val/student_psnr" in row]
+    assert [row["step"] for row in training] == [row["step"] for row in validation] == [2, 4, 6, 8, 10, 12]
+    for row in training:
+        total = sum(row[f"loss/{name}"] * row[f"weight/{name}"] for name in ("task", "output"))
+        assert row["loss/total"] == pytest.approx(total, rel=1e-5)
+    assert validation[-1]["val/teacher_psnr"] > validation[-1]["val/input_psnr"] + 3
+
+
+def test_files_of_a_finished_run(finished: tuple[Path, str]) -> None:
+    workdir, _ = finished
+    model = load_model(workdir / "student.pth")
+    same = load_model(workdir / "student.safetensors")
+    assert (model.arch, model.hparams) == (same.arch, same.hparams)
+    assert model.hparams["num_feat"] == 8
+    with Image.open(next((workdir / "val" / "0000012").iterdir())) as picture:
+        assert picture.size == (4 * 32 + 3 * 4, 32)  # input, student, teacher, clean
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 12
+    assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} >= {10, 12}
+    events = next((workdir / "tensorboard").iterdir()).read_bytes()
+    assert b"loss/total" in events and Event is not None
+
+
+def test_starting_a_finished_run_again_changes_nothing(finished: tuple[Path, str], tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    before = {path: path.read_bytes() for path in workdir.glob("student.*")} | {"rows": rows(workdir)}
+    output = run(workdir, "--config.train.steps=12")
+    assert "continuing at step 12" in output
+    assert {path: path.read_bytes() for path in workdir.glob("student.*")} | {"rows": rows(workdir)} == before
+
+
+def test_killed_and_started_again_gives_the_numbers_of_an_unbroken_run(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    """SIGKILL at three moments: while compiling, after a few steps, during a validation or checkpoint."""
+    workdir = tmp_path / "run"
+    for seen in ("training 12 steps", "step 4/12", "validation at step 8"):
+        process = start(workdir, "--config.train.steps=12")
+        for line in process.stdout:
+            if seen in line:
+                break
+        process.kill()
+        process.communicate()
+    # What a kill in the middle of a line leaves behind.
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "loss/to')
+    run(workdir, "--config.train.steps=12")
+    assert rows(workdir) == rows(finished[0])
+    assert (workdir / "student.pth").read_bytes() == (finished[0] / "student.pth").read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_in_order(finished: tuple[Path, str], tmp_path: Path, number: int) -> None:
+    workdir = tmp_path / "run"
+    # Steps of their own length, so that the signal comes before the end.
+    flags = ("--config.train.steps=100000", "--config.val.every=100000", "--config.checkpoint.every=100000")
+    process = start(workdir, *flags, start_new_session=True)
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if "step 6/100,000" in line:
+            break
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, seen + output
+    assert "Traceback" not in output
+    assert f"stopped by {signal.Signals(number).name} at step " in output.splitlines()[-1]
+    step = int(output.splitlines()[-1].split("at step ")[1].split(" ")[0].replace(",", ""))
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+
+
+def test_four_devices_train_like_one(finished: tuple[Path, str], tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    output = run(workdir, "--config.train.steps=12", devices=4)
+    assert "devices: 4 x cpu" in output and "batch 4 = 1 per device" in output
+    for ours, theirs in zip(rows(workdir), rows(finished[0]), strict=True):
+        for name, value in ours.items():
+            assert value == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+
+
+def test_without_distillation_no_teacher_is_loaded(tmp_path: Path) -> None:
+    output = run(tmp_path / "run", "--config.terms.output.weight=0.", "--config.teacher.weights=missing.pth")
+    assert "teacher" not in output
+    assert "weight/output" not in rows(tmp_path / "run")[0]
+
+
+def test_a_diverging_run_stops_with_step_and_values_and_keeps_its_good_checkpoints(tmp_path: Path) -> None:
+    workdir = tmp_path / "run"
+    run(workdir)
+    output = run(workdir, "--config.train.steps=8", "--config.train.lr.value=1e38", code=1)
+    assert "config changed since the last start: train.lr.value: 0.0002 -> 1e+38" in output
+    assert "error: step " in output and "is not finite (loss/total " in output and "Traceback" not in output
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} <= {"2", "4", "6"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--config.train.stpes=4",), "stpes"),
+        (("--config.train.steps=many",), "many"),
+        (("--config.data.batch_size=6",), "config.data.batch_size=6 does not divide by the 4 devices; use 4"),
+        (("extra",), "unexpected argument 'extra'"),
+    ],
+)
+def test_refusals_are_one_message(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
+    process = start(tmp_path / "run", *flags, devices=4)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert message in output and "Traceback" not in output
+    assert not (tmp_path / "run").exists()
+
+
+def prepared(**changes: dict) -> train.Setup:
+    values = load("denoise", "debug").to_dict()
+    for section, entries in changes.items():
+        values[section].update(entries)
+    return train.prepare(config.parse(values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": {"weights": ""}}, "set config.teacher.weights"),
+        ({"teacher": {"weights": "missing.pth"}}, "missing.pth"),
+        ({"teacher": {"key": "parms"}}, "params"),
+        ({"student": {"arch": "SRVGG"}}, "did you mean 'srvggnetcompact'"),
+        ({"student": {"hparams": {"num_feats": 8}}}, "did you mean 'num_feat'"),
+        ({"student": {"hparams": {"upscale": 2}}}, "enlarge"),
+        ({"student": {"arch": "dncnn", "hparams": {"num_in_ch": 1}}}, "colour channels"),
+        ({"terms": {"task": {"criterion": "l1", "weight": 1.0, "epsilon": 1}}}, "epsilon"),
+        ({"degrade": {"name": "awgn", "sigma": 400.0}}, "from 0 to 255"),
+        ({"data": {"gt": "no/such/folder"}}, "no/such/folder"),
+        ({"val": {"gt": "no/such/folder"}}, "no/such/folder"),
+        ({"train": {"optimizer": "sgd"}}, "unknown optimizer 'sgd'"),
+        ({"train": {"lr": {"name": "cosine", "value": 1.0}}}, "steps"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(changes: dict, message: str) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        prepared(**changes)
+
+
+def test_a_teacher_that_does_not_denoise_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    untrained = train.models.init_model("dncnn", dict(num_feat=4, depth=2), train.jax.random.key(0))
+    save_model(untrained, tmp_path / "untrained.pth")
+    setup = prepared(teacher={"weights": str(tmp_path / "untrained.pth")})
+    setup.monitor.report()
+    assert "DOES NOT IMPROVE ITS INPUT" in caplog.text
+
+
+def test_another_student_or_teacher_does_not_continue_a_run(finished: tuple[Path, str]) -> None:
+    setup = prepared(student={"arch": "dncnn", "hparams": {"num_feat": 4, "depth": 3}})
+    with pytest.raises(config.ConfigError, match=r"another student: .*srvggnetcompact.* before, .*dncnn"):
+        train.check_same_run(setup, finished[0])
+
+
+def photographs(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        data.write_image(folder / f"{i}.png", rng.integers(0, 256, (40, 36, 3), dtype=np.uint8))
+
+
+def test_damaged_training_images_are_named_and_counted(tmp_path: Path) -> None:
+    photographs(tmp_path / "gt", 5)
+    (tmp_path / "gt" / "3.png").write_bytes((tmp_path / "gt" / "3.png").read_bytes()[:200])
+    output = run(tmp_path / "run", f"--config.data.gt={tmp_path / 'gt'}", "--config.data.batch_size=8")
+    assert output.count("damaged training image 3.png") == 1
+    assert rows(tmp_path / "run")[-2]["damaged_images"] == 1
+
+
+def test_paired_folders_train_and_validate(tmp_path: Path) -> None:
+    photographs(tmp_path / "gt", 4)
+    (tmp_path / "lq").mkdir()
+    for path in (tmp_path / "gt").iterdir():
+        shutil.copy(path, tmp_path / "lq" / f"{path.stem}_noisy.png")
+    section = {"gt": str(tmp_path / "gt"), "lq": str(tmp_path / "lq"), "filename_tmpl": "{}_noisy"}
+    setup = prepared(data=section, val=section)
+    (tmp_path / "run").mkdir()
+    summary = train.train(setup, tmp_path / "run")
+    assert "input inf dB / 1.0000" in summary  # equal pairs
+
+
+def test_a_run_can_start_from_a_file(tmp_path: Path, finished: tuple[Path, str]) -> None:
+    setup = prepared(student={"weights": str(finished[0] / "student.pth")})
+    started = load_model(finished[0] / "student.pth").params
+    train.jax.tree.map(np.testing.assert_array_equal, setup.student.params, started)
+    with pytest.raises(config.ConfigError, match="asks for"):
+        prepared(student={"weights": str(finished[0] / "student.pth"), "hparams": {"num_feat": 4, "upscale": 1}})
+
+
+def test_time_left_is_not_shown_before_a_step_was_timed() -> None:
+    progress = train.Progress(0, config.parse({"terms": {"task": {"weight": 1.0}}}))
+    progress.count(1)
+    time.sleep(0.01)
+    line = progress.line({"loss/total": 0.5, "loss/task": 0.5, "weight/task": 1.0, "lr": 1e-3})
+    assert line == "step 1/250,000  loss 0.50000  task 0.50000 x1  lr 1.00e-03"
