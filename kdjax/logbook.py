@@ -29,6 +29,7 @@ class Logbook:
         path = workdir / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step]
         write_text(path, "".join(kept if resume_step else []))
+        self._kept = [json.loads(line) for line in kept] if resume_step else []
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = self._wandb = None
         if tensorboard:
@@ -49,6 +50,10 @@ class Logbook:
             self._tensorboard.close()
         if self._wandb:
             self._wandb.finish()
+
+    def has(self, step: int, name: str) -> bool:
+        """Whether a number of this name and step was there when the run was continued."""
+        return any(row["step"] == step and name in row for row in self._kept)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes numbers of one step; what is not finite is null in the JSON."""

@@ -169,6 +169,18 @@ def train(setup: Setup, workdir: Path) -> str:
                 wandb=config.log.wandb,
             ) as logbook,
         ):
+
+            def validate() -> float | None:
+                """The student's PSNR; at the last step also the files of the result. None when a signal came."""
+                psnr = setup.monitor.validate(
+                    step, state.params_ema, workdir, logbook, keep_going=lambda: not stop.requested
+                )
+                if psnr is not None and step >= config.train.steps:
+                    export(setup, state, workdir)
+                return psnr
+
+            if step and is_validated(config, step) and not logbook.has(step, "val/student_psnr"):
+                validate()  # which a signal interrupted
             pending: list[tuple[int, distill.Metrics]] = []
             progress = Progress(step, config)
             while step < config.train.steps and not stop.requested:
@@ -184,32 +196,31 @@ def train(setup: Setup, workdir: Path) -> str:
                 # The order matters: numbers are checked before they are saved, and everything is written before the
                 # checkpoint from which a killed run would continue after it.
                 logs = step % config.log.every == 0
-                validates = step % config.val.every == 0 or step == config.train.steps
-                saves = step % config.checkpoint.every == 0 or validates or stop.requested
+                validates = is_validated(config, step)
+                saves = step % config.checkpoint.every == 0 or validates
                 if logs or saves:
                     values = fetch(pending)
                 if logs:
                     log.info(progress.line(values))
                     rate = {"images_per_second": progress.rate, "damaged_images": float(len(batches.damaged))}
                     logbook.write(step, values | rate)
-                psnr = None
-                if validates:
-                    psnr = setup.monitor.validate(
-                        step, state.params_ema, workdir, logbook, keep_going=lambda: not stop.requested
-                    )
-                if step == config.train.steps and psnr is not None:
-                    export(setup, state, workdir)
+                psnr = validate() if validates else None
                 if saves:
                     checkpoints.save(state, psnr=psnr)
                 if logs or saves:
                     progress.restart()
-            finished = step == config.train.steps and not stop.requested
-            if finished and not (workdir / "result.json").exists():  # a signal came during the last validation
-                setup.monitor.validate(step, state.params_ema, workdir, logbook)
-                export(setup, state, workdir)
-        if not finished:
+            if pending:
+                fetch(pending)
+            checkpoints.save(state)  # where a signal came between two checkpoints
+        result = read_json(workdir / "result.json")
+        if result.get("step") != step:
             return f"stopped by {stop.name} at step {step:,} of {config.train.steps:,}; the same command continues"
-        return f"{read_json(workdir / 'result.json')['summary']}; saved as {workdir / 'student.pth'} and .safetensors"
+        return f"{result['summary']}; saved as {workdir / 'student.pth'} and .safetensors"
+
+
+def is_validated(config: Config, step: int) -> bool:
+    """Whether the student is validated after this step."""
+    return step % config.val.every == 0 or step >= config.train.steps
 
 
 def export(setup: Setup, state: distill.State, workdir: Path) -> None:

@@ -93,8 +93,7 @@ def training_batches(
 
 
 class TrainingData(Iterator[dict[str, np.ndarray]]):
-    """The iterator that `training_batches` returns. Close it, or use it in a `with` statement, to end its
-    workers.
+    """What `training_batches` returns: an iterator. Close it, or use it in a `with` statement, to end workers.
 
     `damaged` maps the name of every damaged image met so far by this process to the reason; each is also
     logged once. `replaced` counts the samples that drew another image instead.
@@ -128,8 +127,7 @@ class TrainingData(Iterator[dict[str, np.ndarray]]):
             if number >= 0:
                 self.replaced += 1
                 self._report(self._samples.pairs[number])
-        # Workers hand over shared memory, which ends with the array that Grain made: JAX may outlive it, so
-        # copy.
+        # Workers hand over shared memory that ends with Grain's array; JAX may keep it longer, so copy.
         return {key: np.array(value) for key, value in batch.items()}
 
     def _report(self, pair: ImagePair) -> None:
@@ -161,11 +159,9 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 
 
 class _Samples:
-    """Sample number -> {gt, lq, index, damaged}, where `damaged` is the place in `pairs` of an image that
-    failed.
+    """Sample number -> {gt, lq, index, damaged}: `damaged` is the place in `pairs` of an image that failed, or -1.
 
-    Of several that failed `damaged` is the first, the one whose turn it was: so after one epoch each has been
-    reported.
+    Of several that failed it is the first, the one whose turn it was: so after one epoch each has been reported.
     """
 
     def __init__(

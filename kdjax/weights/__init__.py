@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from kdjax.models import MODELS, Model, canonical_arch
-from kdjax.weights import layouts
+from kdjax.weights.convert import to_model, to_state_dict
+from kdjax.weights.layouts import unwrap
 from kdjax.weights.safetensors_file import is_safetensors_file, read_safetensors_file, safetensors_file_bytes
 from kdjax.weights.tensors import WeightsError
 from kdjax.weights.torch_file import is_torch_file, read_torch_file, torch_file_bytes
@@ -72,11 +73,11 @@ def load_weights(
     data = _read(path)
     try:
         content, about = _parse(data)
-        state, found_key = layouts.unwrap(content, key)
+        state, found_key = unwrap(content, key)
         said_arch, said = _said(about)
         if None not in (arch, said_arch) and arch != said_arch:
             raise WeightsError(f"it says it is {said_arch}, not {arch}")
-        model, layout = layouts.to_model(state, arch=arch or said_arch, said=said, given=hparams_overrides)
+        model, layout = to_model(state, arch=arch or said_arch, said=said, given=hparams_overrides)
     except WeightsError as error:
         raise WeightsError(f"{os.fspath(path)}: {error}") from None
     except Exception as error:
@@ -111,7 +112,7 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> None:
         raise WeightsError(f"{path}: the folder {path.parent} does not exist; create it first")
     try:
         about = {"arch": model.arch, "hparams": {name: _plain(value) for name, value in model.hparams.items()}}
-        data = WRITERS[path.suffix](layouts.to_state_dict(model), about)
+        data = WRITERS[path.suffix](to_state_dict(model), about)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
