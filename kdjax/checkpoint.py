@@ -19,6 +19,10 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 BEST_METRIC = "psnr"
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to this run; the message says what to do."""
+
+
 class Checkpoints:
     """The folder of a run's checkpoints; use it as a context manager, so that pending writes end.
 
@@ -39,6 +43,7 @@ class Checkpoints:
                 preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
                 best_fn=lambda metrics: metrics[BEST_METRIC],
                 best_mode="max",
+                cleanup_tmp_directories=True,  # what a killed run left half-written
             ),
         )
 
@@ -70,12 +75,18 @@ class Checkpoints:
         """The newest checkpoint, with the structure, types and shardings of the state `like`.
 
         Raises:
-          ValueError: the checkpoint holds other arrays than `like`.
+          CheckpointError: it cannot be read, or holds other arrays than `like`.
         """
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _as_dict(like)
         )
-        restored = self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
+        try:
+            restored = self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"the checkpoint {self._manager.directory / str(self.latest)} does not fit this run. Was the optimizer"
+                f" changed since? Give a new --workdir, or remove that folder to continue from the one before. ({error})"
+            ) from error
         return dataclasses.replace(like, **restored)
 
 

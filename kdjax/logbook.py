@@ -6,6 +6,7 @@ that the file of a run that was killed reads like that of one that was not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -39,7 +40,8 @@ class Logbook:
         if wandb:
             import wandb as wandb_module
 
-            self._wandb = wandb_module.init(project=wandb, name=name, dir=str(workdir), id=name, resume="allow")
+            run_id = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:12]  # the same after a restart
+            self._wandb = wandb_module.init(project=wandb, name=name, dir=str(workdir), id=run_id, resume="allow")
 
     def __enter__(self) -> Self:
         return self

@@ -27,7 +27,7 @@ from ml_collections import config_flags
 
 from kdjax import assets, data, distill, models, sharding
 from kdjax import config as config_lib
-from kdjax.checkpoint import Checkpoints
+from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade
 from kdjax.logbook import Logbook, read_json, write_json
@@ -382,7 +382,7 @@ def main(argv: list[str]) -> None:
     start_logging(workdir)
     try:
         log.info(train(setup, workdir))
-    except (NonFiniteLoss, ConfigError, data.DataError) as error:
+    except (NonFiniteLoss, ConfigError, CheckpointError, data.DataError) as error:
         fail(str(error))
 
 

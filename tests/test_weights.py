@@ -30,7 +30,7 @@ import safetensors.numpy
 from conftest import GOLDEN
 from flax import traverse_util
 
-from kdjax.models import Model, count_params, init_model, make_apply
+from kdjax.models import Model, abstract_params, complete_hparams, count_params, make_apply
 from kdjax.weights import WeightsError, load_model, load_weights, save_model
 from kdjax.weights.pickle_reader import ALLOWED
 
@@ -173,15 +173,26 @@ def state_dict(model: Model) -> dict[str, np.ndarray]:
     return state
 
 
+def random_model(arch: str, hparams: dict[str, Any]) -> Model:
+    """Without jax, whose compilation would take most of the time of these tests."""
+    rng = np.random.default_rng(0)
+    hparams = complete_hparams(arch, hparams)
+    return Model(
+        arch,
+        hparams,
+        jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(arch, hparams)),
+    )
+
+
 @pytest.fixture(scope="module")
 def dncnn() -> Model:
-    return init_model("dncnn", {"num_in_ch": 1, "num_feat": 4, "depth": 3}, jax.random.key(0))
+    return random_model("dncnn", {"num_in_ch": 1, "num_feat": 4, "depth": 3})
 
 
 @pytest.fixture(scope="module")
 def rrdbnet() -> Model:
     hparams = {"num_in_ch": 1, "num_out_ch": 1, "num_feat": 4, "num_block": 2, "num_grow_ch": 2}
-    return init_model("rrdbnet", hparams, jax.random.key(1))
+    return random_model("rrdbnet", hparams)
 
 
 def write(folder: Path, content: bytes, name: str = "file.pth") -> Path:
@@ -201,7 +212,8 @@ def assert_same(a: Any, b: Any) -> None:
 
 def golden_act(path: Path) -> dict[str, str]:
     """The activation that only the name of a golden file tells."""
-    return {"act_type": name for name in path.stem.split("_") if name in ("relu", "leakyrelu")}
+    names = [name for name in path.stem.split("_") if name in ("relu", "leakyrelu")]
+    return {"act_type": names[0]} if names else {}
 
 
 # ---- reference files -------------------------------------------------------------------------------------------
@@ -237,7 +249,7 @@ def test_export_and_import_change_no_bit(path: Path, suffix: str, tmp_path: Path
 
 def test_a_file_without_prelu_weights_asks_for_its_activation(tmp_path: Path) -> None:
     hparams = {"num_feat": 3, "num_conv": 2, "upscale": 2, "act_type": "leakyrelu"}
-    model = init_model("srvggnetcompact", hparams, jax.random.key(0))
+    model = random_model("srvggnetcompact", hparams)
     path = write(tmp_path, zip_file({"params": OrderedDict(state_dict(model))}))
     with pytest.raises(WeightsError, match=r"act_type='relu' or act_type='leakyrelu'"):
         load_weights(path)
@@ -251,13 +263,13 @@ def test_a_file_without_prelu_weights_asks_for_its_activation(tmp_path: Path) ->
 @pytest.mark.parametrize("scale", [1, 2, 4])
 def test_rrdbnet_hyperparameters(num_in_ch: int, scale: int, tmp_path: Path) -> None:
     hparams = {"num_in_ch": num_in_ch, "num_out_ch": num_in_ch, "scale": scale, "num_feat": 2, "num_block": 1}
-    model = init_model("rrdbnet", hparams | {"num_grow_ch": 3}, jax.random.key(0))
+    model = random_model("rrdbnet", hparams | {"num_grow_ch": 3})
     assert load_model(write(tmp_path, zip_file(state_dict(model)))).hparams == model.hparams
 
 
 def test_channels_that_only_look_unshuffled(tmp_path: Path) -> None:
     hparams = {"num_in_ch": 12, "num_out_ch": 3, "scale": 4, "num_feat": 2, "num_block": 1, "num_grow_ch": 2}
-    model = init_model("rrdbnet", hparams, jax.random.key(0))
+    model = random_model("rrdbnet", hparams)
     path = write(tmp_path, zip_file(state_dict(model)))
     assert load_model(path).hparams["scale"] == 2
     assert load_model(path, scale=4).hparams == load_model(path, num_in_ch=12).hparams == model.hparams
@@ -289,9 +301,9 @@ def old_esrgan_key(key: str, num_block: int, num_upsample: int) -> str:
 @pytest.mark.parametrize("num_upsample", [0, 1, 2, 3])
 @pytest.mark.parametrize("layout", ["BasicSR", "BSRGAN", "old ESRGAN"])
 def test_every_rrdbnet_layout(layout: str, num_upsample: int, tmp_path: Path) -> None:
-    hparams = {"num_feat": 3, "num_block": 11, "num_grow_ch": 2, "num_upsample": num_upsample}
-    model = init_model("rrdbnet", hparams | {"scale": 2**num_upsample}, jax.random.key(0))
-    rename = {"BasicSR": str, "BSRGAN": bsrgan_key, "old ESRGAN": lambda key: old_esrgan_key(key, 11, num_upsample)}
+    hparams = {"num_feat": 3, "num_block": 2, "num_grow_ch": 2, "num_upsample": num_upsample}
+    model = random_model("rrdbnet", hparams | {"scale": 2**num_upsample})
+    rename = {"BasicSR": str, "BSRGAN": bsrgan_key, "old ESRGAN": lambda key: old_esrgan_key(key, 2, num_upsample)}
     state = {rename[layout](key): value for key, value in state_dict(model).items()}
     loaded = load_weights(write(tmp_path, zip_file(state)))
     assert (loaded.layout, loaded.key, loaded.model.hparams) == (layout, "bare", model.hparams)
@@ -351,14 +363,14 @@ def test_incomplete_batch_norm_is_refused(drop: str, tmp_path: Path) -> None:
 
 
 def test_networks_that_read_a_noise_map_are_refused(tmp_path: Path) -> None:
-    state = state_dict(init_model("dncnn", {"num_in_ch": 3, "num_feat": 4, "depth": 4}, jax.random.key(0)))
+    state = state_dict(random_model("dncnn", {"num_in_ch": 3, "num_feat": 4, "depth": 4}))
     state["model.0.weight"] = np.zeros((4, 4, 3, 3), np.float32)
     with pytest.raises(WeightsError, match=r"FDnCNN or FFDNet.*noise level"):
         load_weights(write(tmp_path, zip_file(state)))
 
 
 def test_ircnn_is_not_taken_for_dncnn(tmp_path: Path) -> None:
-    model = init_model("dncnn", {"num_in_ch": 1, "num_feat": 64, "depth": 7}, jax.random.key(0))
+    model = random_model("dncnn", {"num_in_ch": 1, "num_feat": 64, "depth": 7})
     path = write(tmp_path, zip_file(state_dict(model)))
     with pytest.raises(WeightsError, match=r"IRCNN.*arch='dncnn'"):
         load_weights(path)
@@ -481,7 +493,7 @@ def test_prefixes_before_every_key(dncnn: Model, prefix: str, tmp_path: Path) ->
     state = {prefix + key: value for key, value in state_dict(dncnn).items()}
     assert_same(dncnn.params, load_model(write(tmp_path, zip_file(state))).params)
     state["model.0.bias"] = state.pop(prefix + "model.0.bias")
-    with pytest.raises(WeightsError, match="unexpected|fit no supported"):
+    with pytest.raises(WeightsError, match=r"unexpected|fit no supported"):
         load_weights(write(tmp_path, zip_file(state)))
 
 
@@ -496,7 +508,7 @@ def test_hyperparameters_that_contradict_the_tensors(dncnn: Model, tmp_path: Pat
         load_weights(path, depth=9)
     with pytest.raises(WeightsError, match="no hyper-parameter 'scale'"):
         load_weights(path, scale=2)
-    with pytest.raises(WeightsError, match="fit no supported architecture rrdbnet|rrdbnet"):
+    with pytest.raises(WeightsError, match=r"fit no supported architecture rrdbnet|do not fit rrdbnet"):
         load_weights(path, arch="rrdbnet")
 
 
@@ -667,6 +679,13 @@ def touching(marker: Path, name: str) -> bytes:
     )
 
 
+def laugh(i: int) -> bytes:
+    """A list that holds the list before it ten times."""
+    return b"](" + bytes([ord("h"), i]) * 10 + b"eq" + bytes([i + 1])
+
+
+COPY = b"ccollections\nOrderedDict\nh\x01R0"
+
 HOSTILE = {
     "eval": pickle.dumps(Reduce(eval, "1+1"), 2),
     "getattr chain": b"\x80\x04cbuiltins\ngetattr\n(ctorch._utils\n_rebuild_tensor_v2\n" + text("__globals__") + b"tR.",
@@ -709,9 +728,9 @@ HOSTILE = {
     "deep nesting": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
     "a dict that holds itself": b"\x80\x02}q\x00X\x06\x00\x00\x00paramsh\x00s.",
     "odd dict items": b"\x80\x02}(K\x01u.",
-    "millions of steps": b"\x80\x02" + b"N0" * 2_100_000 + b"N.",
-    "copies of copies": b"\x80\x02](" + b"](NNe" * 200_000 + b"e\x85q\x010" + b"ccollections\nOrderedDict\nh\x01R0" * 2_000 + b"N.",
-    "billion laughs": b"\x80\x02]q\x00" + b"".join(b"](" + b"h" + bytes([i]) + (b"h" + bytes([i])) * 9 + b"eq" + bytes([i + 1]) for i in range(50)) + b".",
+    "millions of steps": b"\x80\x02" + b"N0" * 600_000 + b"N.",
+    "copies of copies": b"\x80\x02](" + b"](NNe" * 50_000 + b"e\x85q\x010" + COPY * 2_000 + b"N.",
+    "billion laughs": b"\x80\x02]q\x00" + b"".join(map(laugh, range(50))) + b".",
     "huge decimal": b"L" + b"9" * 100_000 + b"L\n.",
 }  # fmt: skip
 
@@ -887,7 +906,7 @@ def test_what_is_not_a_file(tmp_path: Path) -> None:
         load_weights(tmp_path)
     with pytest.raises(WeightsError, match="0 bytes"):
         load_weights(write(tmp_path, b""))
-    with pytest.raises(WeightsError, match="nul|null|does not exist"):
+    with pytest.raises(WeightsError, match=r"nul|null|does not exist"):
         load_weights("a\0b.pth")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.pth")
@@ -953,7 +972,7 @@ def test_saving_needs_no_particular_order_or_kind_of_arrays(rrdbnet: Model, tmp_
 
 def test_saved_tensors_are_aligned_and_in_network_order(tmp_path: Path) -> None:
     hparams = {"num_feat": 1, "num_block": 11, "num_grow_ch": 1}
-    model = init_model("rrdbnet", hparams, jax.random.key(0))
+    model = random_model("rrdbnet", hparams)
     save_model(model, tmp_path / "x.pth")
     content = (tmp_path / "x.pth").read_bytes()
     with zipfile.ZipFile(tmp_path / "x.pth") as archive:
@@ -983,7 +1002,7 @@ def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_tool(tmp_path: Path) -> None:
-    model = init_model("srvggnetcompact", {"num_feat": 2, "num_conv": 1, "act_type": "relu"}, jax.random.key(0))
+    model = random_model("srvggnetcompact", {"num_feat": 2, "num_conv": 1, "act_type": "relu"})
     path = write(tmp_path, zip_file({"params": state_dict(model)}))
     done = run_tool(path, tmp_path / "out.safetensors", "--key", "params", "--hparam", "act_type=relu")
     assert done.returncode == 0, done.stderr

@@ -117,8 +117,8 @@ def init_model(arch: str, hparams: Mapping[str, Any], key: jax.Array) -> Model:
     """A freshly initialised model; the initial values are those that torch and BasicSR draw from."""
     arch = canonical_arch(arch)
     hparams = complete_hparams(arch, hparams)
-    init = jax.jit(lambda key: _pure_dict(MODELS[arch](**hparams, rngs=nnx.Rngs(key))))
-    return Model(arch, hparams, init(key))
+    # Not jitted: the 351 convolutions of an RRDBNet are a few shapes, which compile faster one by one.
+    return Model(arch, hparams, _pure_dict(MODELS[arch](**hparams, rngs=nnx.Rngs(key))))
 
 
 def count_params(params: Params) -> int:

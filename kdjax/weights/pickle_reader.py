@@ -19,7 +19,7 @@ import numpy as np
 
 from kdjax.weights.tensors import BFLOAT16, Storage, Tensor, WeightsError
 
-MAX_STEPS = 4_000_000  # a state dict takes about 30 opcodes per tensor
+MAX_STEPS = 1_000_000  # a state dict takes about 30 opcodes per tensor
 RESAVE = "re-save the weights in torch with torch.save({'params': model.state_dict()}, path) or as .safetensors"
 
 STORAGE_DTYPES: dict[str, np.dtype] = {

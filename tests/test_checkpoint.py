@@ -1,0 +1,65 @@
+"""Checkpoints: the latest and the best stay, states come back bit for bit, and other states are refused."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax import distill, models
+from kdjax.checkpoint import CheckpointError, Checkpoints
+from kdjax.schedules import make_schedule
+
+
+def make_state(step: int, optimizer: str = "adam", **options: float) -> distill.State:
+    model = models.init_model("dncnn", dict(num_feat=2, depth=2), jax.random.key(step))
+    schedule = make_schedule(1.0)
+    terms = distill.make_terms({"task": dict(criterion="l1", weight=1.0)})
+    recipe = distill.Recipe(
+        student=models.make_apply(model.arch, model.hparams),
+        teacher=None,
+        terms=terms,
+        optimizer=distill.make_optimizer(optimizer, schedule, **options),
+        learning_rate=schedule,
+        ema_decay=0.9,
+    )
+    state = distill.init_state(recipe, model.params)
+    return distill.State(state.step + step, state.params, state.params_ema, state.opt_state)
+
+
+def test_latest_and_best_stay(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.latest is None and checkpoints.best is None
+        for step, psnr in [(1, 20.0), (2, 30.0), (3, None), (4, 25.0), (5, None)]:
+            checkpoints.save(make_state(step), psnr=psnr)
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert (checkpoints.latest, checkpoints.best) == (5, 2)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "5"}
+
+
+def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    saved = make_state(7)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(saved)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        restored = checkpoints.restore(make_state(0))
+    assert int(restored.step) == 7
+    jax.tree.map(np.testing.assert_array_equal, saved, restored)
+
+
+def test_what_a_killed_run_left_half_written_is_not_taken(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(make_state(1))
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        assert checkpoints.latest == 1
+
+
+def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(make_state(1))
+    with (
+        Checkpoints(tmp_path, keep=1) as checkpoints,
+        pytest.raises(CheckpointError, match="does not fit this run"),
+    ):
+        checkpoints.restore(make_state(0, "adamw", weight_decay=0.1))
