@@ -19,7 +19,7 @@ from pathlib import Path
 from kdjax import assets, data, models, validation
 from kdjax.logbook import write_json
 from kdjax.validation import Score
-from kdjax.weights import load_weights
+from kdjax.weights import load_weights, parse_hparams
 
 
 def evaluate(
@@ -36,17 +36,6 @@ def evaluate(
             print(f"{len(scores)} of {len(samples)} images", file=sys.stderr, flush=True)
     by_name = {sample.name: scores[position] for position, sample in enumerate(samples)}
     return validation.mean_score(list(by_name.values())), by_name
-
-
-def parse_hparams(pairs: list[str]) -> dict[str, int | str]:
-    """{"act_type": "relu"} from ["act_type=relu"]; whole numbers become int."""
-    hparams: dict[str, int | str] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals and value):
-            raise ValueError(f"--hparam {pair!r} must have the form NAME=VALUE, for example act_type=relu")
-        hparams[name] = int(value) if value.isdecimal() else value
-    return hparams
 
 
 def main() -> None:
@@ -70,7 +59,7 @@ def main() -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         loaded = load_weights(
-            assets.locate(options.model, assets.TEACHER), key=options.key, **parse_hparams(options.hparam)
+            assets.locate(options.model, assets.TEACHER), **({"key": options.key} | parse_hparams(options.hparam))
         )
         model = loaded.model
         if options.lq is None and models.scale_of(model) != 1:

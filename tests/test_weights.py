@@ -422,6 +422,20 @@ def test_one_error_lists_every_fault(rrdbnet: Model, tmp_path: Path) -> None:
     assert "1 not floating point: conv_up1.bias is int64" in message
 
 
+def test_one_fault_alone_is_enough(dncnn: Model, tmp_path: Path) -> None:
+    state = state_dict(dncnn)
+    faults = {
+        "1 missing: model.2.bias$": {key: value for key, value in state.items() if key != "model.2.bias"},
+        "1 unexpected: model.1.bias$": state | {"model.1.bias": state["model.0.bias"]},
+        r"1 wrong shape: model.2.bias is \(4, 1\), wanted \(4,\)$": state
+        | {"model.2.bias": np.zeros((4, 1), np.float32)},
+        "1 not floating point: model.2.bias is int8$": state | {"model.2.bias": np.zeros(4, np.int8)},
+    }
+    for message, faulty in faults.items():
+        with pytest.raises(WeightsError, match=message):
+            load_weights(write(tmp_path, zip_file(faulty)))
+
+
 def test_long_lists_of_faults_are_cut(rrdbnet: Model, tmp_path: Path) -> None:
     state = state_dict(rrdbnet) | {f"extra.{i}": np.zeros(1, np.float32) for i in range(500)}
     with pytest.raises(WeightsError, match=r"500 unexpected: .*extra\.19, \.\.\. \(500 in all\)") as caught:
@@ -510,6 +524,9 @@ def test_hyperparameters_that_contradict_the_tensors(dncnn: Model, tmp_path: Pat
         load_weights(path, scale=2)
     with pytest.raises(WeightsError, match=r"fit no supported architecture rrdbnet|do not fit rrdbnet"):
         load_weights(path, arch="rrdbnet")
+    save_model(dncnn, path)
+    with pytest.raises(WeightsError, match="says it is dncnn, not rrdbnet"):
+        load_weights(path, arch="RRDBNet")
 
 
 @pytest.mark.parametrize(
@@ -724,7 +741,6 @@ HOSTILE = {
     "no stop": b"\x80\x02}",
     "a huge string": b"\x80\x04\x8d" + struct.pack("<Q", 2**62) + b"x.",
     "a huge memo": b"\x80\x02Nr\xff\xff\xff\xff.",
-    "a deep tuple as key": b"\x80\x02})" + b"\x85" * 100_000 + b"Ns.",
     "deep nesting": b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".",
     "a dict that holds itself": b"\x80\x02}q\x00X\x06\x00\x00\x00paramsh\x00s.",
     "odd dict items": b"\x80\x02}(K\x01u.",
@@ -756,6 +772,33 @@ def test_nothing_is_executed(name: str, tmp_path: Path) -> None:
     assert not marker.exists()
     pickle.loads(program) if name.startswith("posix") else None  # the program is a live one
     assert marker.exists() == name.startswith("posix")
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("torch", "EvilStorage"),
+        ("torch", "load"),
+        ("torch.hub", "load"),
+        ("torch.storage", "_load_from_bytes"),
+        ("torch._utils", "_rebuild_tensor_v2.__globals__"),
+        ("torch._utils os", "system"),
+        ("torch._utils", "_rebuild_tensor_v2 os.system"),
+        ("collections", "OrderedDict.fromkeys"),
+        ("numpy", "frombuffer"),
+        ("numpy.core.multiarray", "scalar"),
+        ("builtins", "getattr"),
+        ("__builtin__", "eval"),
+        ("", "torch._utils _rebuild_tensor_v2"),
+    ],
+)
+def test_names_are_matched_exactly(module: str, name: str, tmp_path: Path) -> None:
+    for program in (
+        b"c" + module.encode() + b"\n" + name.encode() + b"\n.",
+        b"\x80\x04" + text(module) + text(name) + b"\x93.",
+    ):
+        with pytest.raises(WeightsError, match="not on the list"):
+            load_weights(write(tmp_path, zip_records(program, {}, byteorder="little")))
 
 
 def test_the_list_of_names_is_exact() -> None:
@@ -799,6 +842,51 @@ def test_tensors_outside_their_storage(tensor: Strided, tmp_path: Path) -> None:
     for form in FORMATS.values():
         with pytest.raises(WeightsError, match=r"file\.pth"):
             load_weights(write(tmp_path, form({"params": {"model.0.weight": tensor}})))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (Strided(BASE[:4], 1, (4,), (1,)), "reaches scalar 5 of a storage of 4"),
+        (Strided(BASE[:4], 0, (4,), (2,)), "reaches scalar 7 of a storage of 4"),
+        (Strided(BASE[:4], 5, (4,), (0,)), "reaches scalar 6 of a storage of 4"),
+        (Strided(BASE[:4], -1, (4,), (1,)), "no negative number"),
+        (Strided(BASE[:4], 3, (4,), (-1,)), "no negative number"),
+        (Strided(BASE[:4], 0, (4,), (1,), numel=5), r"x float32|5 were declared|truncated"),
+    ],
+    ids=str,
+)
+def test_no_byte_outside_a_storage_is_read(
+    dncnn: Model, form: str, tensor: Strided, message: str, tmp_path: Path
+) -> None:
+    """In a file that is right otherwise, so that only the bounds can refuse it."""
+    state: dict[str, Any] = state_dict(dncnn) | {"model.2.bias": tensor}
+    with pytest.raises(WeightsError, match=message):
+        load_weights(write(tmp_path, FORMATS[form](state)))
+
+
+def test_legacy_storages_are_as_long_as_declared(dncnn: Model, tmp_path: Path) -> None:
+    state: dict[str, Any] = state_dict(dncnn)
+    content = legacy_file(state)
+    last = list(state.values())[-1]
+    size = last.size
+    assert content.endswith(struct.pack("<q", size) + last.tobytes())
+    with pytest.raises(WeightsError, match=f"has {size + 1} scalars, {size} were declared"):
+        load_weights(write(tmp_path, content[: -8 - last.nbytes] + struct.pack("<q", size + 1) + last.tobytes()))
+    with pytest.raises(WeightsError, match="truncated"):
+        load_weights(write(tmp_path, content[:-1]))
+    state["model.2.bias"] = Strided(BASE[:6], 0, (4,), (1,), view=(3, 4))
+    with pytest.raises(WeightsError, match="leaves its storage of 6"):
+        load_weights(write(tmp_path, legacy_file(state)))
+
+
+def test_only_scalars_are_dict_keys(tmp_path: Path) -> None:
+    # Hashing a tuple recurses in C, and crashes the process when it is nested deeply enough.
+    for depth in (1, 400_000):
+        program = b"\x80\x02})" + b"\x85" * depth + b"Ns."
+        with pytest.raises(WeightsError, match="a tuple as dict key"):
+            load_weights(write(tmp_path, zip_records(program, {}, byteorder="little")))
 
 
 def test_many_views_of_one_storage_cannot_fill_the_memory(tmp_path: Path) -> None:

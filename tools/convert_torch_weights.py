@@ -16,14 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a clone without installing
 
 from kdjax.models import count_params
-from kdjax.weights import load_weights, save_model
-
-
-def hparam(text: str) -> tuple[str, int | str]:
-    name, sign, value = text.partition("=")
-    if not (name and sign and value):
-        raise argparse.ArgumentTypeError(f"{text!r}: wanted NAME=VALUE, such as act_type=relu")
-    return name, int(value) if value.lstrip("-").isdecimal() else value
+from kdjax.weights import load_weights, parse_hparams, save_model
 
 
 def main() -> int:
@@ -32,13 +25,14 @@ def main() -> int:
     parser.add_argument("output", metavar="OUTPUT", nargs="?", help="the file to write: .pth or .safetensors")
     parser.add_argument("--key", default="auto", help="which entry of the file (default: params_ema first)")
     parser.add_argument("--arch", help="the architecture, if it shall not be recognised")
-    parser.add_argument("--hparam", metavar="NAME=VALUE", type=hparam, action="append", default=[])
+    parser.add_argument("--hparam", metavar="NAME=VALUE", action="append", default=[])
     parser.add_argument("--info", action="store_true", help="print what the file holds and write nothing")
     arguments = parser.parse_args()
     if arguments.info == (arguments.output is not None):
         parser.error("give either OUTPUT or --info")
     try:
-        loaded = load_weights(arguments.input, key=arguments.key, arch=arguments.arch, **dict(arguments.hparam))
+        options = {"key": arguments.key, "arch": arguments.arch} | parse_hparams(arguments.hparam)
+        loaded = load_weights(arguments.input, **options)
         if arguments.output:
             save_model(loaded.model, arguments.output)
     except ValueError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from kdjax.weights.safetensors_file import is_safetensors_file, read_safetensors
 from kdjax.weights.tensors import WeightsError
 from kdjax.weights.torch_file import is_torch_file, read_torch_file, torch_file_bytes
 
-__all__ = ["Loaded", "WeightsError", "load_model", "load_weights", "save_model"]
+__all__ = ["Loaded", "WeightsError", "load_model", "load_weights", "parse_hparams", "save_model"]
 
 MAX_FILE_BYTES = 8 << 30
 
@@ -54,7 +55,7 @@ class Loaded:
 
 
 def load_weights(
-    path: str | os.PathLike[str], *, key: str = "auto", arch: str | None = None, **hparams_overrides: Any
+    path: str | os.PathLike[str], /, *, key: str = "auto", arch: str | None = None, **hparams_overrides: Any
 ) -> Loaded:
     """Reads a weight file; the format is recognised by its content, not its suffix.
 
@@ -90,10 +91,21 @@ def load_weights(
 
 
 def load_model(
-    path: str | os.PathLike[str], *, key: str = "auto", arch: str | None = None, **hparams_overrides: Any
+    path: str | os.PathLike[str], /, *, key: str = "auto", arch: str | None = None, **hparams_overrides: Any
 ) -> Model:
     """The model in a weight file; see `load_weights`."""
     return load_weights(path, key=key, arch=arch, **hparams_overrides).model
+
+
+def parse_hparams(pairs: Iterable[str]) -> dict[str, int | str]:
+    """{"act_type": "relu", "scale": 4} from ["act_type=relu", "scale=4"], as command lines give it."""
+    hparams: dict[str, int | str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name and equals and value):
+            raise WeightsError(f"{pair!r}: wanted NAME=VALUE, such as act_type=relu")
+        hparams[name] = int(value) if value.lstrip("-").isdecimal() else value
+    return hparams
 
 
 def save_model(model: Model, path: str | os.PathLike[str]) -> None:

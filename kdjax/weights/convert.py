@@ -52,7 +52,7 @@ def _infer_rrdbnet(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
         "num_out_ch": num_out_ch,
         "scale": 2**num_upsample // unshuffle,
         "num_feat": _size(shapes, 0, "conv_first.weight", "conv_body.weight", "conv_hr.weight", default=64),
-        "num_block": _count(shapes, r"body\.([0-9]+)\..*"),
+        "num_block": max(1, _count(shapes, r"body\.([0-9]+)\..*")),
         "num_grow_ch": _size(shapes, 0, "body.0.rdb1.conv1.weight", "body.0.rdb2.conv1.weight", default=32),
         "num_upsample": num_upsample,
     }
