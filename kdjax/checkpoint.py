@@ -84,8 +84,8 @@ class Checkpoints:
             restored = self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"the checkpoint {self._manager.directory / str(self.latest)} does not fit this run. Was the optimizer"
-                f" changed since? Give a new --workdir, or remove that folder to continue from the one before. ({error})"
+                f"the checkpoint {self._manager.directory / str(self.latest)} does not fit this run; was the optimizer"
+                f" changed? Give a new --workdir, or remove that folder to continue from the one before. ({error})"
             ) from error
         return dataclasses.replace(like, **restored)
 

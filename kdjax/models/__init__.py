@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -94,8 +94,7 @@ def make_apply(arch: str, hparams: Mapping[str, Any], *, remat: bool = False, dt
       remat: recompute each block's activations in the backward pass instead of storing them.
       dtype: of parameters and activations inside; the output is always float32.
     """
-    graphdef, abstract = nnx.split(_abstract_module(arch, hparams, remat=remat))
-    variables = nnx.to_flat_state(abstract)
+    graphdef, variables = _abstract(arch, hparams, remat=remat)
 
     def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         flat = traverse_util.flatten_dict(params)
@@ -110,7 +109,7 @@ def make_apply(arch: str, hparams: Mapping[str, Any], *, remat: bool = False, dt
 
 def abstract_params(arch: str, hparams: Mapping[str, Any]) -> Params:
     """The parameter tree with `jax.ShapeDtypeStruct` leaves; nothing is computed."""
-    return _pure_dict(_abstract_module(arch, hparams))
+    return _pure_dict(_abstract(arch, hparams)[1])
 
 
 def init_model(arch: str, hparams: Mapping[str, Any], key: jax.Array) -> Model:
@@ -118,7 +117,8 @@ def init_model(arch: str, hparams: Mapping[str, Any], key: jax.Array) -> Model:
     arch = canonical_arch(arch)
     hparams = complete_hparams(arch, hparams)
     # Not jitted: the 351 convolutions of an RRDBNet are a few shapes, which compile faster one by one.
-    return Model(arch, hparams, _pure_dict(MODELS[arch](**hparams, rngs=nnx.Rngs(key))))
+    module = MODELS[arch](**hparams, rngs=nnx.Rngs(key))
+    return Model(arch, hparams, _pure_dict(nnx.to_flat_state(nnx.state(module))))
 
 
 def count_params(params: Params) -> int:
@@ -149,16 +149,22 @@ def _jitted_apply(arch: str, hparams: tuple[tuple[str, Any], ...]) -> Apply:
     return jax.jit(make_apply(arch, dict(hparams)))
 
 
-def _abstract_module(arch: str, hparams: Mapping[str, Any], *, remat: bool = False) -> nnx.Module:
+def _abstract(arch: str, hparams: Mapping[str, Any], *, remat: bool = False) -> tuple[nnx.GraphDef, Any]:
+    """The module's structure, and its parameters as shapes only, by path."""
     arch = canonical_arch(arch)
-    hparams = complete_hparams(arch, hparams)
-    return nnx.eval_shape(lambda: MODELS[arch](**hparams, remat=remat, rngs=nnx.Rngs(0)))
+    return _cached_abstract(arch, tuple(complete_hparams(arch, hparams).items()), remat)
 
 
-def _pure_dict(module: nnx.Module) -> Params:
-    """The module's parameters as a nested dict with string keys (NNX has integers for list positions)."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
-    return traverse_util.unflatten_dict({tuple(map(str, path)): leaf.get_value() for path, leaf in flat})
+@functools.lru_cache(maxsize=32)  # takes seconds for the 351 convolutions of an RRDBNet
+def _cached_abstract(arch: str, hparams: tuple[tuple[str, Any], ...], remat: bool) -> tuple[nnx.GraphDef, Any]:
+    module = nnx.eval_shape(lambda: MODELS[arch](**dict(hparams), remat=remat, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module)
+    return graphdef, nnx.to_flat_state(state)
+
+
+def _pure_dict(variables: Iterable[tuple[tuple[str | int, ...], nnx.Variable]]) -> Params:
+    """The parameters as a nested dict with string keys (NNX has integers for list positions)."""
+    return traverse_util.unflatten_dict({tuple(map(str, path)): leaf.get_value() for path, leaf in variables})
 
 
 def _jaxpr_macs(jaxpr: jax.extend.core.Jaxpr) -> int:
