@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from kdjax import assets, data, models, validation
-from kdjax.logbook import write_json
+from kdjax.logbook import finite, write_json
 from kdjax.validation import Score
 from kdjax.weights import load_weights, parse_hparams
 
@@ -97,7 +97,7 @@ def main() -> None:
         print(f"  input {before.psnr:.2f} dB        {before.ssim:.4f}")
     if options.json:
         result["by_image"] = {name: dataclasses.asdict(score) for name, score in by_name.items()}
-        write_json(options.json, result)
+        write_json(options.json, finite(result))
 
 
 if __name__ == "__main__":

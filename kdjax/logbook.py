@@ -59,8 +59,7 @@ class Logbook:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes numbers of one step; what is not finite is null in the JSON."""
-        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.write(json.dumps(finite({"step": step, **values})) + "\n")
         self._file.flush()
         if self._tensorboard:
             for name, value in values.items():
@@ -88,6 +87,13 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes a value as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every inf and nan inside it, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> dict[str, Any]:

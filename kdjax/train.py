@@ -19,6 +19,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -386,19 +387,24 @@ def main(argv: list[str]) -> None:
         fail(str(error))
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Ends the program with one message on standard error and exit code 1."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """As absl, with messages in place of tracebacks."""
+    """As absl, with a message in place of a traceback."""
     try:
         return flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        fail(f"{error}")
-        raise
+        lines = str(error.args[0] if error.args else error).strip().splitlines()
+        if lines[-1].startswith("ValueError: "):  # what a config file says of its variant, at the end of a traceback
+            lines = [lines[-1].removeprefix("ValueError: ")]
+        packaged = Path(__file__).parent / "configs"  # where a wheel puts them
+        if "No such file" in lines[-1] and packaged.exists():
+            lines.append(f"the configs of the package are in {packaged}")
+        fail("; ".join(line.strip() for line in lines) if len(lines) < 6 else "\n".join(lines))
 
 
 if __name__ == "__main__":

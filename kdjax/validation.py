@@ -97,8 +97,9 @@ def input_score(samples: Sequence[Sample]) -> Score:
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """The mean over images, as benchmarks report it."""
-    return Score(float(np.mean([s.psnr for s in scores])), float(np.mean([s.ssim for s in scores])))
+    """The mean over images, as benchmarks report it; of SSIM over those it is defined for."""
+    ssims = [s.ssim for s in scores if not math.isnan(s.ssim)]
+    return Score(float(np.mean([s.psnr for s in scores])), float(np.mean(ssims)) if ssims else math.nan)
 
 
 @functools.lru_cache(maxsize=8)

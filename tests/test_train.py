@@ -172,10 +172,11 @@ def test_a_diverging_run_stops_with_step_and_values_and_keeps_its_good_checkpoin
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--config.train.stpes=4",), "stpes"),
+        (("--config.train.stpes=4",), 'Did you mean "steps"'),
         (("--config.train.steps=many",), "many"),
         (("--config.data.batch_size=6",), "config.data.batch_size=6 does not divide by the 4 devices; use 4"),
         (("extra",), "unexpected argument 'extra'"),
+        (("--config", "configs/denoise.py:quik"), "error: configs/denoise.py has no variant 'quik'"),
     ],
 )
 def test_refusals_are_one_message(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
