@@ -397,7 +397,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     """As absl, with a message in place of a traceback."""
     try:
         return flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+    except AttributeError as error:  # ml_collections, for a key the config lacks: a repr of a message
+        fail("no such config key: " + str(error).strip("'").replace("\\'", "'").replace("\\n", ". "))
+    except (flags.Error, KeyError, ValueError, TypeError, OSError) as error:
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         if lines[-1].startswith("ValueError: "):  # what a config file says of its variant, at the end of a traceback
             lines = [lines[-1].removeprefix("ValueError: ")]
