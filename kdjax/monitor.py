@@ -105,11 +105,6 @@ class Monitor:
         self._save_pictures(step, outputs, workdir, logbook)
         return score.psnr
 
-    @property
-    def validated(self) -> bool:
-        """Whether the student has been measured in this process."""
-        return "student" in self._scores
-
     def summary(self) -> str:
         """Who reached how many dB, in one line."""
         return ", ".join(
@@ -123,7 +118,9 @@ class Monitor:
         if "input" in self._scores:
             return
         path = workdir / "baseline.json"
-        of = {"val": dataclasses.asdict(self._options), "teacher": self._teacher and self._teacher.sha256}
+        measured = ("gt", "lq", "filename_tmpl", "meta_info", "sigma", "crop", "limit")
+        of = {name: getattr(self._options, name) for name in measured}
+        of["teacher"] = self._teacher and self._teacher.sha256
         known = read_json(path)
         if known.get("of") == of:
             self._scores = {who: Score(**values) for who, values in known["scores"].items()}
