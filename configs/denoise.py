@@ -90,13 +90,13 @@ def get_config(variant: str = "") -> ConfigDict:
         config.student.arch = "dncnn"
         config.student.hparams = ConfigDict(dict(num_feat=16, depth=7))
         config.data.update(crop=64, batch_size=8, workers=0)
-        config.val.update(crop=256, every=500)
-        config.train = ConfigDict(dict(steps=1_000, optimizer="adam", betas=(0.9, 0.99), ema_decay=0.99))
+        config.val.update(crop=256, every=400)
+        config.train = ConfigDict(dict(steps=1_200, optimizer="adam", betas=(0.9, 0.99), ema_decay=0.99))
         # The end of the cosine follows --config.train.steps.
         steps = config.train.get_oneway_ref("steps")
         config.train.lr = dict(name="cosine", value=2e-3, steps=steps, final=1e-5, warmup=50)
         config.log.every = 50
-        config.checkpoint.every = 250
+        config.checkpoint.every = 200
     if variant == "debug":
         config.name = "denoise_debug"
         config.student.hparams.update(num_feat=8, num_conv=2)
