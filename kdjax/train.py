@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import logging
 import sys
 import time
@@ -69,6 +70,12 @@ def prepare(config: Config) -> Setup:
             f"config.data.batch_size={config.data.batch_size} does not divide by the {mesh.size} devices; use"
             f" {max(1, config.data.batch_size // mesh.size) * mesh.size} or another multiple of {mesh.size}"
         )
+    for wanted, package, extra in (
+        (config.log.tensorboard, "tensorboardX", "tb"),
+        (config.log.wandb, "wandb", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"config.log asks for {package}, which is not installed: pip install 'kdjax[{extra}]'")
     terms = distill.make_terms(config.terms)
     student = make_student(config)
     teacher = load_teacher(config, student) if any(term.needs_teacher for term in terms) else None
@@ -383,7 +390,7 @@ def main(argv: list[str]) -> None:
     start_logging(workdir)
     try:
         log.info(train(setup, workdir))
-    except (NonFiniteLoss, ConfigError, CheckpointError, data.DataError) as error:
+    except (NonFiniteLoss, ConfigError, CheckpointError, data.DataError, OSError) as error:
         fail(str(error))
 
 

@@ -208,6 +208,7 @@ def prepared(**changes: dict) -> train.Setup:
         ({"data": {"gt": "no/such/folder"}}, "no/such/folder"),
         ({"val": {"gt": "no/such/folder"}}, "no/such/folder"),
         ({"train": {"optimizer": "sgd"}}, "unknown optimizer 'sgd'"),
+        ({"log": {"wandb": "project"}}, r"wandb, which is not installed: pip install 'kdjax\[wandb\]'"),
         ({"train": {"lr": {"name": "cosine", "value": 1.0}}}, "steps"),
     ],
 )
