@@ -8,20 +8,27 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, load_npz
 
-from kdjax.models import abstract_params, count_macs, count_params, init_model, make_apply
+from kdjax.models import abstract_params, count_macs, count_params, function_macs, init_model, make_apply
 from kdjax.weights import load_model
 
 TINY = {
     "rrdbnet": dict(scale=1, num_feat=8, num_block=2, num_grow_ch=4),
     "srvggnetcompact": dict(num_feat=8, num_conv=2, upscale=1),
     "dncnn": dict(num_feat=8, depth=4),
+    "edsr": dict(num_feat=8, num_block=2, upscale=1),
+    "msrresnet": dict(num_feat=8, num_block=2, upscale=1),
+    "nafnet": dict(width=4, enc_blk_nums=(1, 1), dec_blk_nums=(1, 1)),
+    "unet": dict(num_feat=4, num_level=2, num_conv=1),
 }
+# The same at a half of the height and width.
+UNSHUFFLED = {arch: TINY[arch] | {"unshuffle": 2} for arch in ("srvggnetcompact", "dncnn", "edsr")}
 REFERENCES = sorted(path.stem for arch in TINY for path in (GOLDEN / "archs").glob(f"{arch}*.npz"))
 
 
 def load_reference(folder: Path, name: str) -> tuple:
     """The model in a reference file; relu and leakyrelu have the same keys, so the file's name decides."""
     told = {"act_type": name.split("_")[1]} if name.startswith("srvggnetcompact") else {}
+    told |= {"res_scale": 0.1} if name.startswith("edsr") else {}
     return load_model(folder / "archs" / f"{name}.pth", **told), load_npz(folder / "archs" / f"{name}.npz")
 
 
@@ -47,16 +54,55 @@ def test_output_and_features_equal_the_reference(golden: Path, name: str) -> Non
         ("SRVGGNetCompact", dict(upscale=4, num_conv=32), 1_213_296),
         ("SRVGGNetCompact", dict(upscale=1, num_feat=32, num_conv=8), 76_035),
         ("DnCNN", {}, 668_227),
+        ("EDSR", dict(upscale=1), 1_222_147),
+        ("EDSR", dict(upscale=1, num_feat=32, num_block=8), 158_979),
+        ("MSRResNet", dict(upscale=4), 1_517_571),
     ],
 )
 def test_parameter_counts_are_the_published_ones(arch: str, hparams: dict, expected: int) -> None:
     assert count_params(abstract_params(arch, hparams)) == expected
 
 
+@pytest.mark.parametrize(("width", "millions"), [(32, 29.16), (64, 115.98)])
+def test_nafnets_sidd_layout_has_the_published_size(width: int, millions: float) -> None:
+    hparams = dict(width=width, enc_blk_nums=(2, 2, 4, 8), middle_blk_num=12, dec_blk_nums=(2, 2, 2, 2))
+    assert round(count_params(abstract_params("NAFNet", hparams)) / 1e6, 2) == millions
+
+
 def test_macs_are_those_of_the_formula() -> None:
     assert count_macs("dncnn", {}, (1, 256, 256, 3)) == 256 * 256 * 9 * (2 * 3 * 64 + 18 * 64 * 64)
     # All of RRDBNet's trunk runs at a quarter of the side at scale 1: 73.5 GMAC, not the 1,089 of the full size.
     assert count_macs("rrdbnet", dict(scale=1), (1, 256, 256, 3)) == pytest.approx(73.5e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("arch", UNSHUFFLED)
+def test_unshuffled_networks_are_about_four_times_cheaper(arch: str) -> None:
+    wide = {"num_feat": 32}
+    macs = [count_macs(arch, hparams[arch] | wide, (1, 64, 64, 3)) for hparams in (TINY, UNSHUFFLED)]
+    assert 3 < macs[0] / macs[1] < 4.5
+    model = init_model(arch, UNSHUFFLED[arch], jax.random.key(0))
+    x = jax.random.uniform(jax.random.key(1), (1, 7, 10, 3))
+    output, features = model(x)
+    assert output.shape == x.shape and next(iter(features.values())).shape == (1, 4, 5, 8)
+    # Pixels come back to where they came from: a shift by the factor shifts the result, away from the borders.
+    reach = 18
+    x = jax.random.uniform(jax.random.key(2), (1, 2 * reach + 8, 2 * reach + 8, 3))
+    inner = slice(reach, -reach)
+    shifted = model(jnp.roll(x, 2, 1))[0][:, reach + 2 : -reach + 2, inner]
+    np.testing.assert_allclose(shifted, model(x)[0][:, inner, inner], atol=1e-5)
+
+
+def test_macs_of_a_depthwise_convolution() -> None:
+    macs = [count_macs("nafnet", dict(width=8, enc_blk_nums=(n,), dec_blk_nums=(0,)), (1, 16, 16, 3)) for n in (1, 2)]
+    # conv1, depthwise conv2, conv3, channel attention, conv4, conv5 of one more block
+    assert macs[1] - macs[0] == 256 * (8 * 16 + 9 * 16 + 8 * 8 + 8 * 16 + 8 * 8) + 8 * 8
+
+
+def test_functions_of_loops_and_conditions_count_what_is_run() -> None:
+    x = jnp.ones((4, 4))
+    assert function_macs(lambda x: jax.lax.map(lambda y: y @ y, jnp.stack([x] * 5)), x) == 5 * 64
+    assert function_macs(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x), x) == 2 * 64
+    assert function_macs(lambda x: (x @ x, x + 1)[1], x) == 0
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -85,6 +131,10 @@ def test_feature_names_are_module_paths() -> None:
         "rrdbnet": ["body.0", "body.1", "conv_body", "conv_first"],
         "srvggnetcompact": [f"body.{i}" for i in range(7)],
         "dncnn": [f"model.{i}" for i in range(7)],
+        "edsr": ["body.0", "body.1", "conv_after_body", "conv_first"],
+        "msrresnet": ["body.0", "body.1", "conv_first"],
+        "nafnet": ["decoders.0", "decoders.1", "encoders.0", "encoders.1", "intro", "middle_blks"],
+        "unet": ["decoder.0", "decoder.1", "encoder.0", "encoder.1", "encoder.2"],
     }
 
 
@@ -139,8 +189,89 @@ def test_initialisation_is_torchs() -> None:
         ("srvggnetcompact", dict(act_type="swish"), "relu, prelu, leakyrelu"),
         ("srvggnetcompact", dict(num_out_ch=1), "must be equal"),
         ("dncnn", dict(depth=1), "at least 2"),
+        ("edsr", dict(upscale=5), "neither 3 nor a power of 2"),
+        ("edsr", dict(res_scale=0.0), "must be positive"),
+        ("msrresnet", dict(upscale=8), "1, 2, 3 or 4"),
+        ("nafnet", dict(enc_blk_nums=(1, 1)), "as many levels up as down"),
+        ("nafnet", dict(enc_blk_nums=(1, 0.5)), "whole numbers"),
     ],
 )
 def test_bad_requests_are_refused(arch: str, hparams: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         abstract_params(arch, hparams)
+
+
+@pytest.mark.torch
+def test_nafnet_is_the_published_network(tmp_path: Path) -> None:
+    """Against the network written in torch after the paper and its published layout, with the same random weights."""
+    torch = pytest.importorskip("torch")
+    from torch import nn
+    from torch.nn import functional
+
+    class Norm(nn.Module):
+        def __init__(self, c: int) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c))
+
+        def forward(self, x):
+            y = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True, unbiased=False) + 1e-6).sqrt()
+            return y * self.weight[:, None, None] + self.bias[:, None, None]
+
+    class Block(nn.Module):
+        def __init__(self, c: int) -> None:
+            super().__init__()
+            self.conv1, self.conv3 = nn.Conv2d(c, 2 * c, 1), nn.Conv2d(c, c, 1)
+            self.conv2 = nn.Conv2d(2 * c, 2 * c, 3, padding=1, groups=2 * c)
+            self.sca = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, c, 1))
+            self.conv4, self.conv5 = nn.Conv2d(c, 2 * c, 1), nn.Conv2d(c, c, 1)
+            self.norm1, self.norm2 = Norm(c), Norm(c)
+            self.beta, self.gamma = nn.Parameter(torch.zeros(1, c, 1, 1)), nn.Parameter(torch.zeros(1, c, 1, 1))
+
+        def forward(self, x):
+            a, b = self.conv2(self.conv1(self.norm1(x))).chunk(2, 1)
+            y = a * b
+            x = x + self.conv3(y * self.sca(y)) * self.beta
+            a, b = self.conv4(self.norm2(x)).chunk(2, 1)
+            return x + self.conv5(a * b) * self.gamma
+
+    class Net(nn.Module):
+        def __init__(self, width: int, middle: int, enc: tuple, dec: tuple) -> None:
+            super().__init__()
+            c, stage = width, lambda c, n: nn.Sequential(*(Block(c) for _ in range(n)))
+            self.intro, self.ending = nn.Conv2d(3, c, 3, padding=1), nn.Conv2d(c, 3, 3, padding=1)
+            self.encoders, self.downs, self.ups, self.decoders = (nn.ModuleList() for _ in range(4))
+            for n in enc:
+                self.encoders.append(stage(c, n))
+                self.downs.append(nn.Conv2d(c, 2 * c, 2, 2))
+                c *= 2
+            self.middle_blks = stage(c, middle)
+            for n in dec:
+                self.ups.append(nn.Sequential(nn.Conv2d(c, 2 * c, 1, bias=False), nn.PixelShuffle(2)))
+                c //= 2
+                self.decoders.append(stage(c, n))
+
+        def forward(self, image):
+            h, w = image.shape[2:]
+            multiple = 2 ** len(self.downs)
+            padded = functional.pad(image, (0, -w % multiple, 0, -h % multiple))
+            x, skips = self.intro(padded), []
+            for encoder, down in zip(self.encoders, self.downs, strict=True):
+                x = encoder(x)
+                skips.append(x)
+                x = down(x)
+            x = self.middle_blks(x)
+            for up, decoder in zip(self.ups, self.decoders, strict=True):
+                x = decoder(up(x) + skips.pop())
+            return (self.ending(x) + padded)[..., :h, :w]
+
+    torch.manual_seed(0)
+    net = Net(6, 2, (1, 2), (2, 1))
+    with torch.no_grad():
+        for parameter in net.parameters():  # beta and gamma start at 0, and would hide the blocks
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+        x = torch.rand(2, 3, 10, 13)
+        expected = net(x).permute(0, 2, 3, 1).numpy()
+    torch.save({"params": net.state_dict()}, tmp_path / "nafnet.pth")
+    model = load_model(tmp_path / "nafnet.pth")
+    assert model.arch == "nafnet" and model.hparams["enc_blk_nums"] == (1, 2) and model.hparams["middle_blk_num"] == 2
+    np.testing.assert_allclose(model(x.permute(0, 2, 3, 1).numpy())[0], expected, atol=2e-5)

@@ -32,10 +32,11 @@ from flax import traverse_util
 
 from kdjax.models import Model, abstract_params, complete_hparams, count_params, make_apply
 from kdjax.weights import WeightsError, load_model, load_weights, save_model
+from kdjax.weights.convert import to_state_dict, torch_shapes
 from kdjax.weights.pickle_reader import ALLOWED
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHS = ("rrdbnet", "srvggnetcompact", "dncnn")
+ARCHS = ("rrdbnet", "srvggnetcompact", "dncnn", "edsr", "msrresnet")
 GOLDEN_FILES = sorted(path for arch in ARCHS for path in (GOLDEN / "archs").glob(f"{arch}*.pth"))
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -210,8 +211,10 @@ def assert_same(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(np.asarray(a[path]), value, err_msg=path)
 
 
-def golden_act(path: Path) -> dict[str, str]:
-    """The activation that only the name of a golden file tells."""
+def golden_act(path: Path) -> dict[str, Any]:
+    """What the tensors of a golden file do not tell."""
+    if path.stem.startswith("edsr"):
+        return {"res_scale": 0.1}
     names = [name for name in path.stem.split("_") if name in ("relu", "leakyrelu")]
     return {"act_type": names[0]} if names else {}
 
@@ -335,7 +338,7 @@ def test_batch_norm_is_folded_into_the_convolutions(tmp_path: Path) -> None:
     state = dncnn_with_batch_norm(np.random.default_rng(0))
     loaded = load_weights(write(tmp_path, zip_file(OrderedDict(state))))
     assert loaded.layout == "KAIR with BatchNorm"
-    assert loaded.model.hparams == {"num_in_ch": 2, "num_feat": 5, "depth": 4}
+    assert loaded.model.hparams == {"num_in_ch": 2, "num_feat": 5, "depth": 4, "unshuffle": 1}
     image = np.random.default_rng(1).uniform(size=(1, 9, 8, 2)).astype(np.float32)
     x = image.astype(np.float64)
     for index in (0, 2, 5, 8):  # the definition, in numpy
@@ -363,7 +366,7 @@ def test_incomplete_batch_norm_is_refused(drop: str, tmp_path: Path) -> None:
 
 
 def test_networks_that_read_a_noise_map_are_refused(tmp_path: Path) -> None:
-    state = state_dict(random_model("dncnn", {"num_in_ch": 3, "num_feat": 4, "depth": 4}))
+    state = state_dict(random_model("dncnn", {"num_in_ch": 3, "num_feat": 4, "depth": 4, "unshuffle": 1}))
     state["model.0.weight"] = np.zeros((4, 4, 3, 3), np.float32)
     with pytest.raises(WeightsError, match=r"FDnCNN or FFDNet.*noise level"):
         load_weights(write(tmp_path, zip_file(state)))
@@ -384,11 +387,8 @@ def test_ircnn_is_not_taken_for_dncnn(tmp_path: Path) -> None:
     [
         ("SwinIR", ["conv_first.weight", "layers.0.residual_group.blocks.0.norm1.weight", "conv_after_body.weight"]),
         ("Restormer", ["patch_embed.proj.weight", "encoder_level1.0.norm1.body.weight"]),
-        ("NAFNet", ["intro.weight", "ending.weight", "middle_blks.0.beta"]),
         ("DRUNet", ["m_head.weight", "m_down1.0.res.0.weight"]),
         ("SCUNet", ["m_head.0.weight", "m_tail.0.weight"]),
-        ("EDSR", ["conv_first.weight", "body.0.conv1.weight", "conv_after_body.weight", "conv_last.weight"]),
-        ("MSRResNet", ["conv_first.weight", "body.0.conv1.weight", "conv_hr.weight", "conv_last.weight"]),
         ("discriminator", ["conv0.weight", "conv1.weight_orig", "conv9.weight"]),
     ],
 )
@@ -403,7 +403,7 @@ def test_unknown_keys_are_shown(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"strange\.0\.weight.*30 in all.*supported: rrdbnet"):
         load_weights(write(tmp_path, zip_file(state)))
     with pytest.raises(ValueError, match="unknown architecture"):
-        load_weights(write(tmp_path, zip_file(state)), arch="unet")
+        load_weights(write(tmp_path, zip_file(state)), arch="vdsr")
 
 
 def test_one_error_lists_every_fault(rrdbnet: Model, tmp_path: Path) -> None:
@@ -1173,3 +1173,69 @@ def test_batch_norm_folding_against_torch(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         load_model(tmp_path / "x.pth")(image.permute(0, 2, 3, 1).numpy())[0], expected, atol=1e-5
     )
+
+
+# ---- architectures without reference files ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("arch", "hparams"),
+    [
+        ("nafnet", dict(width=4, middle_blk_num=2, enc_blk_nums=(1, 2), dec_blk_nums=(2, 1))),
+        ("unet", dict(num_feat=4, num_level=2, num_conv=2)),
+        ("edsr", dict(num_feat=4, num_block=2, upscale=3, res_scale=0.1)),
+        ("edsr", dict(num_feat=4, num_block=1, upscale=1, unshuffle=2)),
+        ("msrresnet", dict(num_feat=4, num_block=1, upscale=1)),
+        ("dncnn", dict(num_feat=4, depth=3, unshuffle=4)),
+        ("dncnn", dict(num_feat=4, depth=3, num_in_ch=1, unshuffle=2)),
+        ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2, unshuffle=2)),
+    ],
+)
+def test_export_and_import_is_the_identity(arch: str, hparams: dict, suffix: str, tmp_path: Path) -> None:
+    model = random_model(arch, hparams)
+    save_model(model, tmp_path / f"model{suffix}")
+    loaded = load_model(tmp_path / f"model{suffix}")
+    assert (loaded.arch, loaded.hparams) == (model.arch, model.hparams)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, model.params)
+
+
+@pytest.mark.parametrize(
+    ("arch", "hparams"),
+    [
+        ("nafnet", dict(width=4, middle_blk_num=2, enc_blk_nums=(1, 2, 1), dec_blk_nums=(2, 1, 1))),
+        ("edsr", dict(num_feat=4, num_block=2, upscale=4)),
+        ("edsr", dict(num_feat=4, num_block=2, upscale=1)),
+        ("msrresnet", dict(num_feat=4, num_block=2, upscale=3)),
+        ("msrresnet", dict(num_feat=4, num_block=2, upscale=1)),
+        ("dncnn", dict(num_feat=4, depth=3, unshuffle=2)),
+        ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=1, unshuffle=2)),
+    ],
+)
+def test_published_keys_tell_the_architecture(arch: str, hparams: dict, tmp_path: Path) -> None:
+    """Bare state dicts, as their authors save them: nothing but names and shapes says what they are."""
+    model = random_model(arch, hparams)
+    loaded = load_weights(write(tmp_path, zip_file({"params": to_state_dict(model)})))
+    assert (loaded.model.arch, loaded.model.hparams) == (model.arch, model.hparams)
+    jax.tree.map(np.testing.assert_array_equal, loaded.model.params, model.params)
+
+
+def test_names_and_shapes_of_nafnet_are_the_published_ones() -> None:
+    """Some of the keys of NAFNet-SIDD-width32.pth and their shapes."""
+    hparams = dict(width=32, enc_blk_nums=(2, 2, 4, 8), middle_blk_num=12, dec_blk_nums=(2, 2, 2, 2))
+    shapes = torch_shapes("nafnet", complete_hparams("nafnet", hparams))
+    assert list(shapes)[:2] == ["intro.weight", "intro.bias"]
+    expected = {
+        "intro.weight": (32, 3, 3, 3),
+        "encoders.0.0.beta": (1, 32, 1, 1),
+        "encoders.0.1.conv2.weight": (64, 1, 3, 3),
+        "encoders.3.7.sca.1.weight": (256, 256, 1, 1),
+        "encoders.0.0.norm1.weight": (32,),
+        "middle_blks.11.conv4.weight": (1024, 512, 1, 1),
+        "ups.0.0.weight": (1024, 512, 1, 1),
+        "downs.3.weight": (512, 256, 2, 2),
+        "decoders.3.1.gamma": (1, 32, 1, 1),
+        "ending.bias": (3,),
+    }
+    assert {key: shapes[key] for key in expected} == expected
+    assert not any("ups" in key and "bias" in key for key in shapes)

@@ -21,10 +21,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, traverse_util
+from jax.interpreters.partial_eval import dce_jaxpr
 
+from kdjax.models import custom
 from kdjax.models.dncnn import DnCNN
+from kdjax.models.edsr import EDSR
+from kdjax.models.msrresnet import MSRResNet
+from kdjax.models.nafnet import NAFNet
 from kdjax.models.rrdbnet import RRDBNet
 from kdjax.models.srvgg import SRVGGNetCompact
+from kdjax.models.unet import UNet
 from kdjax.names import nearest
 
 Params = dict[str, Any]
@@ -34,6 +40,10 @@ MODELS: dict[str, type[nnx.Module]] = {
     "rrdbnet": RRDBNet,
     "srvggnetcompact": SRVGGNetCompact,
     "dncnn": DnCNN,
+    "edsr": EDSR,
+    "msrresnet": MSRResNet,
+    "nafnet": NAFNet,
+    "unet": UNet,
 }
 
 
@@ -50,14 +60,22 @@ class Model:
 
 
 def canonical_arch(name: str) -> str:
-    """The key of MODELS for `name`, which may also be BasicSR's class name ("RRDBNet").
+    """The key of MODELS for `name`, which may also be BasicSR's class name ("RRDBNet"); "module:Class" stays as it is.
 
     Raises:
       ValueError: the name is unknown; the message lists the valid ones.
     """
+    if custom.is_custom(name):
+        custom.find_class(name)
+        return name
     if name.lower() in MODELS:
         return name.lower()
     raise ValueError(f"unknown architecture {name!r}{nearest(name.lower(), MODELS)} (known: {', '.join(MODELS)})")
+
+
+def architecture(arch: str) -> type:
+    """The class of a canonical name."""
+    return custom.find_class(arch) if custom.is_custom(arch) else MODELS[arch]
 
 
 def complete_hparams(arch: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,42 +84,59 @@ def complete_hparams(arch: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: a name the architecture does not have, or a value of the wrong type or not positive.
     """
-    known = {
-        name: parameter.default
-        for name, parameter in inspect.signature(MODELS[arch].__init__).parameters.items()
-        if name != "self" and parameter.kind is not inspect.Parameter.KEYWORD_ONLY
-    }
+    known = custom.signature(architecture(arch))
+    missing = [name for name, default in known.items() if default is inspect.Parameter.empty and name not in hparams]
+    if missing:
+        raise ValueError(f"{arch} needs the hyper-parameters {', '.join(missing)}, which have no default")
+    completed = dict(known)
     for name, value in hparams.items():
         if name not in known:
             raise ValueError(
                 f"{arch} has no hyper-parameter {name!r}{nearest(name, known)} (it has: {', '.join(known)})"
             )
+        if isinstance(value, list):  # what JSON and ConfigDict make of a tuple
+            value = tuple(value)
+        if type(known[name]) is float and type(value) is int:
+            value = float(value)
+        if custom.is_custom(arch):  # its own rules
+            completed[name] = value
+            continue
         if type(value) is not type(known[name]):
             raise ValueError(
                 f"{arch}: {name}={value!r} is a {type(value).__name__}, wanted {type(known[name]).__name__}"
             )
-        if isinstance(value, int) and value < (0 if name == "num_upsample" else 1):
+        if isinstance(value, int | float) and not value >= (0 if name == "num_upsample" else 1e-9):
             raise ValueError(f"{arch}: {name}={value} must be positive")
-    return known | dict(hparams)
+        if isinstance(value, tuple) and not all(type(count) is int and count >= 0 for count in value):
+            raise ValueError(f"{arch}: {name}={value} must be whole numbers")
+        completed[name] = value
+    return completed
 
 
 def make_apply(arch: str, hparams: Mapping[str, Any], *, remat: bool = False, dtype: jnp.dtype = jnp.float32) -> Apply:
     """The network as a pure function `apply(params, x) -> (output, features)`.
 
     Args:
-      arch: a key of MODELS, or BasicSR's class name.
+      arch: a key of MODELS, BasicSR's class name, or "module:Class" (see `kdjax.models.custom`).
       hparams: constructor arguments; missing ones take their default.
       remat: recompute each block's activations in the backward pass instead of storing them.
       dtype: of parameters and activations inside; the output is always float32.
     """
-    graphdef, variables = _abstract(arch, hparams, remat=remat)
+    arch = canonical_arch(arch)
+    hparams = complete_hparams(arch, hparams)
+    if _is_linen(arch):
+        run = lambda params, x: custom.linen_apply(architecture(arch), hparams, params, x)  # noqa: E731
+    else:
+        graphdef, variables = _cached_abstract(arch, tuple(hparams.items()), remat)
+
+        def run(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            flat = traverse_util.flatten_dict(params)
+            state = nnx.from_flat_state([(path, leaf.replace(flat[tuple(map(str, path))])) for path, leaf in variables])
+            return nnx.merge(graphdef, state)(x)
 
     def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        flat = traverse_util.flatten_dict(params)
-        state = nnx.from_flat_state(
-            [(path, variable.replace(flat[tuple(map(str, path))].astype(dtype))) for path, variable in variables]
-        )
-        output, features = nnx.merge(graphdef, state)(x.astype(dtype))
+        result = run(jax.tree.map(lambda leaf: leaf.astype(dtype), params), x.astype(dtype))
+        output, features = custom.check_result(arch, result, x) if custom.is_custom(arch) else result
         return output.astype(jnp.float32), features
 
     return apply
@@ -109,15 +144,22 @@ def make_apply(arch: str, hparams: Mapping[str, Any], *, remat: bool = False, dt
 
 def abstract_params(arch: str, hparams: Mapping[str, Any]) -> Params:
     """The parameter tree with `jax.ShapeDtypeStruct` leaves; nothing is computed."""
-    return _pure_dict(_abstract(arch, hparams)[1])
+    arch = canonical_arch(arch)
+    hparams = complete_hparams(arch, hparams)
+    if _is_linen(arch):
+        init = functools.partial(custom.linen_params, architecture(arch), hparams, channels=_channels(hparams))
+        return jax.eval_shape(init, jax.random.key(0))
+    return _pure_dict(_cached_abstract(arch, tuple(hparams.items()), False)[1])
 
 
 def init_model(arch: str, hparams: Mapping[str, Any], key: jax.Array) -> Model:
     """A freshly initialised model; the initial values are those that torch and BasicSR draw from."""
     arch = canonical_arch(arch)
     hparams = complete_hparams(arch, hparams)
+    if _is_linen(arch):
+        return Model(arch, hparams, custom.linen_params(architecture(arch), hparams, key, _channels(hparams)))
     # Not jitted: the 351 convolutions of an RRDBNet are a few shapes, which compile faster one by one.
-    module = MODELS[arch](**hparams, rngs=nnx.Rngs(key))
+    module = custom.build(architecture(arch), hparams, remat=False, rngs=nnx.Rngs(key))
     return Model(arch, hparams, _pure_dict(nnx.to_flat_state(nnx.state(module))))
 
 
@@ -130,13 +172,25 @@ def count_macs(arch: str, hparams: Mapping[str, Any], shape: tuple[int, int, int
     """Multiply-accumulates of the convolutions and matrix products of one forward pass on an NHWC `shape`."""
     apply = make_apply(arch, hparams)
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    output_only = lambda params, x: apply(params, x)[0]  # noqa: E731
-    return _jaxpr_macs(jax.make_jaxpr(output_only)(abstract_params(arch, hparams), image).jaxpr)
+    return function_macs(lambda params, x: apply(params, x)[0], abstract_params(arch, hparams), image)
+
+
+def function_macs(function: Callable[..., Any], *arguments: Any) -> int:
+    """As `count_macs`, of any JAX function of arrays or ShapeDtypeStructs; what no result depends on is left out.
+
+    Loops count their passes, and of the branches of a condition the most expensive one counts.
+    """
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _jaxpr_macs(used)
 
 
 def num_channels(model: Model) -> int:
-    """How many colour channels the model reads: 3 for RGB, 1 for grey."""
-    return model.hparams["num_in_ch"]
+    """How many colour channels the model reads: 3 for RGB, 1 for grey.
+
+    The hyper-parameter `num_in_ch` or `img_channel`; 3 for a network of the user's that has neither.
+    """
+    return _channels(model.hparams)
 
 
 def scale_of(model: Model) -> int:
@@ -149,16 +203,20 @@ def _jitted_apply(arch: str, hparams: tuple[tuple[str, Any], ...]) -> Apply:
     return jax.jit(make_apply(arch, dict(hparams)))
 
 
-def _abstract(arch: str, hparams: Mapping[str, Any], *, remat: bool = False) -> tuple[nnx.GraphDef, Any]:
-    """The module's structure, and its parameters as shapes only, by path."""
-    arch = canonical_arch(arch)
-    return _cached_abstract(arch, tuple(complete_hparams(arch, hparams).items()), remat)
+def _channels(hparams: Mapping[str, Any]) -> int:
+    return hparams.get("num_in_ch", hparams.get("img_channel", 3))
+
+
+def _is_linen(arch: str) -> bool:
+    return custom.is_custom(arch) and not issubclass(architecture(arch), nnx.Module)
 
 
 @functools.lru_cache(maxsize=32)  # takes seconds for the 351 convolutions of an RRDBNet
 def _cached_abstract(arch: str, hparams: tuple[tuple[str, Any], ...], remat: bool) -> tuple[nnx.GraphDef, Any]:
-    module = nnx.eval_shape(lambda: MODELS[arch](**dict(hparams), remat=remat, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(module)
+    """The module's structure, and its parameters as shapes only, by path."""
+    build = lambda: custom.build(architecture(arch), dict(hparams), remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
+    graphdef, state = nnx.split(nnx.eval_shape(build))
+    custom.check_state(arch, state)
     return graphdef, nnx.to_flat_state(state)
 
 
@@ -178,7 +236,7 @@ def _jaxpr_macs(jaxpr: jax.extend.core.Jaxpr) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape
             total += math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        for value in equation.params.values():
-            if hasattr(value, "jaxpr"):
-                total += _jaxpr_macs(value.jaxpr)
+        inner = [_jaxpr_macs(value) for value in equation.params.values() if hasattr(value, "eqns")]
+        branches = [_jaxpr_macs(branch) for branch in equation.params.get("branches", ())]
+        total += sum(inner) * equation.params.get("length", 1) + max(branches, default=0)
     return total

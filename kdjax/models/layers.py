@@ -26,6 +26,29 @@ def conv3x3(num_in: int, num_out: int, *, rngs: nnx.Rngs, residual_init: bool = 
     return nnx.Conv(num_in, num_out, (3, 3), padding=1, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
 
 
+def conv(
+    num_in: int, num_out: int, size: int, *, rngs: nnx.Rngs, stride: int = 1, groups: int = 1, bias: bool = True
+) -> nnx.Conv:
+    """A convolution of `size` x `size` with torch's initial values, zero-padded to keep the size at stride 1."""
+    bound = 1 / math.sqrt(size * size * num_in // groups)
+
+    def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nnx.Conv(
+        num_in,
+        num_out,
+        (size, size),
+        strides=stride,
+        padding=(size - 1) // 2,
+        feature_group_count=groups,
+        use_bias=bias,
+        kernel_init=TORCH_KERNEL_INIT,
+        bias_init=bias_init,
+        rngs=rngs,
+    )
+
+
 class PReLU(nnx.Module):
     """max(x, 0) + weight * min(x, 0) with one learnt slope per channel (torch's; Flax's has a single slope)."""
 

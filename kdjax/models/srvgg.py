@@ -1,10 +1,11 @@
 """SRVGGNetCompact: a plain stack of convolutions with a pixel-shuffle end (Real-ESRGAN, `srvgg_arch.py`).
 
 Names and initialisation are BasicSR's: `body` is one flat list conv, activation, conv, activation, ..., conv; the
-nearest-upsampled input is added at the end.
+nearest-upsampled input is added at the end. `unshuffle` is ours: the stack runs at 1/unshuffle of the input's height
+and width, with about unshuffle^2 times fewer multiplications at the same num_feat.
 
 Features: `body.N` for every layer of that list, so `body.1` is the first activation. All but the last have num_feat
-channels at the input's height and width.
+channels at 1/unshuffle of the input's height and width.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class SRVGGNetCompact(nnx.Module):
         num_conv: int = 16,
         upscale: int = 4,
         act_type: str = "prelu",
+        unshuffle: int = 1,
         *,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -50,16 +52,19 @@ class SRVGGNetCompact(nnx.Module):
                 f"SRVGGNetCompact adds its input to its output: num_in_ch={num_in_ch} and num_out_ch={num_out_ch}"
                 " must be equal"
             )
-        self.upscale, self.remat = upscale, remat
+        self.upscale, self.unshuffle, self.remat = upscale, unshuffle, remat
         body: list[nnx.Module] = []
         for i in range(num_conv + 1):
-            body.append(conv3x3(num_feat if i else num_in_ch, num_feat, rngs=rngs))
+            body.append(conv3x3(num_feat if i else num_in_ch * unshuffle**2, num_feat, rngs=rngs))
             body.append(ACTIVATIONS[act_type](num_feat))
-        body.append(conv3x3(num_feat, num_out_ch * upscale**2, rngs=rngs))
+        body.append(conv3x3(num_feat, num_out_ch * (upscale * unshuffle) ** 2, rngs=rngs))
         self.body = nnx.List(body)
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x, features = image, {}
+        _, height, width, _ = image.shape
+        x = ops.pixel_unshuffle(ops.pad_to_multiple(image, self.unshuffle), self.unshuffle)
+        features = {}
         for i, layer in enumerate(self.body):
             x = features[f"body.{i}"] = call(layer, x, remat=self.remat)
-        return ops.pixel_shuffle(x, self.upscale) + ops.upsample_nearest(image, self.upscale), features
+        x = ops.pixel_shuffle(x, self.upscale * self.unshuffle)[:, : height * self.upscale, : width * self.upscale]
+        return x + ops.upsample_nearest(image, self.upscale), features

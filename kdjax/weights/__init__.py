@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,16 @@ from typing import Any
 import numpy as np
 
 from kdjax.models import MODELS, Model, canonical_arch
+from kdjax.models.custom import is_custom
+from kdjax.perceptual import needed_layers
 from kdjax.weights.convert import to_model, to_state_dict
 from kdjax.weights.layouts import unwrap
 from kdjax.weights.safetensors_file import is_safetensors_file, read_safetensors_file, safetensors_file_bytes
 from kdjax.weights.tensors import WeightsError
 from kdjax.weights.torch_file import is_torch_file, read_torch_file, torch_file_bytes
+from kdjax.weights.vgg_file import vgg_params
 
-__all__ = ["Loaded", "WeightsError", "load_model", "load_weights", "parse_hparams", "save_model"]
+__all__ = ["Loaded", "WeightsError", "load_model", "load_vgg", "load_weights", "parse_hparams", "save_model"]
 
 MAX_FILE_BYTES = 8 << 30
 
@@ -72,21 +76,13 @@ def load_weights(
     """
     arch = None if arch is None else canonical_arch(arch)
     data = _read(path)
-    try:
+    with _blaming(path):
         content, about = _parse(data)
         state, found_key = unwrap(content, key)
-        said_arch, said = _said(about)
+        said_arch, said = _said(about, arch)
         if None not in (arch, said_arch) and arch != said_arch:
             raise WeightsError(f"it says it is {said_arch}, not {arch}")
         model, layout = to_model(state, arch=arch or said_arch, said=said, given=hparams_overrides)
-    except WeightsError as error:
-        raise WeightsError(f"{os.fspath(path)}: {error}") from None
-    except Exception as error:
-        # A damaged or hostile file can trip any step of zipfile, pickletools, numpy and json; none of that is a fault
-        # of the program, and callers need one kind of error.
-        raise WeightsError(
-            f"{os.fspath(path)}: the file is damaged ({type(error).__name__}: {error!s:.200}); get or write it again"
-        ) from error
     return Loaded(model, os.fspath(path), hashlib.sha256(data).hexdigest(), layout, found_key)
 
 
@@ -95,6 +91,21 @@ def load_model(
 ) -> Model:
     """The model in a weight file; see `load_weights`."""
     return load_weights(path, key=key, arch=arch, **hparams_overrides).model
+
+
+def load_vgg(
+    path: str | os.PathLike[str], /, *, vgg_type: str, layers: Sequence[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """The weights of a VGG in a torchvision file, up to the deepest of `layers`, for `kdjax.perceptual`.
+
+    Raises:
+      WeightsError: the file cannot be read or is another network.
+      ValueError: an unknown type or layer.
+    """
+    needed_layers(vgg_type, layers)
+    data = _read(path)
+    with _blaming(path):
+        return vgg_params(unwrap(_parse(data)[0], "auto")[0], vgg_type=vgg_type, layers=layers)
 
 
 def parse_hparams(pairs: Iterable[str]) -> dict[str, int | str]:
@@ -158,22 +169,42 @@ def _read(path: str | os.PathLike[str]) -> bytes:
         raise WeightsError(f"{file}: cannot be read: {error}") from error
 
 
+@contextmanager
+def _blaming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names the file in every error about its content."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{os.fspath(path)}: {error}") from None
+    except Exception as error:
+        # A damaged or hostile file can trip any step of zipfile, pickletools, numpy and json; none of that is a fault
+        # of the program, and callers need one kind of error.
+        raise WeightsError(
+            f"{os.fspath(path)}: the file is damaged ({type(error).__name__}: {error!s:.200}); get or write it again"
+        ) from error
+
+
 def _parse(data: bytes) -> tuple[Any, Any]:
     """What the file holds, and what it says about itself when `save_model` wrote it."""
+    # First, since the length in front of a safetensors header can begin like a pickle; no torch file has a { behind it.
+    if is_safetensors_file(data):
+        return read_safetensors_file(data)
     if is_torch_file(data):
         content = read_torch_file(data)
         about = content.get("kdjax") if type(content) is dict else None
         return content, about
-    if is_safetensors_file(data):
-        return read_safetensors_file(data)
     raise WeightsError(f"it begins with {data[:8]!r}; wanted a .pth file of torch.save or a .safetensors file")
 
 
-def _said(about: Any) -> tuple[str | None, dict[str, Any]]:
+def _said(about: Any, asked: str | None) -> tuple[str | None, dict[str, Any]]:
     """The architecture and hyper-parameters that a file states."""
     match about:
         case None:
             return None, {}
+        case {"arch": str(arch), "hparams": dict(hparams)} if is_custom(arch):
+            if arch != asked:  # a file must not decide what is imported
+                raise WeightsError(f"it is a network of your own, {arch!r}; say so to have it imported: arch={arch!r}")
+            return arch, hparams
         case {"arch": str(arch), "hparams": dict(hparams)} if arch in MODELS:
             return arch, hparams
     raise WeightsError('its entry "kdjax" does not name an architecture and its hyper-parameters; it was altered')

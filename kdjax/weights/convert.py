@@ -17,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from kdjax.models import Model, abstract_params, complete_hparams
+from kdjax.models.custom import is_custom
 from kdjax.weights.layouts import (
     Layout,
     best_layout,
@@ -60,14 +61,16 @@ def _infer_rrdbnet(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _infer_srvggnetcompact(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     last = _count(shapes, r"body\.([0-9]+)\.weight") - 1
-    num_in_ch = _size(shapes, 1, "body.0.weight", default=3)
-    outputs = _size(shapes, 0, f"body.{last}.weight", default=num_in_ch)
+    inputs = _size(shapes, 1, "body.0.weight", default=3)
+    outputs = _size(shapes, 0, f"body.{last}.weight", default=inputs)
+    num_in_ch, unshuffle = _unshuffled(inputs, given)
     hparams = {
         "num_in_ch": num_in_ch,
         "num_out_ch": num_in_ch,
         "num_feat": _size(shapes, 0, "body.0.weight", default=64),
         "num_conv": max(1, last // 2 - 1),
-        "upscale": max(1, math.isqrt(outputs // max(1, num_in_ch))),
+        "upscale": max(1, math.isqrt(outputs // max(1, inputs))),
+        "unshuffle": unshuffle,
     }
     if any(len(shape) == 1 and key.endswith(".weight") for key, shape in shapes.items()):
         hparams["act_type"] = "prelu"  # the other two have no parameters, so they cannot be told apart
@@ -76,24 +79,97 @@ def _infer_srvggnetcompact(shapes: Shapes, given: Mapping[str, Any]) -> dict[str
 
 def _infer_dncnn(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
     last = _count(shapes, r"model\.([0-9]+)\.weight") - 1
-    num_in_ch = _size(shapes, 1, "model.0.weight", default=3)
-    outputs = _size(shapes, 0, f"model.{last}.weight", default=num_in_ch)
-    if num_in_ch == outputs + 1:
+    inputs = _size(shapes, 1, "model.0.weight", default=3)
+    outputs = _size(shapes, 0, f"model.{last}.weight", default=inputs)
+    if inputs == outputs + 1:
         raise WeightsError(
-            f"it looks like FDnCNN or FFDNet: the first convolution reads {num_in_ch} channels and the last writes"
+            f"it looks like FDnCNN or FFDNet: the first convolution reads {inputs} channels and the last writes"
             f" {outputs}, so one input is a map of the noise level; only DnCNN, which needs no map, is supported"
         )
+    num_in_ch, unshuffle = _unshuffled(inputs, given)
     return {
         "num_in_ch": num_in_ch,
         "num_feat": _size(shapes, 0, "model.0.weight", default=64),
         "depth": max(2, last // 2 + 1),
+        "unshuffle": unshuffle,
     }
+
+
+def _infer_edsr(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    num_in_ch, unshuffle = _unshuffled(_size(shapes, 1, "conv_first.weight", default=3), given)
+    # res_scale and img_range leave no trace in the tensors: BasicSR's defaults, unless the file or the caller says.
+    return {
+        "num_in_ch": num_in_ch,
+        "num_out_ch": max(1, _size(shapes, 0, "conv_last.weight", default=3) // unshuffle**2),
+        "num_feat": _size(shapes, 0, "conv_first.weight", default=64),
+        "num_block": max(1, _count(shapes, r"body\.([0-9]+)\..*")),
+        "upscale": _upscale(shapes, "upsample.0.weight", len([k for k in shapes if re.match(r"upsample.*weight", k)])),
+        "unshuffle": unshuffle,
+    }
+
+
+def _infer_msrresnet(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    num_in_ch = _size(shapes, 1, "conv_first.weight", default=3)
+    return {
+        "num_in_ch": num_in_ch,
+        "num_out_ch": num_in_ch,
+        "num_feat": _size(shapes, 0, "conv_first.weight", default=64),
+        "num_block": max(1, _count(shapes, r"body\.([0-9]+)\..*")),
+        "upscale": _upscale(shapes, "upconv1.weight", _count(shapes, r"upconv([0-9]+)\.weight", first=1)),
+    }
+
+
+def _infer_nafnet(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    def blocks(stage: str) -> tuple[int, ...]:
+        levels = _count(shapes, r"downs\.([0-9]+)\.weight")
+        return tuple(_count(shapes, rf"{stage}\.{level}\.([0-9]+)\..*") for level in range(levels))
+
+    return {
+        "img_channel": _size(shapes, 1, "intro.weight", default=3),
+        "width": _size(shapes, 0, "intro.weight", default=16),
+        "middle_blk_num": max(1, _count(shapes, r"middle_blks\.([0-9]+)\..*")),
+        "enc_blk_nums": blocks("encoders"),
+        "dec_blk_nums": blocks("decoders"),
+    }
+
+
+def _infer_unet(shapes: Shapes, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_in_ch": _size(shapes, 1, "conv_first.weight", default=3),
+        "num_feat": _size(shapes, 0, "conv_first.weight", default=16),
+        "num_level": max(1, _count(shapes, r"down\.([0-9]+)\.weight")),
+        "num_conv": max(1, _count(shapes, r"encoder\.0\.convs\.([0-9]+)\.weight")),
+    }
+
+
+def _unshuffled(inputs: int, given: Mapping[str, Any]) -> tuple[int, int]:
+    """Colour channels of the image and the un-shuffling in front of a first convolution that reads `inputs` channels.
+
+    12 and 48 channels are taken for RGB un-shuffled 2 and 4 times; what else there may be has to be stated.
+    """
+    if "unshuffle" in given:
+        unshuffle = max(1, given["unshuffle"])
+    elif "num_in_ch" in given:
+        unshuffle = max(1, math.isqrt(inputs // max(1, given["num_in_ch"])))
+    else:
+        unshuffle = {12: 2, 48: 4}.get(inputs, 1)
+    return max(1, inputs // unshuffle**2), unshuffle
+
+
+def _upscale(shapes: Shapes, first: str, count: int) -> int:
+    """The enlargement by `count` pixel shuffles, of which the `first` convolution tells whether it is by 3."""
+    shape = shapes.get(first, (4, 1))
+    return 3 if count == 1 and shape[0] == 9 * shape[1] else 2**count
 
 
 INFER: dict[str, Callable[[Shapes, Mapping[str, Any]], dict[str, Any]]] = {
     "rrdbnet": _infer_rrdbnet,
     "srvggnetcompact": _infer_srvggnetcompact,
     "dncnn": _infer_dncnn,
+    "edsr": _infer_edsr,
+    "msrresnet": _infer_msrresnet,
+    "nafnet": _infer_nafnet,
+    "unet": _infer_unet,
 }
 
 
@@ -133,11 +209,16 @@ def to_model(
     if arch is None:
         refuse_unsupported(arrays)
 
-    layout, renamed, unused = best_layout(arrays, arch)
+    if arch is not None and is_custom(arch):
+        layout, renamed, unused = Layout("kdjax", arch, str), {key: key for key in arrays}, []
+    else:
+        layout, renamed, unused = best_layout(arrays, arch)
     shapes = {name: arrays[key].shape for name, key in renamed.items()}
     stated = dict(said) | dict(given)
-    _complete(layout.arch, stated)
-    inferred = INFER[layout.arch](shapes, stated)
+    completed = _complete(layout.arch, stated)
+    stated = {name: completed[name] for name in stated}
+    # Only the files themselves know the hyper-parameters of a network that is not ours.
+    inferred = INFER[layout.arch](shapes, stated) if layout.arch in INFER else {}
     wrong = [
         f"{name}={value!r}, the tensors say {inferred[name]!r}"
         for name, value in stated.items()
@@ -161,12 +242,10 @@ def to_model(
             " if it is DnCNN, pass arch='dncnn'"
         )
     params = {}
-    for name, key in renamed.items():
-        path, value = name, arrays[key]
-        if value.ndim == 4:
-            path, value = name.removesuffix("weight") + "kernel", value.transpose(2, 3, 1, 0)
-        params[path] = np.ascontiguousarray(value)
-    params = {path: params[path] for path in _our_shapes(layout.arch, hparams)}
+    for path, shape in _our_shapes(layout.arch, hparams).items():
+        name = _torch_name(path, len(shape))
+        value = arrays[renamed[name]]
+        params[path] = np.ascontiguousarray(value if name == path else value.transpose(2, 3, 1, 0))
     return Model(layout.arch, hparams, traverse_util.unflatten_dict(params, sep=".")), layout_name or layout.name
 
 
@@ -179,9 +258,8 @@ def to_state_dict(model: Model) -> dict[str, np.ndarray]:
     state = {}
     for path, leaf in traverse_util.flatten_dict(model.params, sep=".").items():
         value = np.asarray(leaf)
-        if path.endswith(".kernel") and value.ndim == 4:
-            path, value = path.removesuffix("kernel") + "weight", value.transpose(3, 2, 0, 1)
-        state[path] = value
+        name = _torch_name(path, value.ndim)
+        state[name] = value if name == path else value.transpose(3, 2, 0, 1)
     _check(Layout("kdjax", model.arch, str), model.hparams, state, ())
     wanted = torch_shapes(model.arch, model.hparams)
     return _float32({key: np.ascontiguousarray(state[key]) for key in wanted})
@@ -198,10 +276,14 @@ def torch_shapes(arch: str, hparams: Mapping[str, Any]) -> dict[str, tuple[int, 
     """Every parameter of an architecture: torch name and shape, in the order of the network."""
     shapes = {}
     for path, shape in _our_shapes(arch, hparams).items():
-        if path.endswith(".kernel"):
-            path, shape = path.removesuffix("kernel") + "weight", (shape[3], shape[2], shape[0], shape[1])
-        shapes[path] = shape
+        name = _torch_name(path, len(shape))
+        shapes[name] = shape if name == path else (shape[3], shape[2], shape[0], shape[1])
     return dict(sorted(shapes.items(), key=lambda item: _network_order(item[0])))
+
+
+def _torch_name(path: str, ndim: int) -> str:
+    """torch's name of a parameter: only the kernels of convolutions are called, and stored, otherwise."""
+    return path.removesuffix("kernel") + "weight" if path.endswith(".kernel") and ndim == 4 else path
 
 
 def _our_shapes(arch: str, hparams: Mapping[str, Any]) -> Shapes:
@@ -219,7 +301,11 @@ def _cached_shapes(arch: str, hparams: tuple[tuple[str, Any], ...]) -> Shapes:
 
 def _network_order(key: str) -> tuple[Any, ...]:
     """Sorts as torch registers: first, trunk, tail; body.10 after body.9; weight before bias."""
-    heads = ("conv_first", "body", "model", "conv_body", "conv_up", "conv_hr", "conv_last")
+    heads = (
+        "conv_first", "intro", "ending", "body", "model", "encoder", "encoders", "down", "decoders", "middle_blks",
+        "ups", "downs", "up", "decoder", "conv_after_body", "conv_body", "conv_up", "upconv", "upsample", "conv_hr",
+        "conv_last",
+    )  # fmt: skip
     head = next((i for i, name in enumerate(heads) if key.split(".")[0].rstrip("0123456789") == name), len(heads))
     parts = [(int(text) if text.isdigit() else 0, text) for text in re.split(r"([0-9]+)|\.", key) if text]
     module, leaf = parts[:-1], parts[-1][1]

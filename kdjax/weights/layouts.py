@@ -36,11 +36,8 @@ UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("HAT", (r"layers\.0\.residual_group\.blocks\.0\.conv_block\..*",)),
     ("SwinIR", (r"layers\.0\.residual_group\.blocks\.0\.norm1\.weight",)),
     ("Restormer", (r"patch_embed\.proj\.weight", r"encoder_level1\.0\..*")),
-    ("NAFNet", (r"intro\.weight", r"ending\.weight")),
     ("DRUNet", (r"m_head\.weight", r"m_down1\.0\..*")),
     ("SCUNet", (r"m_head\.0\.weight", r"m_tail\.0\.weight")),
-    ("EDSR", (r"conv_first\.weight", r"conv_after_body\.weight", r"body\.0\.conv1\.weight")),
-    ("MSRResNet", (r"conv_first\.weight", r"conv_hr\.weight", r"body\.0\.conv1\.weight")),
     ("MPRNet", (r"shallow_feat1\.0\.weight",)),
     ("Uformer", (r"input_proj\.proj\.0\.weight",)),
     ("RealCUGAN", (r"unet1\.conv1\.conv\.0\.weight",)),
@@ -136,6 +133,21 @@ def _rename_by(*rules: tuple[str, str]) -> Callable[[str], str | None]:
     return rename
 
 
+_BLOCK = r"(norm[12]|conv[1-5]|sca\.1)\.(weight|bias)|beta|gamma"
+_NAFNET_KEY = re.compile(
+    r"(intro|ending|downs\.[0-9]{1,2})\.(weight|bias)|ups\.[0-9]{1,2}\.0\.weight"
+    rf"|((encoders|decoders)\.[0-9]{{1,2}}|middle_blks)\.[0-9]{{1,3}}\.({_BLOCK})"
+)
+_UNET_KEY = re.compile(
+    r"(conv_first|conv_last|(up|down)\.[0-9]{1,2}|(encoder|decoder)\.[0-9]{1,2}\.convs\.[0-9]{1,3})\.(weight|bias)"
+)
+
+
+def _same_if(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
+    """A layout whose keys are our names."""
+    return lambda key: key if pattern.fullmatch(key) else None
+
+
 def _layouts(keys: Iterable[str]) -> list[Layout]:
     """Every layout; one of them depends on the keys: the old ESRGAN counts on past its upsamplings."""
     numbers = [int(match[1]) for key in keys if (match := re.match(r"model\.([0-9]{1,2})\.weight$", key))]
@@ -162,6 +174,26 @@ def _layouts(keys: Iterable[str]) -> list[Layout]:
                 (r"HRconv", "conv_hr"),
             ),
         ),
+        Layout(
+            "BasicSR",
+            "edsr",
+            _rename_by(
+                (r"(?P<name>conv_first|conv_after_body|conv_last)", r"\g<name>"),
+                (r"body\.<N>\.conv<K>", "body.<N>.conv<K>"),
+                (r"upsample\.<N>", "upsample.<N>"),
+            ),
+        ),
+        Layout(
+            "BasicSR",
+            "msrresnet",
+            _rename_by(
+                (r"(?P<name>conv_first|conv_hr|conv_last)", r"\g<name>"),
+                (r"body\.<N>\.conv<K>", "body.<N>.conv<K>"),
+                (r"upconv<K>", "upconv<K>"),
+            ),
+        ),
+        Layout("NAFNet", "nafnet", _same_if(_NAFNET_KEY)),
+        Layout("kdjax", "unet", _same_if(_UNET_KEY)),
         Layout("BasicSR", "srvggnetcompact", _rename_by((r"body\.<N>", "body.<N>"))),
         # Before the old ESRGAN: that one shares its first keys, and the earlier of two equal fits is taken.
         Layout("KAIR", "dncnn", _rename_by((r"model\.<N>", "model.<N>"))),

@@ -1,0 +1,69 @@
+"""MSRResNet: the modified SRResNet of ESRGAN (arXiv:1809.00219), as BasicSR has it (`srresnet_arch.py`).
+
+BasicSR's network cannot do upscale 1. Here it can: without upsampling layers, the rest is the same.
+
+Features: `conv_first` (after its activation) and `body.N` (each block), all with num_feat channels at the input's
+height and width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax import ops
+from kdjax.models.edsr import ResidualBlock, upsampling_steps
+from kdjax.models.layers import call, conv3x3
+
+
+def _lrelu(x: jax.Array) -> jax.Array:
+    return jax.nn.leaky_relu(x, 0.1)
+
+
+class MSRResNet(nnx.Module):
+    """(b, h, w, num_in_ch) -> (b, h*upscale, w*upscale, num_out_ch) and its features; any h and w.
+
+    Raises:
+      ValueError: `upscale` is not 1, 2, 3 or 4; or num_in_ch != num_out_ch.
+    """
+
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        num_out_ch: int = 3,
+        num_feat: int = 64,
+        num_block: int = 16,
+        upscale: int = 4,
+        *,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if upscale not in (1, 2, 3, 4):
+            raise ValueError(f"MSRResNet enlarges 1, 2, 3 or 4 times, not upscale={upscale}")
+        if num_in_ch != num_out_ch:
+            raise ValueError(
+                f"MSRResNet adds its input to its output: num_in_ch={num_in_ch} and num_out_ch={num_out_ch} must be"
+                " equal"
+            )
+        self.remat, self.upscale = remat, upscale
+        self.conv_first = conv3x3(num_in_ch, num_feat, rngs=rngs, residual_init=True)
+        self.body = nnx.List([ResidualBlock(num_feat, 1.0, residual_init=True, rngs=rngs) for _ in range(num_block)])
+        self.factors = upsampling_steps(upscale)
+        for i, factor in enumerate(self.factors, start=1):
+            setattr(self, f"upconv{i}", conv3x3(num_feat, num_feat * factor**2, rngs=rngs, residual_init=True))
+        self.conv_hr = conv3x3(num_feat, num_feat, rngs=rngs, residual_init=True)
+        self.conv_last = conv3x3(num_feat, num_out_ch, rngs=rngs, residual_init=True)
+
+    def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        b, height, width, channels = image.shape
+        features = {}
+        x = features["conv_first"] = _lrelu(self.conv_first(image))
+        for i, block in enumerate(self.body):
+            x = features[f"body.{i}"] = call(block, x, remat=self.remat)
+        for i, factor in enumerate(self.factors, start=1):
+            x = _lrelu(ops.pixel_shuffle(getattr(self, f"upconv{i}")(x), factor))
+        x = self.conv_last(_lrelu(self.conv_hr(x)))
+        size = (b, height * self.upscale, width * self.upscale, channels)
+        # torch's bilinear interpolation with align_corners=False; equal to the image at upscale 1.
+        return x + jax.image.resize(image.astype(jnp.float32), size, "bilinear").astype(x.dtype), features

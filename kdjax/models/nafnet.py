@@ -1,0 +1,128 @@
+"""NAFNet (Chen et al., 2022, arXiv:2204.04676): a U-Net of blocks without activation functions.
+
+Names and layout are those of the published weights (megvii-research/NAFNet). The image is padded with zeros at the
+bottom and right to a multiple of 2^levels, as there, and cropped back.
+
+Features, with level l at 1/2^l of the padded height and width and width x 2^l channels: `intro` (level 0),
+`encoders.L` (after the last block of level L), `middle_blks` and `decoders.I` (level levels - 1 - I).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kdjax import ops
+from kdjax.models.layers import call, conv
+
+
+class LayerNorm2d(nnx.Module):
+    """Normalises the channels of each pixel, in float32: the residual stream outgrows lower precisions."""
+
+    def __init__(self, num_channels: int) -> None:
+        self.weight, self.bias = nnx.Param(jnp.ones(num_channels)), nnx.Param(jnp.zeros(num_channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        centred = y - y.mean(-1, keepdims=True)
+        y = centred / jnp.sqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + 1e-6)
+        return (y * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def _gate(x: jax.Array) -> jax.Array:
+    """The first half of the channels times the second."""
+    first, second = jnp.split(x, 2, -1)
+    return first * second
+
+
+class NAFBlock(nnx.Module):
+    """A gated depthwise branch with channel attention, then a gated pointwise one, each added with learnt factors."""
+
+    def __init__(self, num_channels: int, *, rngs: nnx.Rngs) -> None:
+        c = num_channels
+        self.conv1 = conv(c, 2 * c, 1, rngs=rngs)
+        self.conv2 = conv(2 * c, 2 * c, 3, rngs=rngs, groups=2 * c)
+        self.conv3 = conv(c, c, 1, rngs=rngs)
+        self.sca = nnx.List([_MeanOverImage(), conv(c, c, 1, rngs=rngs)])
+        self.conv4 = conv(c, 2 * c, 1, rngs=rngs)
+        self.conv5 = conv(c, c, 1, rngs=rngs)
+        self.norm1, self.norm2 = LayerNorm2d(c), LayerNorm2d(c)
+        self.beta, self.gamma = nnx.Param(jnp.zeros((1, c, 1, 1))), nnx.Param(jnp.zeros((1, c, 1, 1)))  # torch's shape
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = _gate(self.conv2(self.conv1(self.norm1(x))))
+        y = self.conv3(y * self.sca[1](self.sca[0](y)))
+        x = x + y * self.beta[...].reshape(-1).astype(x.dtype)
+        y = self.conv5(_gate(self.conv4(self.norm2(x))))
+        return x + y * self.gamma[...].reshape(-1).astype(x.dtype)
+
+
+class _MeanOverImage(nnx.Module):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x.mean((1, 2), keepdims=True)
+
+
+class NAFNet(nnx.Module):
+    """(b, h, w, img_channel) -> the same shape, and its features; any h and w. `width` counts the first channels.
+
+    Raises:
+      ValueError: encoder and decoder have different numbers of levels.
+    """
+
+    def __init__(
+        self,
+        img_channel: int = 3,
+        width: int = 16,
+        middle_blk_num: int = 1,
+        enc_blk_nums: tuple = (1, 1, 1, 28),
+        dec_blk_nums: tuple = (1, 1, 1, 1),
+        *,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        if len(enc_blk_nums) != len(dec_blk_nums):
+            raise ValueError(
+                f"NAFNet needs as many levels up as down: enc_blk_nums={enc_blk_nums} has {len(enc_blk_nums)},"
+                f" dec_blk_nums={dec_blk_nums} has {len(dec_blk_nums)}"
+            )
+        self.remat, self.multiple = remat, 2 ** len(enc_blk_nums)
+        stage = lambda channels, count: nnx.List([NAFBlock(channels, rngs=rngs) for _ in range(count)])  # noqa: E731
+        channels = width
+        self.intro = conv(img_channel, width, 3, rngs=rngs)
+        encoders, downs, ups, decoders = [], [], [], []
+        for count in enc_blk_nums:
+            encoders.append(stage(channels, count))
+            downs.append(conv(channels, 2 * channels, 2, rngs=rngs, stride=2))
+            channels *= 2
+        self.middle_blks = stage(channels, middle_blk_num)
+        for count in dec_blk_nums:
+            # torch has a list of a convolution and a pixel shuffle here.
+            ups.append(nnx.List([conv(channels, 2 * channels, 1, rngs=rngs, bias=False)]))
+            channels //= 2
+            decoders.append(stage(channels, count))
+        self.encoders, self.downs = nnx.List(encoders), nnx.List(downs)
+        self.ups, self.decoders = nnx.List(ups), nnx.List(decoders)
+        self.ending = conv(width, img_channel, 3, rngs=rngs)
+
+    def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        _, height, width, _ = image.shape
+        pad = ((0, 0), (0, -height % self.multiple), (0, -width % self.multiple), (0, 0))
+        padded = jnp.pad(image, pad)
+        features = {}
+        x = features["intro"] = self.intro(padded)
+        skips = []
+        for i, (blocks, down) in enumerate(zip(self.encoders, self.downs, strict=True)):
+            x = features[f"encoders.{i}"] = self._run(blocks, x)
+            skips.append(x)
+            x = down(x)
+        x = features["middle_blks"] = self._run(self.middle_blks, x)
+        for i, (up, blocks) in enumerate(zip(self.ups, self.decoders, strict=True)):
+            x = ops.pixel_shuffle(up[0](x), 2) + skips.pop()
+            x = features[f"decoders.{i}"] = self._run(blocks, x)
+        return (self.ending(x) + padded)[:, :height, :width], features
+
+    def _run(self, blocks: nnx.List, x: jax.Array) -> jax.Array:
+        for block in blocks:
+            x = call(block, x, remat=self.remat)
+        return x

@@ -1,0 +1,65 @@
+"""A small, plain U-Net for students: most of its work is done on small maps.
+
+Every level halves height and width by un-shuffling pixels into channels and doubles the width of the network; skips
+are added, not concatenated. It predicts a correction of its input. The layout is kdjax's own.
+
+Features, with level l at 1/2^l of the padded height and width and num_feat x 2^l channels: `encoder.L` (L = 0 ...
+num_level) and `decoder.L` (L = num_level - 1 ... 0), each after the last activation of its level.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from kdjax import ops
+from kdjax.models.layers import call, conv, conv3x3
+
+
+class Stage(nnx.Module):
+    """`num_conv` 3x3 convolutions, each followed by ReLU."""
+
+    def __init__(self, num_feat: int, num_conv: int, *, rngs: nnx.Rngs) -> None:
+        self.convs = nnx.List([conv3x3(num_feat, num_feat, rngs=rngs) for _ in range(num_conv)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.convs:
+            x = jax.nn.relu(layer(x))
+        return x
+
+
+class UNet(nnx.Module):
+    """(b, h, w, num_in_ch) -> the same shape, and its features; any h and w."""
+
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        num_feat: int = 16,
+        num_level: int = 3,
+        num_conv: int = 2,
+        *,
+        remat: bool = False,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.remat, self.num_level = remat, num_level
+        widths = [num_feat * 2**level for level in range(num_level + 1)]
+        self.conv_first = conv3x3(num_in_ch, num_feat, rngs=rngs)
+        self.encoder = nnx.List([Stage(width, num_conv, rngs=rngs) for width in widths])
+        self.down = nnx.List([conv(4 * width, 2 * width, 1, rngs=rngs) for width in widths[:-1]])
+        self.up = nnx.List([conv(2 * width, 4 * width, 1, rngs=rngs) for width in widths[:-1]])
+        self.decoder = nnx.List([Stage(width, num_conv, rngs=rngs) for width in widths[:-1]])
+        self.conv_last = conv3x3(num_feat, num_in_ch, rngs=rngs)
+
+    def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        _, height, width, _ = image.shape
+        padded = ops.pad_to_multiple(image, 2**self.num_level)
+        x, features, skips = self.conv_first(padded), {}, []
+        for level, stage in enumerate(self.encoder):
+            if level:
+                skips.append(x)
+                x = self.down[level - 1](ops.pixel_unshuffle(x, 2))
+            x = features[f"encoder.{level}"] = call(stage, x, remat=self.remat)
+        for level in reversed(range(self.num_level)):
+            x = ops.pixel_shuffle(self.up[level](x), 2) + skips.pop()
+            x = features[f"decoder.{level}"] = call(self.decoder[level], x, remat=self.remat)
+        return (padded + self.conv_last(x))[:, :height, :width], features

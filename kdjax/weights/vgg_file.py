@@ -1,0 +1,65 @@
+"""Reading VGG weights, for perceptual losses, from the files that torchvision publishes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kdjax.perceptual import CHANNELS, layer_names, needed_layers
+from kdjax.weights.tensors import Tensor, WeightsError
+
+
+def vgg_params(state: Mapping[str, Any], *, vgg_type: str, layers: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    """{"conv1_1": {"kernel": HWIO, "bias": (c,)}, ...} up to the deepest of `layers`, from an unwrapped state dict.
+
+    Keys are torchvision's `features.N.weight`, or `N.weight` of the `features` alone.
+
+    Raises:
+      WeightsError: it is no VGG, one with batch normalisation or another than `vgg_type`.
+      ValueError: an unknown type or layer.
+    """
+    state = {str(key).removeprefix("features."): value for key, value in state.items() if isinstance(value, Tensor)}
+    if any(key.endswith("running_mean") for key in state):
+        raise WeightsError(f"it is a VGG with batch normalisation; wanted torchvision's plain {vgg_type}")
+    wanted = _convolutions(vgg_type)
+    found = {key: value.shape for key, value in state.items() if re.fullmatch(r"[0-9]+\.weight", key)}
+    expected = {f"{index}.weight": (num_out, num_in, 3, 3) for index, num_in, num_out in wanted.values()}
+    if not found or any(expected.get(key) != shape for key, shape in found.items()):
+        raise WeightsError(
+            f"its convolutions ({_listed(found)}) are not those of {vgg_type} ({_listed(expected)}); give torchvision's"
+            f" file of {vgg_type}, or set vgg_type"
+        )
+    params = {}
+    for name in needed_layers(vgg_type, layers):
+        if not name.startswith("conv"):
+            continue
+        index, _, num_out = wanted[name]
+        weight, bias = state.get(f"{index}.weight"), state.get(f"{index}.bias")
+        if weight is None or bias is None or bias.shape != (num_out,):
+            raise WeightsError(
+                f"{name} of {vgg_type} should be features.{index} with weight and bias; it is incomplete"
+            )
+        arrays = {"kernel": weight.array().transpose(2, 3, 1, 0), "bias": bias.array()}
+        params[name] = {part: np.ascontiguousarray(array, np.float32) for part, array in arrays.items()}
+        if not all(np.isfinite(array).all() for array in params[name].values()):
+            raise WeightsError(f"{name} has NaN or infinite values; the file is damaged")
+    return params
+
+
+def _convolutions(vgg_type: str) -> dict[str, tuple[int, int, int]]:
+    """Layer -> (its number in torchvision's `features`, channels in, channels out)."""
+    table, num_in = {}, 3
+    for index, name in enumerate(layer_names(vgg_type)):
+        if name.startswith("conv"):
+            num_out = CHANNELS[int(name[4]) - 1]
+            table[name] = (index, num_in, num_out)
+            num_in = num_out
+    return table
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    first = list(shapes.items())[:6]
+    return ", ".join(f"{key} {shape}" for key, shape in first) + (", ..." if len(shapes) > 6 else "") or "none"
