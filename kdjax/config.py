@@ -30,7 +30,7 @@ ScheduleSpec = float | dict
 class Student:
     arch: str = "srvggnetcompact"
     hparams: dict = dataclasses.field(default_factory=dict)  # of the architecture; missing ones take its default
-    weights: str = ""  # a .pth or .safetensors to start from; "" starts from scratch
+    weights: str = ""  # a .pth or .safetensors to start from, or "teacher": a slice of it; "" starts from scratch
     remat: bool = False  # recompute activations per block in the backward pass: less memory, more time
     dtype: str = "float32"  # of the forward and backward pass; "bfloat16" on accelerators
 
@@ -40,6 +40,9 @@ class Teacher:
     weights: str = ""  # a .pth or .safetensors, or "embedded"; "" when no loss term needs a teacher
     key: str = "auto"  # which state dict of the file: "auto" is params_ema, then params, then a bare one
     hparams: dict = dataclasses.field(default_factory=dict)  # only what the file cannot tell, such as act_type
+    also: tuple = ()  # files of more teachers: their images are averaged, the features are the first one's
+    mix: tuple = ()  # weights of that average, one for each teacher; () weighs them equally
+    self_ensemble: bool = False  # average over the eight flips and turns: eight times the cost
     dtype: str = "float32"
 
 
@@ -49,12 +52,15 @@ class Data:
     lq: str = ""  # folder of their degraded partners; "" makes them from gt with `degrade`
     filename_tmpl: str = "{}"  # lq file stem from the gt file stem, for example "{}_noisy"
     meta_info: str = ""  # BasicSR list of files to use, one a line; "" takes the whole folder
+    limit: int = 0  # how many images at most, spread over the folder; 0 takes all
     crop: int = 128  # side of the square training crop of gt, pixels
     batch_size: int = 16  # crops per step over all devices and processes together
     hflip: bool = True
     rot: bool = True  # with hflip, all 8 flips and quarter turns
     workers: int = 0  # decoding processes; 0 decodes in threads of the main process
     cache_mb: int = 512  # decoded images kept in memory, per process
+    unlabelled: str = ""  # folder of degraded images without a clean partner (without lq: clean ones, used as if not)
+    unlabelled_part: float = 0.5  # of every batch, where there are unlabelled images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +90,7 @@ class Train:
 @dataclasses.dataclass(frozen=True)
 class Log:
     every: int = 100  # steps
+    diagnose: bool = True  # then also each term's part of the gradient: a forward pass, and a backward pass a term
     tensorboard: bool = False  # needs the extra `tb`
     wandb: str = ""  # a Weights & Biases project; needs the extra `wandb`
 
@@ -100,7 +107,7 @@ class Config:
     seed: int = 0
     student: Student = Student()
     teacher: Teacher = Teacher()
-    terms: dict = dataclasses.field(default_factory=dict)  # loss terms, see kdjax.distill.make_terms
+    terms: dict = dataclasses.field(default_factory=dict)  # loss terms, see kdjax.terms
     degrade: dict = dataclasses.field(default_factory=dict)  # see kdjax.degradations.make_degrade
     data: Data = Data()
     val: Val = Val()
@@ -112,11 +119,12 @@ class Config:
         positive = ("data.crop", "data.batch_size", "train.steps", "log.every", "val.every", "checkpoint.every")
         for path, least in [*((path, 1) for path in positive), ("checkpoint.keep", 1)]:
             _require(self, path, lambda value, least=least: value >= least, f"at least {least}")
-        for path in ("data.workers", "data.cache_mb", "val.crop", "val.limit", "val.save_images", "seed"):
+        for path in ("data.limit", "data.workers", "data.cache_mb", "val.crop", "val.limit", "val.save_images", "seed"):
             _require(self, path, lambda value: value >= 0, "0 or more")
         for path in ("train.weight_decay", "train.grad_clip"):
             _require(self, path, lambda value: 0 <= value < float("inf"), "0 or more, and finite")
         _require(self, "train.ema_decay", lambda value: 0 <= value < 1, "from 0 up to, not including, 1")
+        _require(self, "data.unlabelled_part", lambda value: 0 < value < 1, "between 0 and 1")
         _require(self, "val.sigma", lambda value: 0 <= value <= 255, "from 0 to 255")
         _require(
             self,

@@ -2,23 +2,26 @@
 
     total loss = sum over terms of weight(step) x value(student, teacher, batch)
 
-A term is a name, a function and a weight schedule. The step knows no files, no config object and no model classes:
-`Recipe` holds the functions, `State` the arrays that change. The teacher's parameters are an argument of the step;
-they are never in the state, the optimizer or a checkpoint. The caller jits:
+The step knows no files, no config object and no model classes: `Recipe` holds the functions, `State` the arrays that
+change, `frozen` those that do not: {"teacher": its parameters, "terms": {name: constants of that term}}. They are an
+argument of the step, and never in the state, the optimizer or a checkpoint. The caller jits:
 
     step = jax.jit(functools.partial(train_step, recipe), donate_argnums=0)
-    state, metrics = step(state, teacher_params, batch, key)
+    state, metrics = step(state, frozen, batch, key)
 
-A batch has `gt` (b, h, w, c), uint8 or float in [0, 1], and either `lq` (the same, h and w over the scale) or `index`
-(b,), the global numbers of its samples, from which the noise is drawn: the noise of a sample depends on the key and
-its number only, not on devices, processes or workers.
+A batch has `gt` (b, h, w, c), uint8 or float in [0, 1], and `lq` (the same, h and w over the scale) or `index` (b,),
+the global numbers of its samples, from which the noise is drawn: the noise of a sample depends on the key and its
+number only, not on devices, processes or workers. It may have `labelled` (b,), false where only the teacher knows
+what the clean image is.
+
+`train_step` is `observe` and then `learn`, so that several students can learn from one teacher's forward pass.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,27 +31,14 @@ from kdjax import losses, ops
 from kdjax.degradations import Degrade
 from kdjax.models import Apply, Params
 from kdjax.names import pick
-from kdjax.schedules import Schedule, is_zero, make_schedule
+from kdjax.schedules import Schedule
+from kdjax.terms import Context, Forward, Setting, Term, Tree
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
-
-class Forward(NamedTuple):
-    """What a network returned: its image (b, h, w, c) and its named features."""
-
-    output: jax.Array
-    features: dict[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """One part of the loss: `value(student, teacher, batch)` is a scalar; `teacher` is None unless it is needed."""
-
-    name: str
-    value: Callable[[Forward, Forward | None, Batch], jax.Array]
-    weight: Schedule
-    needs_teacher: bool
+# A weight given as a share of the gradient is measured anew after so many steps: it costs one backward pass a term.
+SHARES_EVERY = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,57 +61,49 @@ class Recipe:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What training changes. `params` is {"student": ..., "adapters": ...}; `params_ema` mirrors the student."""
+    """What training changes.
+
+    `params` is {"student": ..., "adapters": {term: ...}}; `params_ema` mirrors the student; `balance` has the present
+    weight of every term whose weight is a share of the gradient.
+    """
 
     step: jax.Array
     params: Params
     params_ema: Params
     opt_state: optax.OptState
+    balance: dict[str, jax.Array]
 
 
-def _task(*, criterion: str, **options: float) -> Callable[..., jax.Array]:
-    """The student's image against the clean one."""
-    compare = losses.make_criterion(criterion, **options)
-    return lambda student, teacher, batch: jnp.mean(compare(student.output, batch["gt"]))
+class Scene(NamedTuple):
+    """What a step looks at: the images of a batch, what the teacher says of them, and a key for each sample."""
+
+    gt: jax.Array
+    lq: jax.Array
+    labelled: jax.Array | None
+    teacher: Forward | None
+    keys: jax.Array
 
 
-def _output(*, criterion: str, **options: float) -> Callable[..., jax.Array]:
-    """The student's image against the teacher's."""
-    compare = losses.make_criterion(criterion, **options)
-    return lambda student, teacher, batch: jnp.mean(compare(student.output, teacher.output))
+def make_setting(
+    student: Apply,
+    student_params: Params,
+    teacher: Apply | None,
+    teacher_params: Tree | None,
+    lq: tuple,
+    key: jax.Array,
+) -> Setting:
+    """The setting for `kdjax.terms.make_terms`: shapes of both networks' results for lq images of shape `lq`."""
+    image = jax.ShapeDtypeStruct(lq, jnp.float32)
+    shapes = [
+        apply and Forward(*jax.eval_shape(apply, params, image))
+        for apply, params in ((student, student_params), (teacher, teacher_params))
+    ]
+    return Setting(*shapes, lq, key)
 
 
-# name -> (builder of the value function from the term's options, whether it needs the teacher)
-TERMS: dict[str, tuple[Callable[..., Callable[..., jax.Array]], bool]] = {
-    "task": (_task, False),
-    "output": (_output, True),
-}
-
-
-def make_terms(specs: Mapping[str, Mapping[str, Any]]) -> tuple[Term, ...]:
-    """Terms from a config's dict: `{"output": dict(weight=2.0, criterion="l1"), ...}`.
-
-    A term whose weight is zero everywhere is left out, and with the last one that needs it, the teacher.
-
-    Raises:
-      ValueError: an unknown term, option or criterion; or nothing left to train on.
-    """
-    terms = []
-    for name, spec in specs.items():
-        build, needs_teacher = pick(TERMS, name, "loss term")
-        options = dict(spec)
-        try:
-            weight = options.pop("weight")
-            schedule, value = make_schedule(weight), build(**options)
-        except KeyError:
-            raise ValueError(f"loss term {name!r} has no weight; give a number or a schedule") from None
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"loss term {name!r}: {error}") from None
-        if not is_zero(weight):
-            terms.append(Term(name, value, schedule, needs_teacher))
-    if not terms:
-        raise ValueError(f"no loss term has a weight above 0 (given: {', '.join(specs) or 'none'})")
-    return tuple(terms)
+def make_frozen(terms: Iterable[Term], teacher_params: Tree | None) -> Tree:
+    """The constant arrays of a step."""
+    return {"teacher": teacher_params, "terms": {term.name: term.loss.frozen for term in terms}}
 
 
 def make_optimizer(
@@ -155,39 +137,64 @@ def make_optimizer(
 
 def init_state(recipe: Recipe, student_params: Params) -> State:
     """The state before the first update; the EMA starts as a copy of the student."""
-    params = {"student": student_params, "adapters": {}}
+    # Real copies of everything that comes from elsewhere: donating one buffer twice would fail.
+    adapters = {term.name: jax.tree.map(jnp.copy, term.loss.adapters) for term in recipe.terms if term.loss.adapters}
+    params = {"student": student_params, "adapters": adapters}
     return State(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        # A real copy: donating one buffer through two leaves would fail.
         params_ema=jax.tree.map(jnp.copy, student_params),
         opt_state=recipe.optimizer.init(params),
+        balance={term.name: jnp.zeros(()) for term in recipe.terms if term.share},
     )
 
 
-def train_step(
-    recipe: Recipe, state: State, teacher_params: Params | None, batch: Batch, key: jax.Array
-) -> tuple[State, Metrics]:
+def train_step(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
     """One update.
 
     Args:
-      teacher_params: None when the recipe has no teacher.
+      frozen: from `make_frozen`.
       batch: see the module's docstring.
       key: the run's key for noise; the same at every step.
 
     Returns:
-      The next state, and scalars: `loss/total`, `loss/NAME` (raw) and `weight/NAME` of every term, `lr`, `grad_norm`,
-      and `finite`, false when the loss or the gradient is not a finite number.
+      The next state, and scalars: `loss/total`, and of every term `loss/NAME` (raw), `weight/NAME` and `weighted/NAME`;
+      `lr`, `grad_norm`, and `finite`, false when the loss or the gradient is not a finite number.
     """
-    gt, lq = make_pair(recipe.degrade, batch, key)
-    batch = batch | {"gt": gt, "lq": lq}
-    # Outside the gradient: the teacher is a constant of the loss.
-    teacher = None if recipe.teacher is None else Forward(*recipe.teacher(teacher_params, lq))
-    weights = {term.name: term.weight(state.step) for term in recipe.terms}
+    return learn(recipe, state, frozen, observe([recipe], [state.step], frozen, batch, key))
 
-    def total_loss(params: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-        student = Forward(*recipe.student(params["student"], lq))
-        values = {term.name: term.value(student, teacher, batch) for term in recipe.terms}
+
+def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
+    """Degrades the batch, and runs the teacher if one of the `recipes`, at its step, has use for it."""
+    recipes = list(recipes)
+    gt, lq = make_pair(recipes[0].degrade, batch, key)
+    index = batch.get("index", jnp.arange(len(gt)))
+    # The noise has the keys of (key, index) themselves.
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(key, 1), index)
+    labelled = batch["labelled"].astype(jnp.float32)[:, None, None, None] if "labelled" in batch else None
+    users = [(t, step) for recipe, step in zip(recipes, steps, strict=True) for t in recipe.terms if t.needs_teacher]
+    if not users:
+        return Scene(gt, lq, labelled, None, keys)
+    teacher_apply = next(recipe.teacher for recipe in recipes if recipe.teacher)
+    run = lambda: Forward(*teacher_apply(frozen["teacher"], lq))  # noqa: E731
+    if not all(term.sometimes_off for term, _ in users):
+        return Scene(gt, lq, labelled, run(), keys)
+    wanted = jnp.any(jnp.stack([term.weight(step) != 0 for term, step in users]))
+    nothing = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))  # noqa: E731
+    return Scene(gt, lq, labelled, jax.lax.cond(wanted, run, nothing), keys)
+
+
+def learn(recipe: Recipe, state: State, frozen: Tree, scene: Scene) -> tuple[State, Metrics]:
+    """The student's part of `train_step`."""
+    values_of = lambda params: term_values(recipe, state.step, params, frozen, scene)  # noqa: E731
+    balance = state.balance
+    if balance:
+        measure = lambda: rebalance(recipe, state.step, gradient_norms(values_of, state.params))  # noqa: E731
+        balance = jax.lax.cond(state.step % SHARES_EVERY == 0, measure, lambda: state.balance)
+    weights = term_weights(recipe, state.step, balance)
+
+    def total_loss(params: Params) -> tuple[jax.Array, Metrics]:
+        values = values_of(params)
         return sum(weights[name] * value for name, value in values.items()), values
 
     (total, values), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
@@ -198,6 +205,7 @@ def train_step(
         "loss/total": total,
         **{f"loss/{name}": value for name, value in values.items()},
         **{f"weight/{name}": weight for name, weight in weights.items()},
+        **{f"weighted/{name}": weights[name] * value for name, value in values.items()},
         "lr": recipe.learning_rate(state.step),
         "grad_norm": grad_norm,
         "finite": jnp.isfinite(total) & jnp.isfinite(grad_norm),
@@ -207,8 +215,92 @@ def train_step(
         params=params,
         params_ema=optax.incremental_update(params["student"], state.params_ema, 1 - recipe.ema_decay),
         opt_state=opt_state,
+        balance=balance,
     )
     return next_state, metrics
+
+
+def term_values(recipe: Recipe, step: jax.Array, params: Params, frozen: Tree, scene: Scene) -> Metrics:
+    """The raw value of every term; 0, and no work, for one whose weight is 0 at this step."""
+    ask_teacher = recipe.teacher and (lambda images: Forward(*recipe.teacher(frozen["teacher"], images)))
+    student = Forward(*recipe.student(params["student"], scene.lq))
+    context = Context(student, scene.teacher, scene.gt, scene.lq, scene.labelled, ask_teacher, scene.keys)
+    values = {}
+    for term in recipe.terms:
+        adapters, constants = params["adapters"].get(term.name, {}), frozen["terms"][term.name]
+        compute = lambda term=term, adapters=adapters, constants=constants: term.loss.value(  # noqa: E731
+            context, adapters, constants
+        )
+        if term.sometimes_off:
+            values[term.name] = jax.lax.cond(term.weight(step) != 0, compute, lambda: jnp.zeros(()))
+        else:
+            values[term.name] = compute()
+    return values
+
+
+def term_weights(recipe: Recipe, step: jax.Array, balance: dict[str, jax.Array]) -> Metrics:
+    """The weight of every term at this step."""
+    return {term.name: balance[term.name] if term.share else term.weight(step) for term in recipe.terms}
+
+
+def gradient_norms(values_of: Callable[[Params], Metrics], params: Params) -> Metrics:
+    """The norm of the gradient of every raw term with respect to the student's parameters.
+
+    One forward pass, then one backward pass a term, one after another.
+    """
+
+    def student_only(student: Params) -> tuple[jax.Array, ...]:
+        values = values_of(params | {"student": student})
+        return jnp.stack([values[name] for name in names])
+
+    names = list(jax.eval_shape(values_of, params))
+    _, backward = jax.vjp(student_only, params["student"])
+    norms = jax.lax.map(lambda one: optax.tree.norm(backward(one)[0]), jnp.eye(len(names)))
+    return dict(zip(names, norms, strict=True))
+
+
+def rebalance(recipe: Recipe, step: jax.Array, norms: Metrics) -> dict[str, jax.Array]:
+    """The weights that give every term with a `share` r the part r of the sum of all weighted gradient norms.
+
+    With R the sum of the shares and B that of weight x norm over the other terms: weight = r / (1 - R) x B / norm.
+    A term without gradient gets 0.
+    """
+    weighted = [abs(term.weight(step)) * norms[term.name] for term in recipe.terms if not term.share]
+    rest = sum(weighted) / (1 - sum(term.share for term in recipe.terms))
+    return {
+        term.name: jnp.where(norms[term.name] > 0, term.share * rest / jnp.maximum(norms[term.name], 1e-30), 0.0)
+        for term in recipe.terms
+        if term.share
+    }
+
+
+def diagnose(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
+    """What `train_step` does not tell because it costs more: one backward pass a term. Changes nothing.
+
+    Returns:
+      `share/NAME`: the part of the term in the sum of all weighted gradient norms; and where there is a teacher
+      `psnr_student_teacher`, in dB, and `teacher_better`, the part of the pixels (of samples with a clean image) where
+      the teacher is nearer to the clean image than the student.
+    """
+    scene = observe([recipe], [state.step], frozen, batch, key)
+    values_of = lambda params: term_values(recipe, state.step, params, frozen, scene)  # noqa: E731
+    norms = gradient_norms(values_of, state.params)
+    balance = jax.lax.cond(
+        state.step % SHARES_EVERY == 0, lambda: rebalance(recipe, state.step, norms), lambda: state.balance
+    )
+    weights = term_weights(recipe, state.step, balance)
+    weighted = {name: abs(weights[name]) * norm for name, norm in norms.items()}
+    total = jnp.maximum(sum(weighted.values()), 1e-30)
+    metrics = {f"share/{name}": value / total for name, value in weighted.items()}
+    if scene.teacher is not None:
+        output = recipe.student(state.params["student"], scene.lq)[0]
+        better = losses.teacher_is_better(output, scene.teacher.output, scene.gt)
+        labelled = jnp.ones((len(output), 1, 1, 1)) if scene.labelled is None else scene.labelled
+        metrics["teacher_better"] = jnp.sum(better * labelled) / jnp.maximum(
+            jnp.sum(jnp.broadcast_to(labelled, better.shape)), 1
+        )
+        metrics["psnr_student_teacher"] = losses.psnr_between(output, scene.teacher.output)
+    return metrics
 
 
 def make_pair(degrade: Degrade | None, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:

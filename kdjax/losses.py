@@ -1,13 +1,15 @@
-"""Pixel criteria: two images in, the unreduced loss of every element out.
+"""The formulas of the losses: arrays (b, h, w, c) in, numbers out; no weights of terms, no state, no networks.
 
-No weights, no reduction, no state: `kdjax.distill` takes the mean and weights it. Everything is computed in float32,
-also for bfloat16 images (Charbonnier's eps would vanish in it).
+Pixel criteria return the unreduced loss of every element. All others return a float32 scalar, the mean over the batch
+of one value a sample, so that a loss does not depend on what else is in the batch. Everything is computed in float32,
+also for bfloat16 arrays (Charbonnier's eps would vanish in it). `kdjax.terms` ties them to networks.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -65,3 +67,214 @@ def make_criterion(name: str, **options: float) -> Criterion:
         if not value > 0:
             raise ValueError(f"criterion {name!r}: {option}={value} must be positive")
     return functools.partial(criterion, **options)
+
+
+# ---- features: where, how much, and what resembles what --------------------------------------------------------
+
+
+def attention(student: jax.Array, teacher: jax.Array, *, mode: str = "paper") -> jax.Array:
+    """Distance of the normalised energy maps q = vec(sum_c F^2) / |.| (Zagoruyko & Komodakis, arXiv:1612.03928).
+
+    Any two channel counts, equal height and width. The three scalings in use, with p the number of pixels:
+      "paper": |q_s - q_t| / 2; about 0.1 for unrelated features at any resolution.
+      "code": 1000 x mean (q_s - q_t)^2, the authors' repository with its beta.
+      "guide": mean (q_s - q_t)^2. |q| is 1, so this is at most 2/p: about 4e-7 for unrelated features of 400x400
+        pixels. With the guide's weight of 0.5 it is switched off.
+
+    Raises:
+      ValueError: unknown mode, or maps of different size.
+    """
+    _check_equal("height and width", student.shape[1:3], teacher.shape[1:3])
+    maps = (_unit(jnp.square(x.astype(jnp.float32)).sum(-1).reshape(len(x), -1)) for x in (student, teacher))
+    difference = jnp.subtract(*maps)
+    scalings = {
+        "paper": lambda: 0.5 * jnp.mean(_norm(difference)),
+        "code": lambda: 1e3 * jnp.mean(jnp.square(difference)),
+        "guide": lambda: jnp.mean(jnp.square(difference)),
+    }
+    return pick(scalings, mode, "mode of attention")()
+
+
+def affinity(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Mean squared difference of the affinity matrices A = F F^T of the pixels' unit feature vectors (FAKD, ICIP 2020).
+
+    A has (h w)^2 entries and is never formed: with F (h w, c),
+    |A_s - A_t|^2 = |F_s^T F_s|^2 + |F_t^T F_t|^2 - 2 |F_s^T F_t|^2, which costs h w c^2. FAKD itself has the mean
+    absolute difference, for which there is no such identity. Any two channel counts, equal height and width.
+
+    Raises:
+      ValueError: maps of different size.
+    """
+    _check_equal("height and width", student.shape[1:3], teacher.shape[1:3])
+    ours, theirs = (_unit(x.astype(jnp.float32)).reshape(len(x), -1, x.shape[-1]) for x in (student, teacher))
+    pixels = ours.shape[1]
+
+    def energy(a: jax.Array, b: jax.Array) -> jax.Array:
+        # Divided before it is squared: the three terms nearly cancel.
+        gram = jnp.einsum("bpi,bpj->bij", a, b, precision=jax.lax.Precision.HIGHEST) / pixels
+        return jnp.sum(jnp.square(gram), (1, 2))
+
+    return jnp.mean(energy(ours, ours) + energy(theirs, theirs) - 2 * energy(ours, theirs))
+
+
+def contrastive(
+    anchor: Sequence[jax.Array],
+    positive: Sequence[jax.Array],
+    negatives: Sequence[Sequence[jax.Array]],
+    *,
+    weights: Sequence[float],
+) -> jax.Array:
+    """sum_i w_i d(anchor_i, positive_i) / (sum over negatives of d(anchor_i, negative_i) + 1e-7), d the mean |.|.
+
+    `anchor`, `positive` and each of the `negatives` are the same layers' features of three images (CSD,
+    arXiv:2105.11683; DCKD, arXiv:2412.08939).
+    """
+
+    def distance(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.mean(l1(a, b), (1, 2, 3))
+
+    total = jnp.float32(0)
+    for i, weight in enumerate(weights):
+        away = sum(distance(anchor[i], negative[i]) for negative in negatives)
+        total += weight * jnp.mean(distance(anchor[i], positive[i]) / (away + 1e-7))
+    return total
+
+
+# ---- softened targets ------------------------------------------------------------------------------------------
+
+
+def soft_target_rgb(
+    student: jax.Array, teacher: jax.Array, *, temperature: float, reduction: str = "pixelmean"
+) -> jax.Array:
+    """The guide's T^2 KL(softmax(t/T) || softmax(s/T)) over the colours of each pixel.
+
+    Images in [0, 1] leave the softmax nearly linear: with d = s - t this is (mean_c d^2 - (mean_c d)^2) / 2 to a few
+    percent at any temperature, a squared error of colour that does not see brightness. reduction="batchmean" divides
+    by the batch alone, as torch does and the guide has it, and grows with the number of pixels.
+
+    Raises:
+      ValueError: images of different shape, or an unknown reduction.
+    """
+    _check_equal("shape", student.shape, teacher.shape)
+    divisor = pick({"pixelmean": math.prod(student.shape[:3]), "batchmean": len(student)}, reduction, "reduction")
+    return _kl(student, teacher, -1, temperature) / divisor
+
+
+def soft_target_spatial(student: jax.Array, teacher: jax.Array, *, temperature: float) -> jax.Array:
+    """T^2 KL of the softmax over the positions of each channel, the mean over channels and batch (CWD,
+    arXiv:2011.13256).
+
+    Raises:
+      ValueError: arrays of different shape.
+    """
+    _check_equal("shape", student.shape, teacher.shape)
+    return _kl(student, teacher, (1, 2), temperature) / (len(student) * student.shape[-1])
+
+
+def laplace_nll(mean: jax.Array, scale: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean of |target - mean| / scale + log(2 scale): what `target` costs under a Laplace distribution (PISR,
+    arXiv:2007.07524). `scale` is positive and broadcasts."""
+    scale = scale.astype(jnp.float32)
+    return jnp.mean(l1(mean, target) / scale + jnp.log(2 * scale))
+
+
+# ---- other bases -----------------------------------------------------------------------------------------------
+
+
+def haar(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """The orthonormal Haar bands (ll, lh, hl, hh), each (b, ceil(h/2), ceil(w/2), c) in float32.
+
+    lh is low along the width and high along the height: horizontal edges. Odd sizes repeat their last line.
+    """
+    x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
+    a, b, c, d = x[:, ::2, ::2], x[:, ::2, 1::2], x[:, 1::2, ::2], x[:, 1::2, 1::2]
+    return (a + b + c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2
+
+
+def wavelet(
+    prediction: jax.Array,
+    target: jax.Array,
+    *,
+    levels: int = 2,
+    bands: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    criterion: str = "l1",
+) -> jax.Array:
+    """The criterion's mean over each Haar band, weighted and added up (MTKD, arXiv:2404.09571).
+
+    `bands` weights (ll, lh, hl, hh): the three high ones count at every level, ll at the last one only.
+
+    Raises:
+      ValueError: images of different shape, fewer than one level or more than the image has, or weights that are not
+        four, negative or all 0.
+    """
+    _check_equal("shape", prediction.shape, target.shape)
+    if not 1 <= levels <= math.log2(max(1, min(prediction.shape[1:3]))):
+        raise ValueError(
+            f"levels={levels}: an image of {prediction.shape[1:3]} pixels must halve at least once a level"
+        )
+    if len(bands) != 4 or min(bands) < 0 or not any(bands):
+        raise ValueError(f"bands={tuple(bands)} must be four weights for (ll, lh, hl, hh), none negative, not all 0")
+    compare = make_criterion(criterion)
+    total = jnp.float32(0)
+    for level in range(levels):
+        (prediction, *ours), (target, *theirs) = haar(prediction), haar(target)
+        pairs = [*zip(bands[1:], ours, theirs, strict=True)]
+        if level == levels - 1:
+            pairs.append((bands[0], prediction, target))
+        total += sum(weight * jnp.mean(compare(a, b)) for weight, a, b in pairs)
+    return total
+
+
+def fft(prediction: jax.Array, target: jax.Array) -> jax.Array:
+    """Mean |Re d| + |Im d| over the orthonormal 2-D Fourier transform of the difference (MIMO-UNet, arXiv:2108.05054).
+
+    Raises:
+      ValueError: images of different shape.
+    """
+    _check_equal("shape", prediction.shape, target.shape)
+    spectrum = jnp.fft.rfft2(_difference(prediction, target), axes=(1, 2), norm="ortho")
+    # Half of a real image's spectrum: the columns left out mirror the ones that count twice here.
+    width = prediction.shape[2]
+    columns = jnp.arange(spectrum.shape[2])
+    twice = jnp.where((columns == 0) | (2 * columns == width), 1.0, 2.0)[:, None]
+    sizes = l1(spectrum.real, jnp.zeros(())) + l1(spectrum.imag, jnp.zeros(()))
+    return jnp.sum(sizes * twice) / prediction.size
+
+
+# ---- looking at student and teacher ----------------------------------------------------------------------------
+
+
+def teacher_is_better(student: jax.Array, teacher: jax.Array, gt: jax.Array) -> jax.Array:
+    """(b, h, w, 1): 1 where the teacher's mean absolute error over the channels is below the student's, else 0."""
+    ours, theirs = (jnp.mean(l1(x, gt), -1, keepdims=True) for x in (student, teacher))
+    return jax.lax.stop_gradient((theirs < ours).astype(jnp.float32))
+
+
+def psnr_between(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The mean over the batch of the PSNR in dB of float images in [0, 1], neither clipped nor rounded; at most 100."""
+    return jnp.mean(-10 * jnp.log10(jnp.maximum(jnp.mean(mse(a, b), (1, 2, 3)), 1e-10)))
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------
+
+
+def _check_equal(what: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    if student != teacher:
+        raise ValueError(f"the two must have equal {what}, got {student} and {teacher}")
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x over its length along the last axis, as torch's `normalize`: zero stays zero."""
+    return x / jnp.maximum(_norm(x, keepdims=True), 1e-12)
+
+
+def _norm(x: jax.Array, *, keepdims: bool = False) -> jax.Array:
+    """The length along the last axis, with gradient 0 at zero."""
+    square = jnp.sum(jnp.square(x), -1, keepdims=keepdims)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+def _kl(student: jax.Array, teacher: jax.Array, axis: int | tuple[int, ...], temperature: float) -> jax.Array:
+    """T^2 times the sum over everything of KL(softmax(teacher / T) || softmax(student / T))."""
+    ours, theirs = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature, axis) for x in (student, teacher))
+    return temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - ours))

@@ -17,8 +17,8 @@ import numpy as np
 from kdjax import assets, data, models, validation
 from kdjax.config import ConfigError, Val
 from kdjax.logbook import Logbook, read_json, write_json
+from kdjax.teachers import Teacher
 from kdjax.validation import Sample, Score
-from kdjax.weights import Loaded
 
 log = logging.getLogger("kdjax")
 
@@ -33,11 +33,11 @@ class Monitor:
       ValueError: the images are missing or damaged, or a student that enlarges has no small images to start from.
     """
 
-    def __init__(self, options: Val, student: models.Model, teacher: Loaded | None) -> None:
+    def __init__(self, options: Val, student: models.Model, teacher: Teacher | None) -> None:
         self._options, self._teacher = options, teacher
         self._scale = models.scale_of(student)
         self._student_apply = models.make_apply(student.arch, student.hparams)
-        self._teacher_apply = teacher and models.make_apply(teacher.model.arch, teacher.model.hparams)
+        self._teacher_apply = teacher and teacher.apply_float32
         self._scores: dict[str, Score] = {}
         if self._scale != 1 and not options.lq:
             raise ConfigError("config.val.lq is empty; a student that enlarges needs a folder of small images")
@@ -54,17 +54,17 @@ class Monitor:
             crop=options.crop,
             limit=options.limit,
         )
-        self._samples = [validation.make_sample(image.name, image.gt, image.lq, options.sigma) for image in images]
+        self.samples = [validation.make_sample(image.name, image.gt, image.lq, options.sigma) for image in images]
         self._pictures = range(min(options.save_images, len(images)))
 
     def report(self) -> None:
         """Says what is validated, and warns when the teacher does not improve its input."""
         degraded = f"noise sigma {self._options.sigma:g}" if not self._options.lq else f"inputs {self._options.lq}"
-        log.info(f"validation images: {len(self._samples)} from {self._options.gt}, {degraded}")
+        log.info(f"validation images: {len(self.samples)} from {self._options.gt}, {degraded}")
         if not self._teacher:
             return
-        crops = [_centre(sample, _CHECK_CROP, self._scale) for sample in self._samples[:_CHECK_IMAGES]]
-        outputs = dict(validation.restore(self._teacher_apply, self._teacher.model.params, [crop.lq for crop in crops]))
+        crops = [_centre(sample, _CHECK_CROP, self._scale) for sample in self.samples[:_CHECK_IMAGES]]
+        outputs = dict(validation.restore(self._teacher_apply, self._teacher.params, [crop.lq for crop in crops]))
         teacher = validation.mean_score([validation.score(outputs[i], crop.gt) for i, crop in enumerate(crops)])
         before = validation.input_score(crops)
         log.info(f"teacher on {len(crops)} validation crops: {teacher.psnr:.2f} dB, its input {before.psnr:.2f} dB")
@@ -120,18 +120,18 @@ class Monitor:
         path = workdir / "baseline.json"
         measured = ("gt", "lq", "filename_tmpl", "meta_info", "sigma", "crop", "limit")
         of = {name: getattr(self._options, name) for name in measured}
-        of["teacher"] = self._teacher and self._teacher.sha256
+        of["teacher"] = self._teacher and self._teacher.identity
         known = read_json(path)
         if known.get("of") == of:
             self._scores = {who: Score(**values) for who, values in known["scores"].items()}
             return
         scores = {}
         if self._teacher:
-            teacher = self._measure(self._teacher_apply, self._teacher.model.params, keep_going)
+            teacher = self._measure(self._teacher_apply, self._teacher.params, keep_going)
             if teacher is None:
                 return
             scores["teacher"] = teacher[0]
-        scores["input"] = validation.input_score(self._samples)
+        scores["input"] = validation.input_score(self.samples)
         self._scores = scores
         write_json(path, {"of": of, "scores": {who: dataclasses.asdict(score) for who, score in scores.items()}})
 
@@ -140,9 +140,9 @@ class Monitor:
     ) -> tuple[Score, dict[int, np.ndarray]] | None:
         """The mean score over the set and the outputs that go into pictures; None when ended early."""
         scores, outputs = [], {}
-        images = [sample.lq for sample in self._samples]
+        images = [sample.lq for sample in self.samples]
         for position, output in validation.restore(apply, params, images, keep_going=keep_going):
-            scores.append(validation.score(output, self._samples[position].gt))
+            scores.append(validation.score(output, self.samples[position].gt))
             if position in self._pictures:
                 outputs[position] = output
         if len(scores) < len(images):
@@ -154,11 +154,11 @@ class Monitor:
             return
         teacher_outputs = {}
         if self._teacher:
-            images = [self._samples[position].lq for position in outputs]
-            restored = dict(validation.restore(self._teacher_apply, self._teacher.model.params, images))
+            images = [self.samples[position].lq for position in outputs]
+            restored = dict(validation.restore(self._teacher_apply, self._teacher.params, images))
             teacher_outputs = {position: restored[i] for i, position in enumerate(outputs)}
         for position, output in outputs.items():
-            sample = self._samples[position]
+            sample = self.samples[position]
             images = [validation.input_picture(sample), output, teacher_outputs.get(position), sample.gt]
             picture = _side_by_side([image for image in images if image is not None])
             path = workdir / "val" / f"{step:07}" / f"{Path(sample.name).stem}.png"

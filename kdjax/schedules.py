@@ -4,6 +4,8 @@ A schedule is written in a config as a number (constant) or as a dict with a `na
 
     2e-4
     dict(name="multistep", value=5.0, milestones=(50_000, 100_000), gamma=0.5)
+    dict(name="piecewise", values=(5.0, 2.0, 1.0, 0.0), boundaries=(50_000, 100_000, 200_000))
+    dict(name="linear", value=1.0, steps=100_000, final=0.0)
     dict(name="cosine", value=2e-4, steps=250_000, final=1e-7)
 
 and any of them may have `warmup=N`: linear from value/N at update 0 to the full value at update N - 1. (BasicSR's
@@ -12,11 +14,13 @@ MultiStep never leaves its last warm-up value, value*(N-1)/N; here the full valu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from kdjax.names import pick
@@ -37,21 +41,40 @@ def multistep(value: float, milestones: Sequence[int], gamma: float = 0.5) -> Sc
     return optax.piecewise_constant_schedule(value, factors)
 
 
+def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
+    """`values[0]` before update `boundaries[0]`, then `values[1]` until `boundaries[1]`, and so on: phases."""
+    if len(values) != len(boundaries) + 1 or any(b <= a for a, b in itertools.pairwise(boundaries)):
+        raise ValueError(
+            f"a piecewise schedule needs rising boundaries and one value more than boundaries, got"
+            f" values={tuple(values)} and boundaries={tuple(boundaries)}"
+        )
+    edges, levels = np.asarray(boundaries, np.int32), np.asarray(values, np.float32)
+    return lambda count: jnp.asarray(levels)[jnp.sum(count >= edges)]
+
+
+def linear(value: float, steps: int, final: float = 0.0) -> Schedule:
+    """A straight line from `value` at update 0 to `final` at update `steps`, and `final` from then on."""
+    progress = _progress("linear", steps)
+    return lambda count: value + (final - value) * progress(count)
+
+
 def cosine(value: float, steps: int, final: float = 0.0) -> Schedule:
     """Half a cosine from `value` at update 0 to `final` at update `steps`, and `final` from then on."""
+    progress = _progress("cosine", steps)
+    return lambda count: final + 0.5 * (value - final) * (1 + jnp.cos(jnp.pi * progress(count)))
+
+
+def _progress(name: str, steps: int) -> Schedule:
     if steps < 1:
-        raise ValueError(f"a cosine schedule needs steps >= 1, got {steps}")
-
-    def schedule(count: jax.Array | int) -> jax.Array:
-        progress = jnp.minimum(count, steps) / steps
-        return final + 0.5 * (value - final) * (1 + jnp.cos(jnp.pi * progress))
-
-    return schedule
+        raise ValueError(f"a {name} schedule needs steps >= 1, got {steps}")
+    return lambda count: jnp.minimum(count, steps) / steps
 
 
 SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "constant": constant,
     "multistep": multistep,
+    "piecewise": piecewise,
+    "linear": linear,
     "cosine": cosine,
 }
 
@@ -80,7 +103,24 @@ def make_schedule(spec: float | Mapping[str, Any]) -> Schedule:
 
 
 def is_zero(spec: float | Mapping[str, Any]) -> bool:
-    """Whether the schedule is 0 at every update, so that what it weights need not be computed."""
+    """Whether the schedule is 0 at every update, so that what it weights is not even built."""
+    return not any(_levels(spec))
+
+
+def reaches_zero(spec: float | Mapping[str, Any]) -> bool:
+    """Whether the schedule can be 0 at some update, so that the step has to look before it computes."""
+    return not all(_levels(spec))
+
+
+def _levels(spec: float | Mapping[str, Any]) -> tuple[float, ...]:
+    """The values that a valid schedule stays at, or moves between."""
     if isinstance(spec, int | float):
-        return spec == 0
-    return spec.get("value") == 0 and spec.get("final", 0) == 0
+        return (spec,)
+    match spec["name"]:
+        case "piecewise":
+            return tuple(spec["values"])
+        case "multistep":
+            return (spec["value"], spec["value"] * spec.get("gamma", 0.5))
+        case "linear" | "cosine":
+            return (spec["value"], spec.get("final", 0.0))
+    return (spec["value"],)

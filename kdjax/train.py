@@ -33,10 +33,13 @@ from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade
 from kdjax.logbook import Logbook, read_json, write_json
+from kdjax.models.slicing import slice_model
 from kdjax.monitor import Monitor
 from kdjax.schedules import make_schedule
 from kdjax.signals import StopSignals
-from kdjax.weights import Loaded, load_weights, save_model
+from kdjax.teachers import Teacher, load_teacher
+from kdjax.terms import make_terms, needs_teacher
+from kdjax.weights import load_weights, save_model
 
 log = logging.getLogger("kdjax")
 
@@ -52,10 +55,10 @@ class Setup:
     config: Config
     mesh: jax.sharding.Mesh
     student: models.Model
-    teacher: Loaded | None
+    teacher: Teacher | None  # as far as the losses need it
     recipe: distill.Recipe
     pairs: list[data.ImagePair]
-    monitor: Monitor
+    unlabelled: list[data.ImagePair]
 
 
 def prepare(config: Config) -> Setup:
@@ -76,17 +79,24 @@ def prepare(config: Config) -> Setup:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(f"config.log asks for {package}, which is not installed: pip install 'kdjax[{extra}]'")
-    terms = distill.make_terms(config.terms)
-    student = make_student(config)
-    teacher = load_teacher(config, student) if any(term.needs_teacher for term in terms) else None
+    student, teacher = make_networks(config)
+    student_apply = models.make_apply(
+        student.arch, student.hparams, remat=config.student.remat, dtype=jnp.dtype(config.student.dtype)
+    )
+    lq_side = max(1, config.data.crop // models.scale_of(student))
+    setting = distill.make_setting(
+        student_apply,
+        student.params,
+        teacher and teacher.apply,
+        teacher and teacher.params,
+        (config.data.batch_size, lq_side, lq_side, models.num_channels(student)),
+        jax.random.fold_in(jax.random.key(config.seed), 2),
+    )
     learning_rate = make_schedule(config.train.lr)
     recipe = distill.Recipe(
-        student=models.make_apply(
-            student.arch, student.hparams, remat=config.student.remat, dtype=jnp.dtype(config.student.dtype)
-        ),
-        teacher=teacher
-        and models.make_apply(teacher.model.arch, teacher.model.hparams, dtype=jnp.dtype(config.teacher.dtype)),
-        terms=terms,
+        student=student_apply,
+        teacher=teacher and teacher.apply,
+        terms=make_terms(config.terms, setting),
         optimizer=distill.make_optimizer(
             config.train.optimizer,
             learning_rate,
@@ -110,42 +120,40 @@ def prepare(config: Config) -> Setup:
         meta_info=config.data.meta_info or None,
         what="training",
     )
-    return Setup(config, mesh, student, teacher, recipe, pairs, Monitor(config.val, student, teacher))
+    pairs = data.spread(pairs, config.data.limit)
+    unlabelled = []
+    if config.data.unlabelled:
+        folder = assets.locate(config.data.unlabelled, assets.TRAIN_PHOTOGRAPHS)
+        unlabelled = data.find_unlabelled(folder, degraded=bool(config.data.lq))
+    return Setup(config, mesh, student, teacher, recipe, pairs, unlabelled)
 
 
-def make_student(config: Config) -> models.Model:
-    """The student from scratch, or from a file whose architecture and hyper-parameters must be the config's."""
+def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
+    """The student, and the teacher where a loss term needs it.
+
+    The student starts from scratch, from a file whose architecture and hyper-parameters must be the config's, or as a
+    slice of the (first) teacher.
+    """
     arch = models.canonical_arch(config.student.arch)
     hparams = models.complete_hparams(arch, config.student.hparams)
-    if not config.student.weights:
-        return models.init_model(arch, hparams, jax.random.fold_in(jax.random.key(config.seed), 1))
-    loaded = load_weights(config.student.weights, arch=arch).model
-    if loaded.hparams != hparams:
-        raise ConfigError(
-            f"config.student.weights={config.student.weights!r} holds {loaded.arch} with {loaded.hparams};"
-            f" config.student asks for {hparams}"
-        )
-    return loaded
-
-
-def load_teacher(config: Config, student: models.Model) -> Loaded:
-    """The teacher, which must read and write the same kind of image as the student."""
-    if not config.teacher.weights:
-        raise ConfigError(
-            f"a loss term among {', '.join(config.terms)} needs a teacher: set config.teacher.weights to a .pth or"
-            ' .safetensors file or to "embedded", or set the weights of the distillation terms to 0'
-        )
-    path = assets.locate(config.teacher.weights, assets.TEACHER)
-    teacher = load_weights(path, key=config.teacher.key, **config.teacher.hparams)
-    for what, of in (("colour channels", models.num_channels), ("times enlargement", models.scale_of)):
-        if of(teacher.model) != of(student):
+    student = models.init_model(arch, hparams, jax.random.fold_in(jax.random.key(config.seed), 1))
+    is_slice = config.student.weights == "teacher"
+    teacher = load_teacher(config.teacher, student) if is_slice or needs_teacher(config.terms) else None
+    if is_slice:
+        student = slice_model(teacher.model, hparams)
+        if not needs_teacher(config.terms):
+            teacher = None
+    elif config.student.weights:
+        student = load_weights(config.student.weights, arch=arch).model
+        if student.hparams != hparams:
             raise ConfigError(
-                f"the teacher {path} has {of(teacher.model)} {what}, the student {of(student)}; they must be equal"
+                f"config.student.weights={config.student.weights!r} holds {student.arch} with {student.hparams};"
+                f" config.student asks for {hparams}"
             )
-    return teacher
+    return student, teacher
 
 
-def train(setup: Setup, workdir: Path) -> str:
+def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
     """Trains to the last step, or until a signal, and returns one line that says what came of it.
 
     Raises:
@@ -155,8 +163,10 @@ def train(setup: Setup, workdir: Path) -> str:
     """
     config, recipe = setup.config, setup.recipe
     state = sharding.replicate(distill.init_state(recipe, setup.student.params), setup.mesh)
-    teacher_params = setup.teacher and sharding.replicate(setup.teacher.model.params, setup.mesh)
+    teacher_params = setup.teacher and setup.teacher.params
+    frozen = sharding.replicate(distill.make_frozen(recipe.terms, teacher_params), setup.mesh)
     step_fn = jax.jit(functools.partial(distill.train_step, recipe), donate_argnums=0)
+    diagnose_fn = jax.jit(functools.partial(distill.diagnose, recipe))
     key = sharding.replicate(jax.random.key(config.seed), setup.mesh)
 
     with StopSignals() as stop, Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
@@ -166,7 +176,9 @@ def train(setup: Setup, workdir: Path) -> str:
         write_json(workdir / "run.json", identity(setup))
         write_json(workdir / "config.json", config_lib.to_dict(config))
         step = int(state.step)
-        report(setup, resumed_at=step)
+        report(setup)
+        monitor.report()
+        log.info(f"continuing at step {step:,}" if step else f"training {config.train.steps:,} steps")
         with (
             open_batches(setup, start_step=step) as batches,
             Logbook(
@@ -180,11 +192,11 @@ def train(setup: Setup, workdir: Path) -> str:
 
             def validate() -> float | None:
                 """The student's PSNR; at the last step also the files of the result. None when a signal came."""
-                psnr = setup.monitor.validate(
-                    step, state.params_ema, workdir, logbook, keep_going=lambda: not stop.requested
-                )
+                psnr = monitor.validate(step, state.params_ema, workdir, logbook, keep_going=lambda: not stop.requested)
                 if psnr is not None and step >= config.train.steps:
-                    export(setup, state, workdir)
+                    export(setup.student, state.params_ema, workdir)
+                    summary = f"step {step:,}: {monitor.summary()} (PSNR / SSIM)"
+                    write_json(workdir / "result.json", {"step": step, "summary": summary})
                 return psnr
 
             if step and is_validated(config, step) and not logbook.has(step, "val/student_psnr"):
@@ -193,7 +205,9 @@ def train(setup: Setup, workdir: Path) -> str:
             progress = Progress(step, config)
             while step < config.train.steps and not stop.requested:
                 batch = sharding.shard_batch(next(batches), setup.mesh)
-                state, metrics = step_fn(state, teacher_params, batch, key)
+                logs = (step + 1) % config.log.every == 0
+                diagnosis = diagnose_fn(state, frozen, batch, key) if logs and config.log.diagnose else {}
+                state, metrics = step_fn(state, frozen, batch, key)
                 step += 1
                 pending.append((step, metrics))
                 # Wait for the step before last, not for this one: the device never idles, and the host never runs
@@ -203,7 +217,6 @@ def train(setup: Setup, workdir: Path) -> str:
 
                 # The order matters: numbers are checked before they are saved, and everything is written before the
                 # checkpoint from which a killed run would continue after it.
-                logs = step % config.log.every == 0
                 validates = is_validated(config, step)
                 saves = step % config.checkpoint.every == 0 or validates
                 if logs or saves:
@@ -211,7 +224,8 @@ def train(setup: Setup, workdir: Path) -> str:
                 if logs:
                     log.info(progress.line(values))
                     rate = {"images_per_second": progress.rate, "damaged_images": float(len(batches.damaged))}
-                    logbook.write(step, values | rate)
+                    more = {name: float(value) for name, value in jax.device_get(diagnosis).items()}
+                    logbook.write(step, values | more | rate)
                 psnr = validate() if validates else None
                 if saves:
                     checkpoints.save(state, psnr=psnr)
@@ -231,13 +245,11 @@ def is_validated(config: Config, step: int) -> bool:
     return step % config.val.every == 0 or step >= config.train.steps
 
 
-def export(setup: Setup, state: distill.State, workdir: Path) -> None:
-    """Writes the EMA student as `student.pth` and `student.safetensors`, and what it reached as `result.json`."""
-    trained = models.Model(setup.student.arch, setup.student.hparams, jax.device_get(state.params_ema))
+def export(student: models.Model, params: models.Params, workdir: Path) -> None:
+    """Writes the student with these parameters as `student.pth` and `student.safetensors`."""
+    trained = dataclasses.replace(student, params=jax.device_get(params))
     for suffix in (".pth", ".safetensors"):
         save_model(trained, workdir / f"student{suffix}")
-    summary = f"step {int(state.step):,}: {setup.monitor.summary()} (PSNR / SSIM)"
-    write_json(workdir / "result.json", {"step": int(state.step), "summary": summary})
 
 
 def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
@@ -245,6 +257,8 @@ def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
     config = setup.config.data
     return data.training_batches(
         setup.pairs,
+        unlabelled=setup.unlabelled,
+        unlabelled_part=config.unlabelled_part,
         crop=config.crop,
         batch_size=config.batch_size,
         seed=setup.config.seed,
@@ -320,7 +334,8 @@ def identity(setup: Setup) -> dict[str, object]:
     """What a checkpoint depends on and does not hold."""
     return {
         "student": {"arch": setup.student.arch, "hparams": setup.student.hparams},
-        "teacher": setup.teacher and {"path": setup.teacher.path, "sha256": setup.teacher.sha256},
+        "teacher": setup.teacher
+        and {"files": [file.path for file in setup.teacher.files], "identity": setup.teacher.identity},
     }
 
 
@@ -329,7 +344,7 @@ def check_same_run(setup: Setup, workdir: Path) -> None:
     before, now = read_json(workdir / "run.json"), identity(setup)
     changed = [
         f"{what}: {before.get(what)} before, {now[what]} now"
-        for what, compared in (("student", lambda entry: entry), ("teacher", lambda entry: entry and entry["sha256"]))
+        for what, compared in (("student", lambda entry: entry), ("teacher", lambda entry: entry and entry["identity"]))
         if compared(before.get(what)) != compared(now[what])
     ]
     if changed:
@@ -339,7 +354,7 @@ def check_same_run(setup: Setup, workdir: Path) -> None:
         log.info(f"config changed since the last start: {change}")
 
 
-def report(setup: Setup, *, resumed_at: int) -> None:
+def report(setup: Setup) -> None:
     """Says, once, what this run is about to do with what."""
     config, mesh = setup.config, setup.mesh
     device = mesh.devices.flat[0]
@@ -348,13 +363,13 @@ def report(setup: Setup, *, resumed_at: int) -> None:
         f" batch {config.data.batch_size} = {config.data.batch_size // mesh.size} per device"
     )
     log.info(f"training images: {len(setup.pairs)} from {config.data.gt}; crops of {config.data.crop} pixels")
+    if setup.unlabelled:
+        log.info(f"unlabelled images: {len(setup.unlabelled)} from {config.data.unlabelled}")
     if setup.teacher:
-        teacher = setup.teacher
-        log.info(f"teacher: {teacher.path}, sha256 {teacher.sha256}")
-        log.info(f"teacher: {teacher.layout} layout, weights under {teacher.key!r}, {describe(teacher.model)}")
+        log.info(f"teacher: {setup.teacher.identity}")
+        for file in setup.teacher.files:
+            log.info(f"teacher: {file.path}, {file.layout} layout, weights under {file.key!r}, {describe(file.model)}")
     log.info(f"student: {describe(setup.student)}")
-    setup.monitor.report()
-    log.info(f"continuing at step {resumed_at:,}" if resumed_at else f"training {config.train.steps:,} steps")
 
 
 def describe(model: models.Model) -> str:
@@ -383,13 +398,14 @@ def main(argv: list[str]) -> None:
     try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
         setup = prepare(config)
+        monitor = Monitor(config.val, setup.student, setup.teacher)
         workdir = Path(flags.FLAGS.workdir or Path("runs") / config.name).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         fail(str(error))
     start_logging(workdir)
     try:
-        log.info(train(setup, workdir))
+        log.info(train(setup, monitor, workdir))
     except (NonFiniteLoss, ConfigError, CheckpointError, data.DataError, OSError) as error:
         fail(str(error))
 

@@ -10,12 +10,14 @@ import kdjax
 PACKAGE = Path(kdjax.__file__).parent
 FLOORS = [
     {"names", "config", "signals", "assets", "ops", "schedules", "sharding"},  # the ground
-    {"models", "losses", "metrics", "degradations"},  # the maths
-    {"data", "weights", "checkpoint", "logbook"},  # the world outside
+    {"models", "losses", "perceptual", "metrics", "degradations"},  # the maths
+    {"data", "weights", "checkpoint", "logbook", "ladder"},  # the world outside
+    {"terms", "teachers"},  # the losses of a config, and its teacher
     {"distill"},  # the step
     {"validation"},  # measuring
     {"monitor"},
     {"train", "evaluate"},  # programs
+    {"study"},  # a program over programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Ground-floor modules that others of that floor may use.

@@ -1,5 +1,6 @@
 """Checkpoints: the latest and the best stay, states come back bit for bit, and other states are refused."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -9,14 +10,17 @@ import pytest
 from kdjax import distill, models
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.schedules import make_schedule
+from kdjax.terms import make_terms
 
 
 def make_state(step: int, optimizer: str = "adam", **options: float) -> distill.State:
     model = models.init_model("dncnn", dict(num_feat=2, depth=2), jax.random.key(step))
     schedule = make_schedule(1.0)
-    terms = distill.make_terms({"task": dict(criterion="l1", weight=1.0)})
+    apply = models.make_apply(model.arch, model.hparams)
+    setting = distill.make_setting(apply, model.params, None, None, (1, 8, 8, 3), jax.random.key(0))
+    terms = make_terms({"task": dict(criterion="l1", weight=1.0)}, setting)
     recipe = distill.Recipe(
-        student=models.make_apply(model.arch, model.hparams),
+        student=apply,
         teacher=None,
         terms=terms,
         optimizer=distill.make_optimizer(optimizer, schedule, **options),
@@ -24,7 +28,7 @@ def make_state(step: int, optimizer: str = "adam", **options: float) -> distill.
         ema_decay=0.9,
     )
     state = distill.init_state(recipe, model.params)
-    return distill.State(state.step + step, state.params, state.params_ema, state.opt_state)
+    return dataclasses.replace(state, step=state.step + step)
 
 
 def test_latest_and_best_stay(tmp_path: Path) -> None:

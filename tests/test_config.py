@@ -21,17 +21,33 @@ def load(name: str, variant: str = "") -> ConfigDict:
     return module.get_config(variant)
 
 
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [("denoise", ""), ("denoise", "quick"), ("denoise", "debug"), ("teacher", ""), ("teacher", "debug")],
-)
+# A config for each method of distillation, and the feature or loss term that makes it one.
+METHODS = {
+    "hint": "hint",
+    "attention": "attention",
+    "affinity": "affinity",
+    "frequency": "wavelet",
+    "soft_target": "soft_target",
+    "contrastive": "contrastive",
+    "label_consistency": "label_consistency",
+    "ensemble": "output",
+    "phases": "output",
+    "perceptual": "perceptual",
+    "slice": "output",
+}
+
+
+@pytest.mark.parametrize("variant", ["", "quick", "debug"])
+@pytest.mark.parametrize("name", ["denoise", "teacher", *METHODS])
 def test_shipped_configs_are_valid(name: str, variant: str) -> None:
+    if (name, variant) == ("teacher", "quick"):
+        pytest.skip("there is none")
     config = parse(load(name, variant).to_dict())
     assert isinstance(config, Config)
     json.dumps(config_lib.to_dict(config))
 
 
-@pytest.mark.parametrize("name", ["denoise", "teacher"])
+@pytest.mark.parametrize("name", ["denoise", "teacher", *METHODS])
 def test_unknown_variants_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no variant 'quik'"):
         load(name, "quik")
@@ -88,3 +104,8 @@ def test_changes_between_two_configs_are_told_by_key() -> None:
         "terms.task: None -> {'weight': 1.0}",
         "train.steps: 250000 -> 7",
     ]
+
+
+def test_every_config_is_tried() -> None:
+    studies = {"study_denoise", "study_few_labels"}  # see test_study.py
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {"denoise", "teacher", *METHODS} | studies

@@ -26,6 +26,7 @@ from kdjax.data import (
     ImageError,
     ImagePair,
     find_pairs,
+    find_unlabelled,
     load_images,
     read_image,
     training_batches,
@@ -678,3 +679,93 @@ def test_damaged_validation_images_are_one_error(tmp_path: Path) -> None:
         load_images(pairs)
     assert "2 of 4 validation images" in str(caught.value)
     assert "1.png: the file is empty" in str(caught.value) and "3.png: No such file" in str(caught.value)
+
+
+def write_folder(folder: Path, level: int, count: int = 5) -> None:
+    folder.mkdir()
+    for i in range(count):
+        write_image(folder / f"{i}.png", np.full((20, 24, 3), level + i, np.uint8))
+
+
+@pytest.fixture
+def unlabelled_sources(tmp_path: Path) -> dict[str, list[ImagePair]]:
+    write_folder(tmp_path / "clean", 10)
+    write_folder(tmp_path / "noisy", 20)
+    write_folder(tmp_path / "more", 100)
+    return {
+        "clean": find_pairs(gt=str(tmp_path / "clean")),
+        "paired": find_pairs(gt=str(tmp_path / "clean"), lq=str(tmp_path / "noisy")),
+        "to degrade": find_unlabelled(str(tmp_path / "more"), degraded=False),
+        "degraded": find_unlabelled(str(tmp_path / "more"), degraded=True),
+    }
+
+
+def take_crops(count: int, *args: object, **options: object) -> list[dict[str, np.ndarray]]:
+    with training_batches(*args, **(dict(crop=8, batch_size=8, seed=3) | options)) as stream:
+        return [next(stream) for _ in range(count)]
+
+
+@pytest.mark.parametrize(("first", "second"), [("clean", "to degrade"), ("paired", "degraded")])
+def test_unlabelled_images_fill_their_part_of_every_batch(unlabelled_sources: dict, first: str, second: str) -> None:
+    batches = take_crops(4, unlabelled_sources[first], unlabelled=unlabelled_sources[second], unlabelled_part=0.25)
+    seen = set()
+    for number, batch in enumerate(batches):
+        assert batch["labelled"].sum() == 6
+        np.testing.assert_array_equal(batch["index"], np.arange(8) + 8 * number)
+        for row, labelled in enumerate(batch["labelled"]):
+            level = int(batch["gt"][row].max())
+            assert (level < 15) == labelled
+            seen.add(level)
+            if first == "paired":
+                assert (batch["lq"][row] == batch["gt"][row] + (10 if labelled else 0)).all()
+    assert ("lq" in batches[0]) == (first == "paired")
+    assert seen >= {100, 101, 102, 103, 104}  # 8 unlabelled samples show all five images
+
+
+def test_unlabelled_images_of_a_larger_scale_stand_for_their_gt(unlabelled_sources: dict, tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    for i in range(5):
+        write_image(tmp_path / "small" / f"{i}.png", np.full((10, 12, 3), 20 + i, np.uint8))
+    pairs = find_pairs(gt=str(tmp_path / "clean"), lq=str(tmp_path / "small"))
+    (batch,) = take_crops(1, pairs, unlabelled=unlabelled_sources["degraded"], scale=2)
+    assert batch["gt"].shape == (8, 8, 8, 3) and batch["lq"].shape == (8, 4, 4, 3)
+
+
+def test_processes_and_restarts_share_one_stream_of_unlabelled_images(unlabelled_sources: dict) -> None:
+    options = dict(unlabelled=unlabelled_sources["to degrade"], unlabelled_part=0.5)
+    whole = take_crops(3, unlabelled_sources["clean"], **options)
+    for count in (2, 4):
+        parts = [
+            take_crops(3, unlabelled_sources["clean"], **options, process_index=i, process_count=count)
+            for i in range(count)
+        ]
+        for step in range(3):
+            for key, expected in whole[step].items():
+                np.testing.assert_array_equal(np.concatenate([part[step][key] for part in parts]), expected)
+            assert all(part[step]["labelled"].mean() == 0.5 for part in parts)
+    (later,) = take_crops(1, unlabelled_sources["clean"], **options, start_step=2)
+    for key, expected in whole[2].items():
+        np.testing.assert_array_equal(later[key], expected)
+
+
+def test_without_unlabelled_images_batches_have_no_such_key(unlabelled_sources: dict) -> None:
+    assert set(take_crops(1, unlabelled_sources["clean"])[0]) == {"gt", "index"}
+
+
+def test_a_damaged_unlabelled_image_is_replaced_and_named(unlabelled_sources: dict, tmp_path: Path) -> None:
+    (tmp_path / "more" / "2.png").write_bytes(b"no image")
+    with training_batches(
+        unlabelled_sources["clean"], unlabelled=unlabelled_sources["to degrade"], crop=8, batch_size=8, seed=3
+    ) as stream:
+        for _ in range(4):
+            next(stream)
+        assert list(stream.damaged) == ["2.png"] and "more" in stream.damaged["2.png"]
+
+
+def test_bad_unlabelled_sources_are_refused(unlabelled_sources: dict, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        find_unlabelled(str(tmp_path / "nowhere"), degraded=True)
+    with pytest.raises(DataError, match="0 of the 8 images of a batch would be unlabelled"):
+        take_crops(1, unlabelled_sources["clean"], unlabelled=unlabelled_sources["to degrade"], unlabelled_part=0.01)
+    with pytest.raises(DataError, match="must be degraded where"):
+        take_crops(1, unlabelled_sources["clean"], unlabelled=unlabelled_sources["degraded"])

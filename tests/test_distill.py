@@ -1,5 +1,6 @@
 """The step against BasicSR's own training runs, and what must not change it: devices, batch position, the teacher."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from flax import traverse_util
 from kdjax import distill, models, sharding
 from kdjax.degradations import make_degrade
 from kdjax.schedules import make_schedule
+from kdjax.terms import Setting, make_terms
 from kdjax.weights import load_model
 
 TASK = dict(criterion="charbonnier", weight=1.0, eps=1e-12)
@@ -25,29 +27,55 @@ def as_schedule(values: np.ndarray) -> Callable:
     return lambda count: jnp.asarray(values)[count]
 
 
-@pytest.mark.parametrize("name", ["output_l2", "progressive"])
+# The guide's loss of each reference run, but for its weight, which is in the vectors.
+REFERENCE_TERMS = {
+    "output_l2": {"output": dict(criterion="mse")},
+    "progressive": {"output": dict(criterion="mse")},
+    "attention": {
+        "feature": dict(pairs=(("body.0", "body.0", 1.0), ("body.1", "body.1", 1.0))),
+        "attention": dict(pairs=(("body.0", "body.0", 0.5), ("body.1", "body.1", 0.5)), mode="guide"),
+    },
+    "hint": {"hint": dict(pairs=(("body.0", "body.0", 1.0),))},
+}
+
+
+@pytest.mark.parametrize("name", REFERENCE_TERMS)
 def test_reproduces_the_reference_training_run(golden: Path, name: str) -> None:
-    vectors = {key.split(":")[1]: value for key, value in load_npz(golden / "train.npz").items() if name in key}
+    prefix = f"{name}:"
+    vectors = {k.removeprefix(prefix): v for k, v in load_npz(golden / "train.npz").items() if k.startswith(prefix)}
     student = load_model(golden / f"train_{name}_student_init.pth")
     teacher = load_model(golden / f"train_{name}_teacher.pth")
-    (task,) = distill.make_terms({"task": TASK})
-    (output,) = distill.make_terms({"output": dict(criterion="mse", weight=1.0)})
+    student_apply, teacher_apply = (models.make_apply(model.arch, model.hparams) for model in (student, teacher))
+    setting = distill.make_setting(
+        student_apply, student.params, teacher_apply, teacher.params, vectors["lq"][0].shape, jax.random.key(0)
+    )
+    specs = {"task": TASK} | {term: spec | {"weight": 1.0} for term, spec in REFERENCE_TERMS[name].items()}
+    task, *distillation = make_terms(specs, setting)
+    weight = as_schedule(vectors["distill_weight"])
     learning_rate = as_schedule(vectors["lr"].astype(np.float32))
     recipe = distill.Recipe(
-        student=models.make_apply(student.arch, student.hparams),
-        teacher=models.make_apply(teacher.arch, teacher.hparams),
-        terms=(task, distill.Term("output", output.value, as_schedule(vectors["distill_weight"]), True)),
+        student=student_apply,
+        teacher=teacher_apply,
+        terms=(task, *(dataclasses.replace(term, weight=weight) for term in distillation)),
         optimizer=distill.make_optimizer("adam", learning_rate, betas=(0.9, 0.99)),
         learning_rate=learning_rate,
         ema_decay=0.9,
     )
     step = jax.jit(functools.partial(distill.train_step, recipe))
     state = distill.init_state(recipe, student.params)
+    if name == "hint":  # the regressor of the reference starts from its own random weights
+        assert jax.tree.map(jnp.shape, state.params["adapters"]) == {
+            "hint": {"0": {"bias": (16,), "kernel": (1, 1, 12, 16)}}
+        }
+        kernel, bias = vectors["regressor_weight_oihw"].transpose(2, 3, 1, 0), vectors["regressor_bias"]
+        adapters = {"hint": {"0": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}}
+        state = dataclasses.replace(state, params=state.params | {"adapters": adapters})
+    frozen = distill.make_frozen(recipe.terms, teacher.params)
     for i in range(len(vectors["l_pix"])):
         batch = {"lq": vectors["lq"][i], "gt": vectors["gt"][i]}
-        state, metrics = step(state, teacher.params, batch, jax.random.key(0))
+        state, metrics = step(state, frozen, batch, jax.random.key(0))
         np.testing.assert_allclose(metrics["loss/task"], vectors["l_pix"][i], rtol=1e-5)
-        weighted = metrics["loss/output"] * metrics["weight/output"]
+        weighted = sum(metrics[f"weighted/{term.name}"] for term in distillation)
         np.testing.assert_allclose(weighted, vectors["l_distill"][i], rtol=1e-5)
         np.testing.assert_allclose(metrics["loss/total"], metrics["loss/task"] + weighted, rtol=1e-6)
     for key, params in (("params", state.params["student"]), ("params_ema", state.params_ema)):
@@ -76,12 +104,26 @@ class Tiny:
     teacher = models.init_model("rrdbnet", dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4), jax.random.key(1))
     gt = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
 
-    def recipe(self, **changes: object) -> distill.Recipe:
+    student_apply = staticmethod(models.make_apply(student.arch, student.hparams))
+    teacher_apply = staticmethod(models.make_apply(teacher.arch, teacher.hparams))
+
+    def setting(self) -> Setting:
+        return distill.make_setting(
+            self.student_apply,
+            self.student.params,
+            self.teacher_apply,
+            self.teacher.params,
+            self.gt.shape,
+            jax.random.key(2),
+        )
+
+    def recipe(self, specs: dict | None = None, **changes: object) -> distill.Recipe:
         learning_rate = make_schedule(1e-3)
+        specs = specs or {"task": TASK, "output": dict(criterion="l1", weight=0.5)}
         parts = dict(
-            student=models.make_apply(self.student.arch, self.student.hparams),
-            teacher=models.make_apply(self.teacher.arch, self.teacher.hparams),
-            terms=distill.make_terms({"task": TASK, "output": dict(criterion="l1", weight=0.5)}),
+            student=self.student_apply,
+            teacher=self.teacher_apply,
+            terms=make_terms(specs, self.setting()),
             optimizer=distill.make_optimizer("adam", learning_rate),
             learning_rate=learning_rate,
             ema_decay=0.9,
@@ -93,7 +135,7 @@ class Tiny:
         """The states after every step, the last metrics, and the teacher's parameters afterwards."""
         mesh = sharding.data_mesh(jax.devices()[:num_devices])
         state = sharding.replicate(distill.init_state(recipe, self.student.params), mesh)
-        teacher_params = sharding.replicate(self.teacher.params, mesh)
+        frozen = sharding.replicate(distill.make_frozen(recipe.terms, self.teacher.params), mesh)
         key = sharding.replicate(jax.random.key(7), mesh)
         step = jax.jit(functools.partial(distill.train_step, recipe))
         states = [state]
@@ -101,9 +143,9 @@ class Tiny:
             batch = {"gt": self.gt, "index": np.arange(8, dtype=np.int32) + 8 * i}
             if order is not None:
                 batch = {name: array[order] for name, array in batch.items()}
-            state, metrics = step(state, teacher_params, sharding.shard_batch(batch, mesh), key)
+            state, metrics = step(state, frozen, sharding.shard_batch(batch, mesh), key)
             states.append(state)
-        return states, jax.device_get(metrics), teacher_params
+        return states, jax.device_get(metrics), frozen["teacher"]
 
 
 @pytest.fixture(scope="module")
@@ -179,27 +221,122 @@ def test_a_finite_loss_is_reported_as_such(base: tuple) -> None:
     assert base[1]["finite"]
 
 
-def test_terms_with_zero_weight_are_left_out_and_the_teacher_with_them() -> None:
-    terms = distill.make_terms({"task": TASK, "output": dict(criterion="l1", weight=0.0)})
-    assert [term.name for term in terms] == ["task"]
-    assert not any(term.needs_teacher for term in terms)
+PAIR = (("model.1", "body.0", 1.0),)
 
 
-@pytest.mark.parametrize(
-    ("specs", "message"),
-    [
-        ({"outputs": dict(criterion="l1", weight=1.0)}, "did you mean 'output'"),
-        ({"task": dict(criterion="l1")}, "'task' has no weight"),
-        ({"task": dict(criterion="l3", weight=1.0)}, "'task'.*unknown criterion 'l3'"),
-        ({"task": dict(criterion="l1", weight=1.0, layer="x")}, "'task'.*'layer'"),
-        ({"task": dict(criterion="l1", weight=dict(name="cosin", value=1.0))}, "did you mean 'cosine'"),
-        ({"task": dict(criterion="l1", weight=0)}, "no loss term has a weight above 0"),
-        ({}, "no loss term has a weight above 0"),
-    ],
-)
-def test_bad_terms_are_refused(specs: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        distill.make_terms(specs)
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_weight_given_as_a_share_keeps_the_term_at_it(tiny: Tiny, devices: int) -> None:
+    """Measured on the step at which the weights are set, by the gradients of each term on its own."""
+    specs = {
+        "task": TASK,
+        "output": dict(criterion="l1", weight=0.5),
+        "hint": dict(pairs=PAIR, weight=dict(share=0.2)),
+        "fft": dict(weight=dict(share=0.3)),
+    }
+    recipe = tiny.recipe(specs)
+    states, metrics, teacher = tiny.run(recipe, steps=1, num_devices=devices)
+    batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32)}
+    frozen = distill.make_frozen(recipe.terms, teacher)
+
+    def norm_of(name: str) -> float:
+        only = dataclasses.replace(recipe, terms=tuple(term for term in recipe.terms if term.name == name))
+        scene = distill.observe([recipe], [jnp.int32(0)], frozen, batch, jax.random.key(7))
+
+        def value(student: dict) -> jax.Array:
+            params = states[0].params | {"student": student}
+            return distill.term_values(only, jnp.int32(0), params, frozen, scene)[name]
+
+        return float(optax.tree.norm(jax.grad(value)(states[0].params["student"])))
+
+    weighted = {name: float(metrics[f"weight/{name}"]) * norm_of(name) for name in specs}
+    total = sum(weighted.values())
+    assert weighted["hint"] / total == pytest.approx(0.2, rel=1e-3)
+    assert weighted["fft"] / total == pytest.approx(0.3, rel=1e-3)
+    diagnosis = jax.jit(functools.partial(distill.diagnose, recipe))(states[0], frozen, batch, jax.random.key(7))
+    for name in specs:
+        assert float(diagnosis[f"share/{name}"]) == pytest.approx(weighted[name] / total, rel=1e-3)
+    assert states[-1].balance == {name: pytest.approx(metrics[f"weight/{name}"]) for name in ("hint", "fft")}
+
+
+def test_shares_hold_between_measurements(tiny: Tiny) -> None:
+    recipe = tiny.recipe({"task": TASK, "output": dict(criterion="l1", weight=dict(share=0.4))})
+    states, _, _ = tiny.run(recipe, steps=distill.SHARES_EVERY + 1)
+    weights = [float(state.balance["output"]) for state in states[1:]]
+    assert len(set(weights[:-1])) == 1 and weights[-1] != weights[0]
+
+
+def test_diagnosis_tells_how_far_student_and_teacher_are(tiny: Tiny) -> None:
+    recipe = tiny.recipe()
+    state, frozen = (
+        distill.init_state(recipe, tiny.student.params),
+        distill.make_frozen(recipe.terms, tiny.teacher.params),
+    )
+    batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32)}
+    diagnosis = jax.jit(functools.partial(distill.diagnose, recipe))(state, frozen, batch, jax.random.key(7))
+    gt, lq = distill.make_pair(recipe.degrade, batch, jax.random.key(7))
+    ours = np.asarray(tiny.student_apply(tiny.student.params, lq)[0])
+    theirs = np.asarray(tiny.teacher_apply(tiny.teacher.params, lq)[0])
+    psnr = np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(ours, theirs, strict=True)])
+    better = np.abs(theirs - gt).mean(-1) < np.abs(ours - gt).mean(-1)
+    assert float(diagnosis["psnr_student_teacher"]) == pytest.approx(psnr, rel=1e-4)
+    assert float(diagnosis["teacher_better"]) == pytest.approx(better.mean(), abs=2e-3)
+    assert sum(float(diagnosis[f"share/{name}"]) for name in ("task", "output")) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_phase_of_weight_zero_skips_the_teacher_and_the_term(tiny: Tiny) -> None:
+    """The teacher counts its forward passes: none while no weight asks for it."""
+    calls = []
+
+    def counting(params: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+        jax.debug.callback(lambda: calls.append(1))
+        return tiny.teacher_apply(params, x)
+
+    phases = dict(name="piecewise", values=(0.0, 0.5, 0.0), boundaries=(2, 3))
+    specs = {"task": TASK, "output": dict(criterion="l1", weight=phases)}
+    recipe = tiny.recipe(specs, teacher=counting)
+    states, _, _ = tiny.run(recipe, steps=2)
+    jax.effects_barrier()
+    assert not calls
+    all_states, metrics, _ = tiny.run(recipe, steps=5)
+    jax.effects_barrier()
+    assert len(calls) == 1 and metrics["loss/output"] == 0
+    # And while it is off, training is that of the task alone.
+    alone, _, _ = tiny.run(tiny.recipe({"task": TASK}, teacher=None), steps=2)
+    assert_trees_close(states[-1].params, alone[-1].params, 1e-6)
+    assert_trees_close(all_states[2].params, alone[-1].params, 1e-6)
+
+
+def test_a_hint_only_first_phase_leaves_the_layers_behind_the_hint_alone(tiny: Tiny) -> None:
+    task = dict(criterion="l1", weight=dict(name="piecewise", values=(0.0, 1.0), boundaries=(2,)))
+    hint = dict(pairs=PAIR, weight=dict(name="piecewise", values=(1.0, 0.0), boundaries=(2,)))
+    states, _, _ = tiny.run(tiny.recipe({"task": task, "hint": hint}), steps=3)
+    first, later = "0", "4"  # DnCNN's layers in front of and behind model.1
+
+    def kernel(step: int, layer: str) -> np.ndarray:
+        return np.asarray(states[step].params["student"]["model"][layer]["kernel"])
+
+    assert np.abs(kernel(2, first) - kernel(0, first)).max() > 1e-4
+    np.testing.assert_array_equal(kernel(2, later), kernel(0, later))
+    assert np.abs(kernel(3, later) - kernel(0, later)).max() > 1e-4
+    adapter = [np.asarray(states[i].params["adapters"]["hint"]["0"]["kernel"]) for i in (0, 2)]
+    assert np.abs(adapter[1] - adapter[0]).max() > 1e-4
+    assert set(states[-1].params_ema) == {"model"}  # adapters are in nothing that is exported
+
+
+def test_unlabelled_samples_train_only_what_does_not_need_their_clean_image(tiny: Tiny) -> None:
+    recipe = tiny.recipe({"task": TASK})
+    step = jax.jit(functools.partial(distill.train_step, recipe))
+    state, frozen = (
+        distill.init_state(recipe, tiny.student.params),
+        distill.make_frozen(recipe.terms, tiny.teacher.params),
+    )
+    lq = np.full_like(tiny.gt, 100)
+    labelled = np.arange(8) % 2 == 0
+    batch = {"gt": tiny.gt, "lq": lq, "index": np.arange(8, dtype=np.int32), "labelled": labelled}
+    other = batch | {"gt": np.where(labelled[:, None, None, None], tiny.gt, 0)}
+    results = [step(state, frozen, b, jax.random.key(0)) for b in (batch, other)]
+    assert_trees_close(results[0][0].params, results[1][0].params, 0)
+    np.testing.assert_array_equal(results[0][1]["loss/task"], results[1][1]["loss/task"])
 
 
 def adam_by_hand(params: np.ndarray, grads: list[np.ndarray], *, l2: float, decoupled: float) -> np.ndarray:

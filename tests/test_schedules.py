@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kdjax.schedules import is_zero, make_schedule
+from kdjax.schedules import is_zero, make_schedule, reaches_zero
 
 
 def test_constant() -> None:
@@ -21,6 +21,16 @@ def test_cosine_has_basicsr_values_and_stays_at_its_end() -> None:
     np.testing.assert_allclose(values, [2e-4, 1.0005e-4, 1e-7, 1e-7, 1e-7], rtol=1e-5)
 
 
+def test_piecewise_phases_of_the_guide() -> None:
+    schedule = make_schedule(dict(name="piecewise", values=(5, 2, 1, 0), boundaries=(50, 100, 200)))
+    assert [float(schedule(count)) for count in (0, 49, 50, 99, 100, 199, 200, 10**6)] == [5, 5, 2, 2, 1, 1, 0, 0]
+
+
+def test_linear_ends_at_its_final_value_and_stays() -> None:
+    schedule = make_schedule(dict(name="linear", value=1.0, steps=4, final=0.5))
+    assert [float(schedule(count)) for count in (0, 2, 4, 100)] == [1, 0.75, 0.5, 0.5]
+
+
 def test_warmup_reaches_the_full_value() -> None:
     schedule = make_schedule(dict(name="multistep", value=1.0, milestones=(8,), gamma=0.1, warmup=4))
     np.testing.assert_allclose([schedule(c) for c in (0, 1, 2, 3, 4, 7, 8)], [0.25, 0.5, 0.75, 1, 1, 1, 0.1])
@@ -34,6 +44,9 @@ def test_warmup_reaches_the_full_value() -> None:
         (dict(name="cosine", value=1.0), "steps"),
         (dict(name="cosine", value=1.0, steps=0), "steps >= 1"),
         (dict(name="multistep", value=1.0, milestones=(1,), gama=0.5), "gama"),
+        (dict(name="linear", value=1.0, steps=-1), "steps >= 1"),
+        (dict(name="piecewise", values=(1, 0), boundaries=(5, 9)), "one value more than boundaries"),
+        (dict(name="piecewise", values=(1, 2, 0), boundaries=(9, 5)), "rising boundaries"),
         (dict(name="constant", value=1.0, warmup=-1), "warmup=-1"),
     ],
 )
@@ -44,4 +57,22 @@ def test_bad_specs_are_refused(spec: dict, message: str) -> None:
 
 def test_is_zero() -> None:
     assert is_zero(0) and is_zero(0.0) and is_zero(dict(name="cosine", value=0.0, steps=5))
+    assert is_zero(dict(name="piecewise", values=(0, 0), boundaries=(3,)))
     assert not is_zero(1e-9) and not is_zero(dict(name="cosine", value=0.0, steps=5, final=1.0))
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (1.0, False),
+        (dict(name="piecewise", values=(1, 0), boundaries=(3,)), True),
+        (dict(name="piecewise", values=(2, 1), boundaries=(3,)), False),
+        (dict(name="linear", value=1.0, steps=5), True),
+        (dict(name="cosine", value=1.0, steps=5, final=0.1), False),
+        (dict(name="multistep", value=1.0, milestones=(2,), gamma=0), True),
+        (dict(name="multistep", value=1.0, milestones=(2,)), False),
+        (dict(name="constant", value=1.0, warmup=3), False),
+    ],
+)
+def test_reaches_zero(spec: float | dict, expected: bool) -> None:
+    assert reaches_zero(spec) == expected

@@ -15,6 +15,7 @@ from PIL import Image
 from test_config import load
 
 from kdjax import assets, config, data, train
+from kdjax.monitor import Monitor
 from kdjax.weights import load_model, load_weights, save_model
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,7 @@ TIMES = ("images_per_second",)  # the only numbers that two equal runs may not s
 def start(workdir: Path, *flags: str, devices: int = 1, **options: object) -> subprocess.Popen:
     """Starts the debug recipe in a process of its own."""
     command = [sys.executable, "-m", "kdjax.train", "--config", "configs/denoise.py:debug", "--workdir", str(workdir)]
+    command.append("--config.log.diagnose=False")  # a second compilation; see test_methods.py
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command + list(flags),
@@ -186,11 +188,12 @@ def test_refusals_are_one_message(tmp_path: Path, flags: tuple[str, ...], messag
     assert not (tmp_path / "run").exists()
 
 
-def prepared(**changes: dict) -> train.Setup:
+def prepared(**changes: dict) -> tuple[train.Setup, Monitor]:
     values = load("denoise", "debug").to_dict()
     for section, entries in changes.items():
         values[section].update(entries)
-    return train.prepare(config.parse(values))
+    setup = train.prepare(config.parse(values))
+    return setup, Monitor(setup.config.val, setup.student, setup.teacher)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +223,13 @@ def test_what_cannot_work_is_refused_before_anything_is_written(changes: dict, m
 def test_a_teacher_that_does_not_denoise_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     untrained = train.models.init_model("dncnn", dict(num_feat=4, depth=2), train.jax.random.key(0))
     save_model(untrained, tmp_path / "untrained.pth")
-    setup = prepared(teacher={"weights": str(tmp_path / "untrained.pth")})
-    setup.monitor.report()
+    _, monitor = prepared(teacher={"weights": str(tmp_path / "untrained.pth")})
+    monitor.report()
     assert "DOES NOT IMPROVE ITS INPUT" in caplog.text
 
 
 def test_another_student_or_teacher_does_not_continue_a_run(finished: tuple[Path, str]) -> None:
-    setup = prepared(student={"arch": "dncnn", "hparams": {"num_feat": 4, "depth": 3}})
+    setup, _ = prepared(student={"arch": "dncnn", "hparams": {"num_feat": 4, "depth": 3}})
     with pytest.raises(config.ConfigError, match=r"another student: .*srvggnetcompact.* before, .*dncnn"):
         train.check_same_run(setup, finished[0])
 
@@ -252,14 +255,14 @@ def test_paired_folders_train_and_validate(tmp_path: Path) -> None:
     for path in (tmp_path / "gt").iterdir():
         shutil.copy(path, tmp_path / "lq" / f"{path.stem}_noisy.png")
     section = {"gt": str(tmp_path / "gt"), "lq": str(tmp_path / "lq"), "filename_tmpl": "{}_noisy"}
-    setup = prepared(data=section, val=section)
+    setup, monitor = prepared(data=section, val=section)
     (tmp_path / "run").mkdir()
-    summary = train.train(setup, tmp_path / "run")
+    summary = train.train(setup, monitor, tmp_path / "run")
     assert "input inf dB / 1.0000" in summary  # equal pairs
 
 
 def test_a_run_can_start_from_a_file(tmp_path: Path, finished: tuple[Path, str]) -> None:
-    setup = prepared(student={"weights": str(finished[0] / "student.pth")})
+    setup, _ = prepared(student={"weights": str(finished[0] / "student.pth")})
     started = load_model(finished[0] / "student.pth").params
     train.jax.tree.map(np.testing.assert_array_equal, setup.student.params, started)
     with pytest.raises(config.ConfigError, match="asks for"):

@@ -7,8 +7,8 @@ float happen on the device, elsewhere.
 """
 
 from kdjax.data.images import IMAGE_SUFFIXES, ImageError, read_image, write_image
-from kdjax.data.pipeline import TrainingData, ValidationImage, load_images, training_batches
-from kdjax.data.sources import DataError, ImagePair, find_pairs
+from kdjax.data.pipeline import TrainingData, ValidationImage, load_images, spread, training_batches
+from kdjax.data.sources import DataError, ImagePair, find_pairs, find_unlabelled
 
 __all__ = [
     "IMAGE_SUFFIXES",
@@ -18,8 +18,10 @@ __all__ = [
     "TrainingData",
     "ValidationImage",
     "find_pairs",
+    "find_unlabelled",
     "load_images",
     "read_image",
+    "spread",
     "training_batches",
     "write_image",
 ]

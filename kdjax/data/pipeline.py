@@ -14,6 +14,9 @@ A damaged file never stops training and never moves other samples: the sample dr
 random stream, and the file is reported once. In validation it is an error, since a mean over other images is
 another number.
 
+Unlabelled images, which only a teacher can use, take fixed places of every batch, evenly spread, so that every
+process has its share. They have an order of their own.
+
 This package is NumPy, Pillow and Grain only. Workers are spawned and import it, and must not take an
 accelerator. They also import the main module: a program that imports jax should keep every computation out of
 its module level.
@@ -64,6 +67,8 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     cache_mb: int = 512,
+    unlabelled: Sequence[ImagePair] = (),
+    unlabelled_part: float = 0.5,
 ) -> TrainingData:
     """Endless batches of random crops, from step `start_step` on.
 
@@ -71,6 +76,9 @@ def training_batches(
       gt     uint8 (b, crop, crop, channels)
       lq     uint8 (b, crop/scale, crop/scale, channels); only if the pairs have lq files
       index  int32 (b,), the sample numbers (modulo 2^31): the key to per-sample randomness on the device
+      labelled  bool (b,), false for samples from `unlabelled`; only if there are any
+
+    `unlabelled` (see `find_unlabelled`) fill round(batch_size * unlabelled_part) places of every batch.
 
     `hflip` flips left-right with probability 1/2; `rot` flips top-bottom and transposes, each with
     probability 1/2. With both, the eight symmetries of the square are equally likely. Images smaller than the
@@ -79,8 +87,11 @@ def training_batches(
     `workers` processes decode; 0 means threads of this process. Each process, and each worker, keeps up to
     `cache_mb` megabytes of decoded images; neither changes the batches.
     """
+    options = (crop, seed, scale, channels, hflip, rot, cache_mb)
     stream = _Batches(
-        _Samples(pairs, crop, seed, scale, channels, hflip, rot, cache_mb),
+        _Samples(pairs, *options),
+        _Samples(unlabelled, *options, first_stream=2) if unlabelled else None,
+        round(batch_size * unlabelled_part) if unlabelled else 0,
         batch_size,
         process_index,
         process_count,
@@ -102,7 +113,7 @@ class TrainingData(Iterator[dict[str, np.ndarray]]):
     def __init__(self, stream: _Batches, start_step: int, workers: int) -> None:
         self.damaged: dict[str, str] = {}
         self.replaced = 0
-        self._samples = stream.samples
+        self._stream = stream
         # An element is a batch here, so buffers are counted in batches.
         reading = grain.ReadOptions(
             num_threads=1 if workers else min(_THREADS, os.cpu_count() or 1),
@@ -126,15 +137,15 @@ class TrainingData(Iterator[dict[str, np.ndarray]]):
         for number in batch.pop("damaged").tolist():
             if number >= 0:
                 self.replaced += 1
-                self._report(self._samples.pairs[number])
+                self._report(*self._stream.pair(number))
         # Workers hand over shared memory that ends with Grain's array; JAX may keep it longer, so copy.
         return {key: np.array(value) for key, value in batch.items()}
 
-    def _report(self, pair: ImagePair) -> None:
+    def _report(self, samples: _Samples, pair: ImagePair) -> None:
         if pair.name in self.damaged:
             return
         try:
-            self._samples.load(pair)
+            samples.load(pair)
             reason = f"{pair.gt}: could not be read at first, but could be when tried again"
         except ImageError as error:
             reason = str(error)
@@ -159,7 +170,7 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
 
 
 class _Samples:
-    """Sample number -> {gt, lq, index, damaged}: `damaged` is the place in `pairs` of an image that failed, or -1.
+    """Sample number -> {gt, lq, damaged}: `damaged` is the place in `pairs` of an image that failed, or -1.
 
     Of several that failed it is the first, the one whose turn it was: so after one epoch each has been reported.
     """
@@ -174,6 +185,7 @@ class _Samples:
         hflip: bool,
         rot: bool,
         cache_mb: int,
+        first_stream: int = 0,
     ) -> None:
         if not pairs:
             raise DataError("there are no training images: the list of pairs is empty")
@@ -187,12 +199,13 @@ class _Samples:
         self.pairs = list(pairs)
         self._crop, self._seed, self._scale = crop, seed, scale
         self._hflip, self._rot = hflip, rot
+        self._order, self._sample = first_stream + _ORDER, first_stream + _SAMPLE
         self._read = _ImageCache(channels, cache_mb * 2**20)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         epoch, position = divmod(number, len(self.pairs))
-        chosen = int(_epoch_order(len(self.pairs), self._seed, epoch)[position])
-        random = _generator(self._seed, _SAMPLE, number)
+        chosen = int(_epoch_order(len(self.pairs), self._seed, self._order, epoch)[position])
+        random = _generator(self._seed, self._sample, number)
         # All draws but those for replacements come first: a damaged file leaves crop and flips as they are.
         row, column, *coins = random.random(5)
         first_damaged = -1
@@ -219,7 +232,6 @@ class _Samples:
         element = {"gt": _flip(_window(gt, top * grid, left * grid, self._crop, grid), *flips)}
         if lq is not None:
             element["lq"] = _flip(_window(lq, top, left, size, grid), *flips)
-        element["index"] = np.int32(number % 2**31)
         element["damaged"] = np.int32(first_damaged)
         return element
 
@@ -228,6 +240,8 @@ class _Samples:
         gt = self._read(pair.gt)
         if pair.lq is None:
             return gt, None
+        if pair.lq == pair.gt:  # an unlabelled image
+            return gt.repeat(self._scale, 0).repeat(self._scale, 1), gt
         lq = self._read(pair.lq)
         if gt.shape[0] != self._scale * lq.shape[0] or gt.shape[1] != self._scale * lq.shape[1]:
             raise ImageError(_size_message(pair, gt, lq, self._scale))
@@ -241,7 +255,15 @@ class _Batches:
     distributes elements over workers.
     """
 
-    def __init__(self, samples: _Samples, batch_size: int, process_index: int, process_count: int) -> None:
+    def __init__(
+        self,
+        labelled: _Samples,
+        unlabelled: _Samples | None,
+        num_unlabelled: int,  # in a whole batch
+        batch_size: int,
+        process_index: int,
+        process_count: int,
+    ) -> None:
         if batch_size < 1 or process_count < 1 or batch_size % process_count:
             raise DataError(
                 f"batch_size is {batch_size} for {process_count} processes; it counts the images of all "
@@ -249,7 +271,14 @@ class _Batches:
             )
         if not 0 <= process_index < process_count:
             raise DataError(f"process_index is {process_index}; it must lie in 0 ... {process_count - 1}")
-        self.samples = samples
+        if unlabelled is not None and not 0 < num_unlabelled < batch_size:
+            raise DataError(
+                f"{num_unlabelled} of the {batch_size} images of a batch would be unlabelled; both kinds need one "
+                "image at least: change batch_size or unlabelled_part"
+            )
+        if unlabelled is not None and (unlabelled.pairs[0].lq is None) != (labelled.pairs[0].lq is None):
+            raise DataError("unlabelled images must be degraded where the labelled ones have lq files, and only there")
+        self._labelled, self._unlabelled, self._num_unlabelled = labelled, unlabelled, num_unlabelled
         self._batch_size = batch_size
         self._rows = batch_size // process_count
         self._first = process_index * self._rows
@@ -258,9 +287,30 @@ class _Batches:
         return _STEPS
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        first = step * self._batch_size + self._first
-        samples = [self.samples[number] for number in range(first, first + self._rows)]
-        return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+        rows = [self._row(step, position) for position in range(self._first, self._first + self._rows)]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def _row(self, step: int, position: int) -> dict[str, np.ndarray]:
+        """The sample at a position of the whole batch."""
+        index = {"index": np.int32((step * self._batch_size + position) % 2**31)}
+        if self._unlabelled is None:
+            return self._labelled[step * self._batch_size + position] | index
+        # How many unlabelled ones come before: the places are spread evenly.
+        before = position * self._num_unlabelled // self._batch_size
+        labelled = (position + 1) * self._num_unlabelled // self._batch_size == before
+        if labelled:
+            row = self._labelled[step * (self._batch_size - self._num_unlabelled) + position - before]
+        else:
+            row = self._unlabelled[step * self._num_unlabelled + before]
+            if row["damaged"] >= 0:
+                row["damaged"] = np.int32(row["damaged"] + len(self._labelled.pairs))
+        return row | index | {"labelled": np.bool_(labelled)}
+
+    def pair(self, number: int) -> tuple[_Samples, ImagePair]:
+        """What the `damaged` number of a sample stands for, and the source that can load it."""
+        if number < len(self._labelled.pairs):
+            return self._labelled, self._labelled.pairs[number]
+        return self._unlabelled, self._unlabelled.pairs[number - len(self._labelled.pairs)]
 
 
 class _ImageCache:
@@ -309,10 +359,7 @@ def load_images(
     `scale`. All files that cannot be used are named in one `DataError`.
     """
     _check_crop(crop, scale)
-    if limit < 0:
-        raise DataError(f"limit is {limit}; it must be 0 (all images) or more")
-    if 0 < limit < len(pairs):
-        pairs = [pairs[i] for i in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]
+    pairs = spread(pairs, limit)
     images: list[ValidationImage] = []
     faults: list[str] = []
     for pair in pairs:
@@ -330,6 +377,15 @@ def load_images(
             )
         )
     return images
+
+
+def spread(pairs: Sequence[ImagePair], limit: int) -> list[ImagePair]:
+    """That many of the pairs, evenly spread over the list; 0 takes all."""
+    if limit < 0:
+        raise DataError(f"limit is {limit}; it must be 0 (all images) or more")
+    if not 0 < limit < len(pairs):
+        return list(pairs)
+    return [pairs[i] for i in np.linspace(0, len(pairs) - 1, limit).round().astype(int)]
 
 
 def _load_validation_image(pair: ImagePair, channels: int, scale: int, crop: int) -> ValidationImage:
@@ -392,8 +448,8 @@ def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
 
 
 @functools.lru_cache(maxsize=4)  # prefetching can straddle two epochs
-def _epoch_order(length: int, seed: int, epoch: int) -> np.ndarray:
-    return _generator(seed, _ORDER, epoch).permutation(length)
+def _epoch_order(length: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    return _generator(seed, stream, epoch).permutation(length)
 
 
 def _start_worker(index: int, count: int) -> None:

@@ -77,6 +77,23 @@ def find_pairs(
     return _matched_pairs(gt, lq, gt_names, _list_images(lq, recursive, f"{what} images (lq)"), filename_tmpl, what)
 
 
+def find_unlabelled(folder: str, *, degraded: bool) -> list[ImagePair]:
+    """The images of a folder (a str or Path) that have no clean partner, in natural order.
+
+    `degraded` images are used as they are, and stand in for their own gt, which no loss may look at; others get the
+    noise that is added to clean images.
+
+    Raises:
+      DataError: there is no such folder, or no image in it.
+    """
+    role = "unlabelled images"
+    folder = _existing(folder, role)
+    if not os.path.isdir(folder):
+        raise DataError(f"{role}: {folder!r} is a file; give a folder")
+    paths = [(name, os.path.join(folder, name)) for name in _list_images(folder, True, role)]
+    return [ImagePair(name, path, path if degraded else None) for name, path in paths]
+
+
 def _existing(path: str, role: str) -> str:
     if not path:
         raise DataError(f"{role}: no path was given; give a folder or an image file")

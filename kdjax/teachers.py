@@ -1,0 +1,123 @@
+"""The teacher of a run: one file, several whose images are averaged, each perhaps over the eight views of the square.
+
+Whatever it consists of, the step sees one function `apply(params, x) -> (output, features)`. Features are those of the
+first file, and of the image as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kdjax import assets, config, models
+from kdjax.config import ConfigError
+from kdjax.models import Apply, Params
+from kdjax.weights import Loaded, load_weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A teacher that is ready to be run.
+
+    Attributes:
+      files: what it was read from, the first one first.
+      params: {"0": parameters of the first, "1": ...}, the first argument of both functions.
+      apply: in the precision of the config, for training; `apply_float32` for measuring.
+      identity: the sha256 of the files, and how they are combined: equal for equal teachers.
+    """
+
+    files: tuple[Loaded, ...]
+    params: Params
+    apply: Apply
+    apply_float32: Apply
+    identity: str
+
+    @property
+    def model(self) -> models.Model:
+        """The first network, whose features the terms see."""
+        return self.files[0].model
+
+
+def load_teacher(options: config.Teacher, student: models.Model) -> Teacher:
+    """The teacher of a config.
+
+    Raises:
+      ConfigError: no file is named, a network reads or writes another kind of image than the student, or `mix` does not
+        fit the number of files.
+      WeightsError: a file cannot be read.
+    """
+    if not options.weights:
+        raise ConfigError(
+            'the teacher is needed: set config.teacher.weights to a .pth or .safetensors file or to "embedded", or set'
+            " the weights of the distillation terms to 0"
+        )
+    files = tuple(
+        load_weights(assets.locate(path, assets.TEACHER), key=options.key, **options.hparams)
+        for path in (options.weights, *options.also)
+    )
+    for file in files:
+        for what, of in (("colour channels", models.num_channels), ("times enlargement", models.scale_of)):
+            if of(file.model) != of(student):
+                raise ConfigError(
+                    f"the teacher {file.path} has {of(file.model)} {what}, the student {of(student)};"
+                    " they must be equal"
+                )
+    mix = options.mix or (1.0,) * len(files)
+    if len(mix) != len(files) or not all(isinstance(part, int | float) and part > 0 for part in mix):
+        raise ConfigError(
+            f"config.teacher.mix={options.mix!r} must have one positive number for each of the {len(files)} teachers"
+        )
+
+    def combined(dtype: str) -> Apply:
+        each = [models.make_apply(file.model.arch, file.model.hparams, dtype=jnp.dtype(dtype)) for file in files]
+        if options.self_ensemble:
+            each = [self_ensemble(apply) for apply in each]
+        return average(each, mix)
+
+    params = {str(i): file.model.params for i, file in enumerate(files)}
+    identity = ", ".join(f"sha256 {file.sha256}" for file in files)
+    if len(files) > 1:
+        identity += f", averaged with weights {', '.join(f'{part:g}' for part in mix)}"
+    if options.self_ensemble:
+        identity += ", over the eight flips and turns"
+    return Teacher(files, params, combined(options.dtype), combined("float32"), identity)
+
+
+def average(applies: Sequence[Apply], mix: Sequence[float]) -> Apply:
+    """The weighted mean of several networks' images, with the features of the first; params are {"0": ..., ...}."""
+    parts = [part / math.fsum(mix) for part in mix]
+
+    def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        results = [each(params[str(i)], x) for i, each in enumerate(applies)]
+        return sum(part * output for part, (output, _) in zip(parts, results, strict=True)), results[0][1]
+
+    return apply
+
+
+def self_ensemble(apply: Apply) -> Apply:
+    """The mean of a network's images over the eight flips and quarter turns of its input, turned back (x8, "+").
+
+    The features are those of the input as it is. Costs eight forward passes, one after another. (Timofte et al., 2016,
+    "Seven ways to improve example-based single image super resolution".)
+    """
+
+    def turned(x: jax.Array, flips: jax.Array) -> jax.Array:
+        x = jnp.where(flips[0], x[:, ::-1], x)
+        return jnp.where(flips[1], x[:, :, ::-1], x)
+
+    def ensemble(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        output, features = apply(params, x)
+        total = output
+        # Two loops, since a transposed image has another shape.
+        for transposed, flips in ((False, [(1, 0), (0, 1), (1, 1)]), (True, [(0, 0), (1, 0), (0, 1), (1, 1)])):
+            view = x.swapaxes(1, 2) if transposed else x
+            one = lambda flip, view=view: turned(apply(params, turned(view, flip))[0], flip)  # noqa: E731
+            views = jax.lax.map(one, jnp.array(flips, bool)).sum(0)
+            total = total + (views.swapaxes(1, 2) if transposed else views)
+        return total / 8, features
+
+    return ensemble

@@ -1,0 +1,138 @@
+"""The terms of the loss, by the names that a config uses.
+
+    terms = dict(
+        task=dict(criterion="charbonnier", weight=1.0),
+        output=dict(criterion="l1", weight=dict(name="linear", value=1.0, steps=100_000)),
+        hint=dict(pairs=(("body.3", "body.2", 1.0),), weight=dict(share=0.2)),
+        deep=dict(kind="attention", pairs=(("body.5", "body.4", 1.0),), weight=1.0),
+    )
+
+A term is a key of TERMS, or any other name with a `kind` that is one. Its `weight` is a number, a schedule
+(`kdjax.schedules`), or `dict(share=r)`: the weight that keeps its gradient at the part r of all terms' gradient norms.
+`kdjax.losses` and `kdjax.perceptual` have the formulas; here they are tied to networks and configs.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from kdjax.names import nearest, pick
+from kdjax.schedules import constant, is_zero, make_schedule, reaches_zero
+from kdjax.terms import features, images
+from kdjax.terms.term import Context, Forward, Loss, Setting, Term, Tree
+
+__all__ = ["TERMS", "Context", "Forward", "Loss", "Setting", "Term", "Tree", "make_terms", "needs_teacher"]
+
+# name -> (builder of the loss from the setting and the term's options, whether it needs the teacher)
+TERMS: dict[str, tuple[Callable[..., Loss], bool]] = {
+    "task": (images.task, False),
+    "output": (images.output, True),
+    "feature": (features.feature, True),
+    "hint": (functools.partial(features.feature, adapter="always"), True),
+    "attention": (features.attention, True),
+    "affinity": (features.affinity, True),
+    "laplace": (features.laplace, True),
+    "soft_target": (images.soft_target, True),
+    "wavelet": (images.wavelet, True),
+    "fft": (images.fft, True),
+    "label_consistency": (images.label_consistency, True),
+    "contrastive": (images.contrastive, True),
+    "perceptual": (images.perceptual_term, False),
+    "style": (images.style, False),
+}
+
+
+def needs_teacher(specs: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether a term of a config's dict looks at the teacher and has a weight above 0 at some step.
+
+    Raises:
+      ValueError: an unknown term or a bad weight.
+    """
+    return any(_is_on(name, spec) and _needs_teacher(name, spec) for name, spec in specs.items())
+
+
+def make_terms(specs: Mapping[str, Mapping[str, Any]], setting: Setting) -> tuple[Term, ...]:
+    """The terms of a config's dict, in its order; those whose weight is zero everywhere are left out.
+
+    Raises:
+      ValueError: an unknown term, option, criterion or feature; nothing left to train on; or shares that leave nothing
+        for the terms with weights.
+      OSError: a file of weights that a term names cannot be read.
+    """
+    terms = []
+    for name, spec in specs.items():
+        if not _is_on(name, spec):
+            continue
+        options = {key: value for key, value in spec.items() if key not in ("kind", "weight")}
+        key = jax.random.fold_in(setting.key, zlib.crc32(name.encode()) % 2**31)  # not moved by other terms
+        try:
+            loss = _entry(name, spec)[0](setting._replace(key=key), **options)
+        except TypeError as error:  # an option it does not have, or one that is missing
+            raise ValueError(f"loss term {name!r}: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"loss term {name!r}: {error}") from None
+        weight = spec["weight"]
+        share = _share(weight)
+        terms.append(
+            Term(
+                name,
+                loss,
+                weight=constant(0.0) if share else make_schedule(weight),
+                share=share,
+                sometimes_off=not share and reaches_zero(weight),
+                needs_teacher=_needs_teacher(name, spec),
+            )
+        )
+    if not terms:
+        raise ValueError(f"no loss term has a weight above 0 (given: {', '.join(specs) or 'none'})")
+    shares = {term.name: term.share for term in terms if term.share}
+    if shares and (len(shares) == len(terms) or sum(shares.values()) >= 1):
+        raise ValueError(
+            f"the shares {shares} leave nothing for a term with a weight; they must sum to less than 1, and one term at"
+            " least needs a number or a schedule, to which they are related"
+        )
+    return tuple(terms)
+
+
+def _entry(name: str, spec: Mapping[str, Any]) -> tuple[Callable[..., Loss], bool]:
+    if "kind" in spec:
+        return pick(TERMS, spec["kind"], f"kind of the loss term {name!r}")
+    return pick(TERMS, name, "loss term")
+
+
+def _needs_teacher(name: str, spec: Mapping[str, Any]) -> bool:
+    return _entry(name, spec)[1] or spec.get("target") == "teacher"
+
+
+def _is_on(name: str, spec: Mapping[str, Any]) -> bool:
+    """Whether the weight, which is checked here, is above 0 at some step."""
+    _entry(name, spec)
+    if "weight" not in spec:
+        raise ValueError(f"loss term {name!r} has no weight; give a number or a schedule")
+    try:
+        if _share(spec["weight"]):
+            return True
+        make_schedule(spec["weight"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loss term {name!r}: {error}") from None
+    return not is_zero(spec["weight"])
+
+
+def _share(weight: float | Mapping[str, Any]) -> float:
+    """r of a weight `dict(share=r)`; 0 for other weights."""
+    if not isinstance(weight, Mapping) or "share" not in weight:
+        return 0.0
+    for key in weight:
+        if key != "share":
+            raise ValueError(
+                f"weight {dict(weight)} has share and {key!r}{nearest(key, ['share'])}; it is one or other"
+            )
+    share = weight["share"]
+    if not isinstance(share, int | float) or not 0 < share < 1:
+        raise ValueError(f"share={share!r} must lie between 0 and 1")
+    return float(share)

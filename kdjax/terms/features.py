@@ -1,0 +1,233 @@
+"""Terms that compare features inside the networks, and how features of different sizes are brought together.
+
+A pair is (student feature, teacher feature, weight), by the names of `apply`'s features. Where the resolutions differ,
+the larger of the two maps is brought to the smaller one's, by average pooling or by un-shuffling its pixels into
+channels; where the channel counts differ, a 1x1 convolution, the adapter, maps the student's to the teacher's. It is
+trained with the student, in `params["adapters"]`, and never exported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kdjax import losses, ops
+from kdjax.names import nearest, pick
+from kdjax.terms.term import Context, Forward, Loss, Setting, Tree
+
+Pairs = Sequence[tuple[str, str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two features that are compared, and the functions that bring each to the common resolution."""
+
+    names: tuple[str, str]
+    weight: float
+    resize: tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]
+    shapes: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
+
+    def aligned(self, student: Forward, teacher: Forward) -> tuple[jax.Array, jax.Array]:
+        """The two features as float32 (b, h, w, c) with equal h and w."""
+        features = student.features[self.names[0]], teacher.features[self.names[1]]
+        return tuple(resize(x.astype(jnp.float32)) for resize, x in zip(self.resize, features, strict=True))
+
+    def aligned_shapes(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """The shapes of `aligned`."""
+        return tuple(jax.eval_shape(resize, shape) for resize, shape in zip(self.resize, self.shapes, strict=True))
+
+
+def feature_of(network: Forward, name: str | None = None, whose: str = "") -> jax.ShapeDtypeStruct | str:
+    """The feature called `name`; without a name, all names and shapes as text.
+
+    Raises:
+      ValueError: there is no such feature; the message lists the available ones with their shapes.
+    """
+    listed = ", ".join(f"{key} {'x'.join(map(str, shape.shape[1:]))}" for key, shape in network.features.items())
+    if name is None:
+        return listed
+    if name not in network.features:
+        raise ValueError(
+            f"the {whose} has no feature {name!r}{nearest(name, network.features)} (available, height x width x"
+            f" channels for a training crop: {listed})"
+        )
+    return network.features[name]
+
+
+def as_pairs(setting: Setting, pairs: Pairs, *, resample: str = "pool") -> list[Pair]:
+    """The pairs of a config, checked.
+
+    Raises:
+      ValueError: no pairs, a malformed one, an unknown feature, or resolutions of which neither divides the other.
+    """
+    shrink = pick({"pool": _average_pool, "unshuffle": _unshuffle}, resample, "resample")
+    if not pairs:
+        raise ValueError(
+            "pairs is empty; give (student feature, teacher feature, weight). Student:"
+            f" {feature_of(setting.student)}. Teacher: {feature_of(setting.teacher)}"
+        )
+    checked = []
+    for pair in pairs:
+        try:
+            ours, theirs, weight = pair
+            weight = float(weight)
+        except (TypeError, ValueError):
+            raise ValueError(f"pair {pair!r} is not (student feature, teacher feature, weight)") from None
+        shapes = feature_of(setting.student, ours, "student"), feature_of(setting.teacher, theirs, "teacher")
+        factors = _factors(shapes[0].shape[1:3], shapes[1].shape[1:3])
+        if factors is None:
+            raise ValueError(
+                f"pair {(ours, theirs)}: {shapes[0].shape[1:3]} and {shapes[1].shape[1:3]} pixels; one resolution must"
+                " be a whole multiple of the other"
+            )
+        resize = tuple(lambda x, factor=factor: shrink(x, factor) if factor > 1 else x for factor in factors)
+        checked.append(Pair((ours, theirs), weight, resize, shapes))
+    return checked
+
+
+def feature(
+    setting: Setting,
+    *,
+    pairs: Pairs,
+    criterion: str = "mse",
+    adapter: str = "auto",
+    resample: str = "pool",
+    normalise: str = "none",
+    **options: float,
+) -> Loss:
+    """The student's features against the teacher's.
+
+    Args:
+      adapter: "auto" trains a 1x1 convolution where channel counts differ, "always" everywhere (FitNets' hint,
+        arXiv:1412.6550), "never" demands equal counts.
+      resample: how the map of the higher resolution comes to the lower one: "pool" averages, "unshuffle" moves pixels
+        into channels.
+      normalise: of both features before they are compared: "none", "pixel" (each pixel's channels to length 1) or
+        "instance" (each channel of each image to mean 0 and variance 1).
+    """
+    compare = losses.make_criterion(criterion, **options)
+    adapts = pick(
+        {"auto": lambda ours, theirs: ours != theirs, "always": lambda *_: True, "never": lambda *_: False},
+        adapter,
+        "adapter",
+    )
+    scale = pick({"none": lambda x: x, "pixel": _unit_pixels, "instance": _standardise}, normalise, "normalise")
+    checked = as_pairs(setting, pairs, resample=resample)
+    adapters = {}
+    for i, pair in enumerate(checked):
+        ours, theirs = (shape.shape[-1] for shape in pair.aligned_shapes())
+        if adapts(ours, theirs):
+            adapters[str(i)] = init_adapter(jax.random.fold_in(setting.key, i), ours, theirs)
+        elif ours != theirs:
+            raise ValueError(
+                f'pair {pair.names} has {ours} and {theirs} channels and adapter="never"; use adapter="auto"'
+            )
+
+    def value(context: Context, adapters: Tree, frozen: Tree) -> jax.Array:
+        total = jnp.float32(0)
+        for i, pair in enumerate(checked):
+            ours, theirs = pair.aligned(context.student, context.teacher)
+            if str(i) in adapters:
+                ours = adapt(adapters[str(i)], ours)
+            total += pair.weight * jnp.mean(compare(scale(ours), scale(theirs)))
+        return total
+
+    return Loss(value, adapters)
+
+
+def attention(setting: Setting, *, pairs: Pairs, mode: str = "paper", resample: str = "pool") -> Loss:
+    """Where the networks are active: normalised maps of the features' energy (arXiv:1612.03928).
+
+    `mode` is the scaling: "paper", "code" (the authors' repository: x 1000) or "guide" (BasicSR guide: about 1e-6,
+    switched off for all practical purposes). See `kdjax.losses.attention`.
+    """
+    checked = as_pairs(setting, pairs, resample=resample)
+    compare = lambda ours, theirs: losses.attention(ours, theirs, mode=mode)  # noqa: E731
+    return _over_pairs(checked, compare)
+
+
+def affinity(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
+    """Which pixels resemble which: affinity matrices of the features (FAKD, ICIP 2020), any two channel counts."""
+    return _over_pairs(as_pairs(setting, pairs, resample=resample), losses.affinity)
+
+
+def laplace(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
+    """The likelihood of the teacher's features under a Laplace distribution whose mean and width two trained 1x1
+    convolutions read off the student's (PISR, arXiv:2007.07524): what cannot be predicted may stay so."""
+    checked = as_pairs(setting, pairs, resample=resample)
+    adapters = {}
+    for i, pair in enumerate(checked):
+        ours, theirs = (shape.shape[-1] for shape in pair.aligned_shapes())
+        keys = jax.random.split(jax.random.fold_in(setting.key, i))
+        adapters[str(i)] = {
+            name: init_adapter(key, ours, theirs) for name, key in zip(("mean", "width"), keys, strict=True)
+        }
+
+    def value(context: Context, adapters: Tree, frozen: Tree) -> jax.Array:
+        total = jnp.float32(0)
+        for i, pair in enumerate(checked):
+            ours, theirs = pair.aligned(context.student, context.teacher)
+            mean, width = (adapt(adapters[str(i)][name], ours) for name in ("mean", "width"))
+            # PISR's softplus x 0.1 starts the width at about 0.07, the size of features of images in [0, 1].
+            total += pair.weight * losses.laplace_nll(mean, 0.1 * jax.nn.softplus(width) + 1e-8, theirs)
+        return total
+
+    return Loss(value, adapters)
+
+
+def init_adapter(key: jax.Array, num_in: int, num_out: int) -> Tree:
+    """A 1x1 convolution with torch's initial values: uniform in +-1/sqrt(num_in)."""
+    bound = 1 / math.sqrt(num_in)
+    for_kernel, for_bias = jax.random.split(key)
+    return {
+        "kernel": jax.random.uniform(for_kernel, (1, 1, num_in, num_out), minval=-bound, maxval=bound),
+        "bias": jax.random.uniform(for_bias, (num_out,), minval=-bound, maxval=bound),
+    }
+
+
+def adapt(adapter: Tree, x: jax.Array) -> jax.Array:
+    """(b, h, w, num_in) -> (b, h, w, num_out)."""
+    return jnp.einsum("bhwi,io->bhwo", x, adapter["kernel"][0, 0]) + adapter["bias"]
+
+
+def _over_pairs(pairs: list[Pair], compare: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
+    """The weighted sum of a comparison without parameters."""
+    for pair in pairs:
+        jax.eval_shape(compare, *pair.aligned_shapes())  # refuses what cannot be compared now, not in the step
+    return Loss(
+        lambda context, *_: sum(
+            pair.weight * compare(*pair.aligned(context.student, context.teacher)) for pair in pairs
+        )
+    )
+
+
+def _factors(ours: tuple[int, int], theirs: tuple[int, int]) -> tuple[int, int] | None:
+    """How many times each map has to shrink, (n, 1) or (1, n). A network that pads has rounded its size up."""
+    n = math.ceil(max(ours[0] / theirs[0], theirs[0] / ours[0]))
+    for factors in ((n, 1), (1, n)):
+        if tuple(-(-a // factors[0]) for a in ours) == tuple(-(-b // factors[1]) for b in theirs):
+            return factors
+    return None
+
+
+def _average_pool(x: jax.Array, factor: int) -> jax.Array:
+    x = ops.pad_to_multiple(x, factor)
+    b, h, w, c = x.shape
+    return x.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
+
+
+def _unshuffle(x: jax.Array, factor: int) -> jax.Array:
+    return ops.pixel_unshuffle(ops.pad_to_multiple(x, factor), factor)
+
+
+def _unit_pixels(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + 1e-12)
+
+
+def _standardise(x: jax.Array) -> jax.Array:
+    centred = x - x.mean((1, 2), keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.mean(centred * centred, (1, 2), keepdims=True) + 1e-6)

@@ -1,0 +1,220 @@
+"""Terms that compare images: the student's with the clean one, with the teacher's, or both in another space."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from kdjax import losses, perceptual
+from kdjax.names import pick
+from kdjax.terms.features import Pairs, as_pairs, feature_of
+from kdjax.terms.term import Context, Forward, Loss, Setting
+from kdjax.weights import load_vgg
+
+log = logging.getLogger("kdjax")
+
+
+def task(setting: Setting, *, criterion: str, **options: float) -> Loss:
+    """The student's image against the clean one, over the samples that have one."""
+    compare = losses.make_criterion(criterion, **options)
+    return Loss(lambda context, *_: _mean(compare(context.student.output, context.gt), context.labelled))
+
+
+def output(setting: Setting, *, criterion: str, gate: bool = False, **options: float) -> Loss:
+    """The student's image against the teacher's.
+
+    `gate` imitates only the pixels where the teacher is nearer to the clean image than the student is (after
+    attentive imitation, Saputra et al., 2019, arXiv:1908.00858), and all pixels where there is no clean image.
+    """
+    compare = losses.make_criterion(criterion, **options)
+
+    def value(context: Context, *_: object) -> jax.Array:
+        difference = compare(context.student.output, context.teacher.output)
+        return jnp.mean(difference * _gate(context)) if gate else jnp.mean(difference)
+
+    return Loss(value)
+
+
+def soft_target(
+    setting: Setting, *, space: str, temperature: float = 1.0, reduction: str = "pixelmean", pairs: Pairs = ()
+) -> Loss:
+    """Softened targets.
+
+    `space="rgb"` is the guide's softmax over the colours of a pixel, which is an MSE of colour differences in disguise:
+    the temperature cancels and errors of brightness are invisible. `space="spatial"` is a softmax over the positions of
+    each channel (CWD, arXiv:2011.13256), of the images or of feature `pairs` with equal channel counts.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be positive")
+    if space == "rgb":
+        if pairs:
+            raise ValueError('space="rgb" compares images; pairs are for space="spatial"')
+        log.warning(
+            'soft_target with space="rgb" only sees differences between colours: at any temperature it is close to half'
+            ' their MSE, and an error of brightness costs nothing. It is here for comparison; use "output" instead'
+        )
+        options = dict(temperature=temperature, reduction=reduction)
+        compare = lambda s, t: losses.soft_target_rgb(s, t, **options)  # noqa: E731
+        jax.eval_shape(compare, setting.student.output, setting.teacher.output)  # refuses an unknown reduction now
+        return Loss(lambda context, *_: compare(context.student.output, context.teacher.output))
+    pick({"spatial": None}, space, "space of soft_target")
+    compare = lambda s, t: losses.soft_target_spatial(s, t, temperature=temperature)  # noqa: E731
+    if not pairs:
+        return Loss(lambda context, *_: compare(context.student.output, context.teacher.output))
+    pairs = as_pairs(setting, pairs)
+    for pair in pairs:  # refuses channels that differ now, not in the compiled step
+        jax.eval_shape(compare, *pair.aligned_shapes())
+    return Loss(
+        lambda context, *_: sum(
+            pair.weight * compare(*pair.aligned(context.student, context.teacher)) for pair in pairs
+        )
+    )
+
+
+def wavelet(
+    setting: Setting,
+    *,
+    levels: int = 2,
+    bands: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
+    criterion: str = "l1",
+) -> Loss:
+    """The Haar bands of the student's image against those of the teacher's; `bands` weights (ll, lh, hl, hh)."""
+    compare = lambda s, t: losses.wavelet(s, t, levels=levels, bands=tuple(bands), criterion=criterion)  # noqa: E731
+    jax.eval_shape(compare, setting.student.output, setting.teacher.output)
+    return Loss(lambda context, *_: compare(context.student.output, context.teacher.output))
+
+
+def fft(setting: Setting) -> Loss:
+    """The Fourier transform of the student's image against that of the teacher's."""
+    return Loss(lambda context, *_: losses.fft(context.student.output, context.teacher.output))
+
+
+def label_consistency(setting: Setting, *, criterion: str = "l1", gate: bool = False, **options: float) -> Loss:
+    """The student's image against what the teacher makes of a changed input, changed back (DUKD, arXiv:2309.14162).
+
+    Each sample is inverted (1 - x), flipped left-right, flipped top-bottom and transposed, each with probability 1/2.
+    White noise stays white noise under all of them. Costs one more forward pass of the teacher. `gate` as in `output`.
+
+    Raises:
+      ValueError: training crops that are not square, which cannot be transposed.
+    """
+    height, width = setting.student.output.shape[1:3]
+    if height != width:
+        raise ValueError(f"label_consistency transposes images, so crops must be square, not {height}x{width}")
+    compare = losses.make_criterion(criterion, **options)
+
+    def value(context: Context, *_: object) -> jax.Array:
+        choices = jax.vmap(lambda key: jax.random.bernoulli(key, shape=(4,)))(context.keys)
+        target = _changed(context.ask_teacher(_changed(context.lq, choices)).output, choices, back=True)
+        difference = compare(context.student.output, jax.lax.stop_gradient(target))
+        return jnp.mean(difference * _gate(context)) if gate else jnp.mean(difference)
+
+    return Loss(value)
+
+
+def contrastive(setting: Setting, *, layers: Sequence[tuple[str, float]]) -> Loss:
+    """Near the teacher's image and far from the noisy one, in the teacher's own feature space.
+
+    d(student, teacher) / d(student, lq), summed over the `layers` (teacher feature, weight); d is the mean absolute
+    difference of what the teacher's layers make of the two images (CSD, arXiv:2105.11683, and DCKD, arXiv:2412.08939,
+    which use VGG and VQGAN). Costs two forward passes of the teacher up to the deepest layer, and one backward.
+
+    Raises:
+      ValueError: no layers, an unknown one, or networks that change the size of their images.
+    """
+    if setting.student.output.shape[1:3] != setting.lq[1:3]:
+        raise ValueError("contrastive puts restored images into the teacher, so it needs a scale of 1")
+    if not layers:
+        raise ValueError(f"layers is empty; give features of the teacher with weights: {feature_of(setting.teacher)}")
+    names, weights = zip(*layers, strict=True)
+    for name in names:
+        feature_of(setting.teacher, name, "teacher")
+
+    def embed(network: Forward) -> list[jax.Array]:
+        return [network.features[name] for name in names]
+
+    def value(context: Context, *_: object) -> jax.Array:
+        anchor = embed(context.ask_teacher(context.student.output))
+        positive = embed(context.ask_teacher(context.teacher.output))
+        return losses.contrastive(anchor, positive, [embed(context.teacher)], weights=weights)
+
+    return Loss(value)
+
+
+def perceptual_term(
+    setting: Setting, *, vgg: str, layer_weights: Mapping[str, float], criterion: str = "l1", **options: object
+) -> Loss:
+    """VGG features of the student's image against those of the clean one; see `kdjax.perceptual`.
+
+    `vgg` is a torchvision file. `target="teacher"` compares with the teacher's image instead. It lowers PSNR.
+    """
+    return _vgg_term(setting, vgg, layer_weights, criterion, perceptual.perceptual, options)
+
+
+def style(
+    setting: Setting, *, vgg: str, layer_weights: Mapping[str, float], criterion: str = "l1", **options: object
+) -> Loss:
+    """As `perceptual`, on the Gram matrices of the features."""
+    return _vgg_term(setting, vgg, layer_weights, criterion, perceptual.style, options)
+
+
+def _vgg_term(
+    setting: Setting,
+    vgg: str,
+    layer_weights: Mapping[str, float],
+    criterion: str,
+    compare: Callable[..., jax.Array],
+    options: dict[str, object],
+) -> Loss:
+    options = dict(options)
+    target_name = options.pop("target", "gt")
+    vgg_type = options.pop("vgg_type", "vgg19")
+    # What the term is compared with, a constant. A sample without a clean image costs nothing: it is its own target.
+    targets = {
+        "gt": lambda context: (
+            context.gt
+            if context.labelled is None
+            else jnp.where(context.labelled > 0, context.gt, jax.lax.stop_gradient(context.student.output))
+        ),
+        "teacher": lambda context: context.teacher.output,
+    }
+    target = pick(targets, target_name, "target")
+    if not layer_weights:
+        raise ValueError('layer_weights is empty; give VGG layers with weights, such as {"conv5_4": 1.0}')
+    layers = tuple(layer_weights)
+    extract = lambda params, images: perceptual.vgg_features(  # noqa: E731
+        params, images, vgg_type=vgg_type, layers=layers, **options
+    )
+
+    def value(context: Context, adapters: object, frozen: dict) -> jax.Array:
+        ours, theirs = extract(frozen, context.student.output), extract(frozen, target(context))
+        return compare(ours, theirs, layer_weights=layer_weights, criterion=criterion)
+
+    params = load_vgg(vgg, vgg_type=vgg_type, layers=layers)
+    features = jax.eval_shape(extract, params, setting.student.output)  # refuses unknown options now
+    jax.eval_shape(lambda f: compare(f, f, layer_weights=layer_weights, criterion=criterion), features)
+    return Loss(value, frozen=params)
+
+
+def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """The mean over all elements, or over those of the samples that a (b, 1, 1, 1) mask keeps; 0 if it keeps none."""
+    if mask is None:
+        return jnp.mean(values)
+    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(jnp.broadcast_to(mask, values.shape)), 1)
+
+
+def _gate(context: Context) -> jax.Array:
+    """(b, h, w, 1): 1 where the teacher is to be imitated."""
+    gate = losses.teacher_is_better(context.student.output, context.teacher.output, context.gt)
+    return gate if context.labelled is None else jnp.where(context.labelled > 0, gate, 1.0)
+
+
+def _changed(images: jax.Array, choices: jax.Array, *, back: bool = False) -> jax.Array:
+    """Square (b, n, n, c) images inverted, flipped and transposed where the (b, 4) `choices` say; or changed back."""
+    changes = (lambda x: 1 - x, lambda x: x[:, :, ::-1], lambda x: x[:, ::-1], lambda x: x.swapaxes(1, 2))
+    for i, change in sorted(enumerate(changes), reverse=back):
+        images = jnp.where(choices[:, i, None, None, None], change(images), images)
+    return images

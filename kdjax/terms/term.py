@@ -1,0 +1,80 @@
+"""What a loss term is, what it may look at, and what it is built for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from kdjax.schedules import Schedule
+
+Tree = dict[str, Any]
+
+
+class Forward(NamedTuple):
+    """What a network returned: its image (b, h, w, c) and its named features."""
+
+    output: jax.Array
+    features: dict[str, jax.Array]
+
+
+class Context(NamedTuple):
+    """What a term may look at in one step; images are float (b, h, w, c).
+
+    Attributes:
+      student, teacher: what they returned for `lq`; the teacher is a constant, and None where no term needs it.
+      gt, lq: the clean and the degraded images.
+      labelled: (b, 1, 1, 1), 1 where `gt` may be used and 0 where only the teacher knows; None where all may.
+      ask_teacher: what the teacher returns for other images; gradients flow to the images.
+      keys: (b,) random keys, which depend on the run and the number of the sample only.
+    """
+
+    student: Forward
+    teacher: Forward | None
+    gt: jax.Array
+    lq: jax.Array
+    labelled: jax.Array | None
+    ask_teacher: Callable[[jax.Array], Forward] | None
+    keys: jax.Array
+
+
+class Setting(NamedTuple):
+    """What a term is built for: `jax.ShapeDtypeStruct`s of what the networks return for a training batch, the shape
+    of its lq, and a key for the initial values of adapters. `teacher` is None where no term needs one."""
+
+    student: Forward
+    teacher: Forward | None
+    lq: tuple[int, ...]
+    key: jax.Array
+
+
+class Loss(NamedTuple):
+    """A built loss: `value(context, adapters, frozen)` is a float32 scalar.
+
+    `adapters` are trained with the student and never exported; `frozen` are constants of another network (VGG). Both
+    are given back to `value` as arguments, since arrays of that size must not become constants of a compiled program.
+    """
+
+    value: Callable[[Context, Tree, Tree], jax.Array]
+    adapters: Tree = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
+    frozen: Tree = {}  # noqa: RUF012
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One part of the total loss: weight(step) x value.
+
+    Attributes:
+      weight: schedule of the weight; unused where `share` is set.
+      share: the part of the total gradient norm that the term is kept at; 0 for a term with a weight.
+      sometimes_off: the weight can be 0, and then neither this term nor, where no other needs it, the teacher is run.
+    """
+
+    name: str
+    loss: Loss
+    weight: Schedule
+    share: float
+    sometimes_off: bool
+    needs_teacher: bool

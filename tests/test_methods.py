@@ -1,0 +1,54 @@
+"""The config of every method, in its `:quick` form, cut short: it runs, and its term is there and counts."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_config import METHODS, load
+from test_perceptual import write_vgg
+
+from kdjax import config as config_lib
+from kdjax import train
+from kdjax.monitor import Monitor
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_quick_form_runs(name: str, tmp_path: Path) -> None:
+    values = load(name, "quick")
+    values.data.update(crop=16, batch_size=4)
+    values.val.update(crop=32, limit=1, every=4, save_images=1)
+    values.train.steps = 4
+    values.log.every = 1
+    if name in ("hint", "phases"):  # whose phases follow from the length of the run
+        for term in values.terms.values():
+            if not isinstance(term.weight, float):
+                count = len(term.weight.boundaries)
+                term.weight.boundaries = tuple(range(1, count + 1))
+    if name == "perceptual":
+        write_vgg(tmp_path / "vgg.pth", "vgg19", "conv1_2")
+        for term in ("perceptual", "style"):
+            values.terms[term].update(vgg=str(tmp_path / "vgg.pth"), weight=0.1)
+            values.terms[term].layer_weights = dict(conv1_2=1.0)
+    config = config_lib.parse(values.copy_and_resolve_references().to_dict())
+    setup = train.prepare(config)
+    result = train.train(setup, Monitor(config.val, setup.student, setup.teacher), tmp_path)
+    assert "step 4:" in result
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss/total" in row]
+    term = METHODS[name]
+    for row in rows:
+        assert all(value is None or np.isfinite(value) for value in row.values())
+    assert any(row[f"weight/{term}"] > 0 and row[f"loss/{term}"] > 0 and row[f"share/{term}"] > 0 for row in rows)
+    shares = [sum(value for key, value in row.items() if key.startswith("share/")) for row in rows]
+    np.testing.assert_allclose(shares, 1, rtol=1e-4)
+    if name == "hint":  # first the hint alone, then all but the hint
+        assert [row["weight/hint"] for row in rows] == [1, 0, 0, 0]
+        assert [row["loss/task"] > 0 for row in rows] == [False, True, True, True]
+    if name == "phases":
+        assert [row["weight/output"] for row in rows] == [5, 2, 1, 0]
+        assert rows[-1]["loss/output"] == 0
+    if name == "slice":
+        np.testing.assert_array_equal(
+            setup.student.params["conv_last"]["bias"], setup.teacher.model.params["conv_last"]["bias"]
+        )
