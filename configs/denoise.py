@@ -15,7 +15,7 @@ The comments on the right name the keys of the guide's YAML. Of those without a 
   strict_load_*             always strict: a missing or unexpected weight is an error
   resume_state              automatic
   warmup_iter               `warmup` in any schedule, e.g. --config.train.lr.warmup=500
-  perceptual_opt            not part of this recipe: it lowers PSNR and needs a VGG file
+  perceptual_opt            configs/perceptual.py: it lowers PSNR and needs a VGG file
   blur .. jpeg_range2       "denoising" with blur and resizing trains another task; here the degradation is noise
   metrics                   PSNR and SSIM on RGB, no border left out, always
 """
@@ -33,13 +33,16 @@ def get_config(variant: str = "") -> ConfigDict:
     config.student = dict(  # network_g
         arch="srvggnetcompact",
         hparams=dict(num_feat=32, num_conv=8, upscale=1),
-        weights="",  # pretrain_network_g
+        weights="",  # pretrain_network_g; or "teacher", a slice of it
         remat=False,
         dtype="float32",
     )
     config.teacher = dict(  # network_teacher: everything about it is read from its file
         weights="embedded",  # pretrain_network_teacher
         key="auto",  # the guide insists on "params"; published files have params_ema
+        also=(),  # more teachers, whose images are averaged with the first one's
+        mix=(),
+        self_ensemble=False,
         dtype="float32",
     )
     config.terms = dict(
@@ -55,12 +58,15 @@ def get_config(variant: str = "") -> ConfigDict:
         lq="",  # dataroot_lq_paired
         filename_tmpl="{}",
         meta_info="",  # meta_info_*
+        limit=0,
         crop=128,  # gt_size; 400 in the guide, where the teacher's memory is the limit
         batch_size=16,  # batch_size_per_gpu, but of all devices together
         hflip=True,  # use_hflip
         rot=True,  # use_rot
         workers=4,  # num_worker_per_gpu
         cache_mb=512,
+        unlabelled="",
+        unlabelled_part=0.5,
     )
     config.val = dict(  # datasets.val and val
         gt="embedded",
@@ -82,7 +88,7 @@ def get_config(variant: str = "") -> ConfigDict:
         grad_clip=0.0,
         ema_decay=0.999,  # ema_decay
     )
-    config.log = dict(every=100, tensorboard=False, wandb="")  # print_freq, use_tb_logger, wandb
+    config.log = dict(every=100, diagnose=True, tensorboard=False, wandb="")  # print_freq, use_tb_logger, wandb
     config.checkpoint = dict(every=5_000, keep=2)  # save_checkpoint_freq
 
     if variant == "quick":

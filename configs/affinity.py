@@ -1,0 +1,21 @@
+"""Affinity distillation (FAKD, ICIP 2020): pixels that resemble each other in the teacher do so in the student.
+
+    python -m kdjax.train --config configs/affinity.py
+
+Needs no adapters. Published gains are within one family of networks; across families it may hurt, so watch the control.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = get_denoise(variant)
+    config.name = config.name.replace("denoise", "affinity")
+    student = "model.5" if variant == "quick" else "body.3" if variant == "debug" else "body.9"
+    config.terms.affinity = dict(pairs=((student, "body.1", 1.0),), weight=dict(share=0.2))
+    return config

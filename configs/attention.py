@@ -1,0 +1,26 @@
+"""Attention transfer (arXiv:1612.03928): the student is active where the teacher is.
+
+    python -m kdjax.train --config configs/attention.py
+
+No adapters: maps of energy have one channel whatever the networks have. mode="guide" is the scaling of the BasicSR
+guide, which is switched off for all practical purposes; see `kdjax.losses.attention`.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = get_denoise(variant)
+    config.name = config.name.replace("denoise", "attention")
+    student = "model.5" if variant == "quick" else "body.3" if variant == "debug" else "body.9"
+    config.terms.attention = dict(
+        pairs=((student, "body.1", 1.0),),
+        mode="paper",
+        weight=dict(share=0.2),  # a fifth of the gradient: the value itself has no natural scale beside L1
+    )
+    return config

@@ -1,0 +1,21 @@
+"""A better teacher from the same file: its mean over the eight flips and turns of the input (x8).
+
+    python -m kdjax.train --config configs/ensemble.py
+
+Eight forward passes a step. Several teachers are averaged with
+    --config.teacher.also="('second.pth',)" --config.teacher.mix="(0.7, 0.3)"
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = get_denoise(variant)
+    config.name = config.name.replace("denoise", "ensemble")
+    config.teacher.self_ensemble = True
+    return config

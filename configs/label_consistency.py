@@ -1,0 +1,23 @@
+"""Label consistency (DUKD, arXiv:2309.14162): the student also learns what the teacher makes of inverted, flipped and
+transposed inputs.
+
+    python -m kdjax.train --config configs/label_consistency.py
+
+Costs one more forward pass of the teacher. Both terms are gated: a pixel is imitated only where the teacher is nearer
+to the clean image than the student (after arXiv:1908.00858).
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = get_denoise(variant)
+    config.name = config.name.replace("denoise", "label_consistency")
+    config.terms.output.gate = True
+    config.terms.label_consistency = dict(criterion="l1", gate=True, weight=1.0)
+    return config

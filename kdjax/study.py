@@ -1,0 +1,427 @@
+"""Compares ways of distilling with each other and with training without a teacher, over several seeds:
+
+    python -m kdjax.study --config configs/study_denoise.py [--workdir DIR] [--config.seeds=0,1,2 ...]
+
+The config has a training config, `base`, and `columns`: name -> what that column changes in it. Runs of one seed have
+the same initial weights, images, crops and noise, and those with the same data and length are trained together, in one
+step with a single forward pass of the teacher. In the study's folder (studies/NAME by default):
+
+    seed0/output/       config.json  metrics.jsonl  result.json  student.pth  student.safetensors
+    results.json  results.md  results.png
+
+A run that has its result is not run again, so columns and seeds can be added later; one that was interrupted
+continues. `scratch` is the column that the others are compared with. A column with `compute_of="NAME"` is trained for
+as many more steps as make its multiply-accumulates those of column NAME.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import logging
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from kdjax import config as config_lib
+from kdjax import distill, ladder, metrics, models, sharding, train, validation
+from kdjax.checkpoint import CheckpointError, Checkpoints
+from kdjax.config import Config, ConfigError
+from kdjax.data import DataError
+from kdjax.logbook import Logbook, finite, read_json, write_json, write_text
+from kdjax.monitor import Monitor
+from kdjax.names import nearest
+from kdjax.signals import StopSignals
+from kdjax.teachers import Teacher, load_teacher
+from kdjax.validation import Sample
+
+log = logging.getLogger("kdjax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A checked study: a training config for every column and seed."""
+
+    name: str
+    seeds: tuple[int, ...]
+    curve_images: int  # on how many validation images the curve is measured; the result is measured on all
+    runs: dict[tuple[str, int], Config]
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+    """What every student is compared with: PSNR of teacher and input over the validation images, in dB, and the
+    teacher's images."""
+
+    teacher_psnr: float
+    input_psnr: float
+    teacher_outputs: list[np.ndarray]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class States:
+    """The states of the students that are trained together, which are all at the same step."""
+
+    step: jax.Array
+    by_column: dict[str, distill.State]
+
+
+def parse(values: Mapping[str, Any]) -> Study:
+    """The study of a nested mapping with name, seeds, curve_images, base and columns.
+
+    Raises:
+      ValueError: an unknown key, no columns or seeds, or a column that is no valid training config.
+    """
+    wanted = ("name", "seeds", "curve_images", "base", "columns")
+    for key in values:
+        if key not in wanted:
+            raise ConfigError(f"study key {key!r} does not exist{nearest(key, wanted)} (keys: {', '.join(wanted)})")
+    columns, seeds = values.get("columns", {}), tuple(values.get("seeds", (0,)))
+    if not columns or not seeds:
+        raise ConfigError(f"a study needs columns and seeds, got {len(columns)} columns and seeds={seeds}")
+    runs = {}
+    for seed in seeds:
+        for column, changes in columns.items():
+            merged = _merge(values["base"], {key: value for key, value in changes.items() if key != "compute_of"})
+            if "compute_of" in changes:
+                merged = _stretch(merged, _compute_ratio(column, changes["compute_of"], merged, values))
+            try:
+                runs[column, seed] = config_lib.parse(merged | {"seed": seed, "name": column})
+            except ConfigError as error:
+                raise ConfigError(f"column {column!r}: {error}") from None
+    return Study(values.get("name", "study"), seeds, values.get("curve_images", 16), runs)
+
+
+def run(study: Study, workdir: Path) -> str:
+    """Trains what has no result yet and writes the tables; returns one line that says what came of it."""
+    baselines: dict[str, Baseline] = {}
+    with StopSignals() as stop:
+        for seed in study.seeds:
+            missing = {}
+            for (column, of_seed), config in study.runs.items():
+                if of_seed == seed and not is_finished(config, workdir / f"seed{seed}" / column):
+                    missing[column] = config
+            for group in _groups(missing):
+                train_together(group, workdir / f"seed{seed}", study.curve_images, stop, baselines)
+                write_results(study, workdir)
+                if stop.requested:
+                    return f"stopped by {stop.name}; the same command continues"
+    return write_results(study, workdir)
+
+
+def is_finished(config: Config, folder: Path) -> bool:
+    """Whether the run in `folder` has its result.
+
+    Raises:
+      ConfigError: it is a run with another config.
+    """
+    before = read_json(folder / "config.json")
+    # What is logged, and how often a checkpoint is written, changes nothing.
+    changes = [c for c in config_lib.changes(before, config_lib.to_dict(config)) if not c.startswith(("log.", "check"))]
+    if before and changes:
+        raise ConfigError(
+            f"{folder} holds a run with another config ({'; '.join(changes)}); give a new --workdir, rename the column,"
+            " or remove that folder"
+        )
+    return (folder / "result.json").exists()
+
+
+def train_together(
+    configs: Mapping[str, Config],
+    folder: Path,
+    curve_images: int,
+    stop: StopSignals,
+    baselines: dict[str, Baseline] | None = None,
+) -> None:
+    """Trains the columns of a group to their end, or until a signal.
+
+    `baselines` keeps what was measured of the teacher for the next group: a large one takes minutes.
+
+    Raises:
+      ValueError, OSError: a config cannot be carried out.
+      train.NonFiniteLoss: a student diverged.
+    """
+    started = time.monotonic()
+    setups = {column: train.prepare(config) for column, config in configs.items()}
+    first = next(iter(setups.values()))
+    config, mesh = first.config, first.mesh
+    teacher = load_teacher(config.teacher, first.student)
+    monitor = Monitor(config.val, first.student, teacher)
+    frozen = sharding.replicate(
+        {
+            "teacher": teacher.params,
+            "terms": {name: distill.make_frozen(s.recipe.terms, None)["terms"] for name, s in setups.items()},
+        },
+        mesh,
+    )
+    recipes = {column: setup.recipe for column, setup in setups.items()}
+    by_column = {name: distill.init_state(s.recipe, s.student.params) for name, s in setups.items()}
+    states = sharding.replicate(States(next(iter(by_column.values())).step.copy(), by_column), mesh)
+    key = sharding.replicate(jax.random.key(config.seed), mesh)
+    step_fn = jax.jit(functools.partial(joint_step, recipes), donate_argnums=0)
+    diagnose_fns = {name: jax.jit(functools.partial(distill.diagnose, recipe)) for name, recipe in recipes.items()}
+    log.info(f"seed {config.seed}: {', '.join(configs)}, {config.train.steps:,} steps, in {folder}")
+    baselines = {} if baselines is None else baselines
+    subject = json.dumps([config_lib.to_dict(config)[part] for part in ("teacher", "val")])
+    if subject not in baselines:
+        baselines[subject] = measure_baseline(monitor.samples, teacher)
+    baseline = baselines[subject]
+    log.info(f"teacher {baseline.teacher_psnr:.3f} dB, input {baseline.input_psnr:.3f} dB")
+
+    checkpoint_folder = folder / f"checkpoints-{'-'.join(configs)}"[:200]
+    with Checkpoints(checkpoint_folder, keep=1) as checkpoints:
+        if checkpoints.latest is not None:
+            states = checkpoints.restore(states)
+        step = int(states.step)
+        logbooks = {}
+        for column, setup in setups.items():
+            (folder / column).mkdir(parents=True, exist_ok=True)
+            write_json(folder / column / "config.json", config_lib.to_dict(setup.config))
+            logbooks[column] = Logbook(folder / column, resume_step=step, name=column, tensorboard=False, wandb="")
+        pending: dict[str, list] = {column: [] for column in setups}
+        with train.open_batches(first, start_step=step) as batches:
+            while step < config.train.steps and not stop.requested:
+                batch = sharding.shard_batch(next(batches), mesh)
+                logs = (step + 1) % config.log.every == 0
+                diagnoses = {}
+                if logs and config.log.diagnose:
+                    for column, diagnose in diagnose_fns.items():
+                        diagnoses[column] = diagnose(states.by_column[column], _frozen_of(frozen, column), batch, key)
+                states, metrics_by_column = step_fn(states, frozen, batch, key)
+                step += 1
+                for column, values in metrics_by_column.items():
+                    pending[column].append((step, values))
+                jax.block_until_ready(next(iter(pending.values()))[-3:][0][1])
+                validates = step % config.val.every == 0 or step == config.train.steps
+                saves = step % config.checkpoint.every == 0 or validates
+                if not (logs or saves):
+                    continue
+                for column in setups:
+                    values = train.fetch(pending[column])
+                    more = {name: float(value) for name, value in jax.device_get(diagnoses.get(column, {})).items()}
+                    if logs:
+                        logbooks[column].write(step, values | more)
+                log.info(f"step {step:,}/{config.train.steps:,} after {time.monotonic() - started:.0f} s")
+                if validates:
+                    for column, setup in setups.items():
+                        samples = monitor.samples[:: max(1, len(monitor.samples) // curve_images)][:curve_images]
+                        psnr = mean_psnr(setup.recipe.student, states.by_column[column].params_ema, samples)
+                        logbooks[column].write(step, {"val/student_psnr": psnr})
+                        log.info(f"  {column}: {psnr:.3f} dB on {len(samples)} images")
+                if saves:
+                    checkpoints.save(states)
+            checkpoints.save(states)
+        for logbook in logbooks.values():
+            logbook.__exit__()
+    if step < config.train.steps:
+        return
+    macs = {
+        column: step_macs(setup, states.by_column[column], _frozen_of(frozen, column), batch_shapes(setup))
+        for column, setup in setups.items()
+    }
+    for column, setup in setups.items():
+        params = states.by_column[column].params_ema
+        train.export(setup.student, params, folder / column)
+        result = measure(setup.recipe.student, params, monitor.samples, baseline.teacher_outputs)
+        rows = map(json.loads, (folder / column / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        result |= {
+            "teacher_psnr": baseline.teacher_psnr,
+            "input_psnr": baseline.input_psnr,
+            "column": column,
+            "seed": config.seed,
+            "steps": config.train.steps,
+            "macs_per_step": macs[column],
+            "teacher": teacher.identity,
+            "student": train.describe(setup.student),
+            "curve": [[row["step"], row["val/student_psnr"]] for row in rows if "val/student_psnr" in row],
+        }
+        write_json(folder / column / "result.json", finite(result))
+        log.info(f"{column}, seed {config.seed}: {result['psnr']:.3f} dB")
+    shutil.rmtree(checkpoint_folder)
+
+
+def joint_step(
+    recipes: Mapping[str, distill.Recipe],
+    states: States,
+    frozen: Mapping[str, Any],
+    batch: distill.Batch,
+    key: jax.Array,
+) -> tuple[States, dict[str, distill.Metrics]]:
+    """One update of every student, from one batch and one forward pass of the teacher."""
+    steps = [states.by_column[column].step for column in recipes]
+    scene = distill.observe(recipes.values(), steps, frozen, batch, key)
+    updated, metrics_by_column = {}, {}
+    for column, recipe in recipes.items():
+        state = states.by_column[column]
+        updated[column], metrics_by_column[column] = distill.learn(recipe, state, _frozen_of(frozen, column), scene)
+    return States(states.step + 1, updated), metrics_by_column
+
+
+def step_macs(setup: train.Setup, state: distill.State, frozen: Mapping[str, Any], batch: distill.Batch) -> int:
+    """Multiply-accumulates of one step of this run on its own, with the measuring of shares spread over the steps."""
+
+    def count(recipe: distill.Recipe, state: distill.State) -> int:
+        return models.function_macs(
+            functools.partial(distill.train_step, recipe), state, frozen, batch, jax.random.key(0)
+        )
+
+    terms = tuple(dataclasses.replace(term, share=0.0) for term in setup.recipe.terms)
+    plain = count(dataclasses.replace(setup.recipe, terms=terms), dataclasses.replace(state, balance={}))
+    if not state.balance:
+        return plain
+    return plain + (count(setup.recipe, state) - plain) // distill.SHARES_EVERY
+
+
+def batch_shapes(setup: train.Setup) -> distill.Batch:
+    """The shapes of a training batch."""
+    options, channels, scale = setup.config.data, models.num_channels(setup.student), models.scale_of(setup.student)
+    image = lambda side: jax.ShapeDtypeStruct((options.batch_size, side, side, channels), np.uint8)  # noqa: E731
+    index = jax.ShapeDtypeStruct((options.batch_size,), np.int32)
+    batch = {"gt": image(options.crop), "index": index}
+    return batch | ({"lq": image(options.crop // scale)} if options.lq else {})
+
+
+def measure_baseline(samples: list[Sample], teacher: Teacher) -> Baseline:
+    """What the teacher makes of the validation images."""
+    outputs = restore_all(teacher.apply_float32, teacher.params, samples)
+    scored = statistics.fmean(metrics.psnr(o, sample.gt) for o, sample in zip(outputs, samples, strict=True))
+    return Baseline(scored, validation.input_score(samples).psnr, outputs)
+
+
+def measure(
+    apply: models.Apply, params: models.Params, samples: list[Sample], teacher_outputs: list[np.ndarray]
+) -> dict[str, float]:
+    """What a finished student reaches on all validation images."""
+    outputs = restore_all(apply, params, samples)
+    score = validation.mean_score([validation.score(o, s.gt) for o, s in zip(outputs, samples, strict=True)])
+    like = statistics.fmean(metrics.psnr(ours, theirs) for ours, theirs in zip(outputs, teacher_outputs, strict=True))
+    return {"psnr": score.psnr, "ssim": score.ssim, "psnr_student_teacher": like, "images": len(samples)}
+
+
+def mean_psnr(apply: models.Apply, params: models.Params, samples: list[Sample]) -> float:
+    """The mean PSNR over some images."""
+    outputs = restore_all(apply, params, samples)
+    return statistics.fmean(metrics.psnr(o, sample.gt) for o, sample in zip(outputs, samples, strict=True))
+
+
+def restore_all(apply: models.Apply, params: models.Params, samples: list[Sample]) -> list[np.ndarray]:
+    """The restored images, in the order of the samples."""
+    restored = dict(validation.restore(apply, jax.device_get(params), [sample.lq for sample in samples]))
+    return [restored[i] for i in range(len(samples))]
+
+
+def write_results(study: Study, workdir: Path) -> str:
+    """Writes the account of all runs that have a result; returns one line about it."""
+    paths = [workdir / f"seed{seed}" / column / "result.json" for column, seed in study.runs]
+    results = [read_json(path) for path in paths if path.exists()]
+    if not results:
+        return "no run has finished yet"
+    teacher_psnr = statistics.fmean(result["teacher_psnr"] for result in results)
+    input_psnr = statistics.fmean(result["input_psnr"] for result in results)
+    rows = ladder.summarise(results, teacher_psnr)
+    write_json(
+        workdir / "results.json",
+        finite(
+            {
+                "teacher_psnr": teacher_psnr,
+                "input_psnr": input_psnr,
+                "rows": [dataclasses.asdict(row) for row in rows],
+                "results": results,
+            }
+        ),
+    )
+    table = ladder.markdown(rows, teacher_psnr=teacher_psnr, input_psnr=input_psnr)
+    about = f"{results[0]['student']}; {results[0]['images']} validation images; teacher {results[0]['teacher']}."
+    write_text(workdir / "results.md", f"# {study.name}\n\n{table}\nStudent: {about}\n")
+    try:
+        temporary = workdir / ".results.tmp.png"
+        ladder.plot(rows, results, temporary, teacher_psnr=teacher_psnr)
+        temporary.replace(workdir / "results.png")
+    except ImportError:
+        log.info("no picture: matplotlib is not installed (pip install 'kdjax[plot]')")
+    return f"{len(results)} of {len(study.runs)} runs have a result: {workdir / 'results.md'}"
+
+
+def _frozen_of(frozen: Mapping[str, Any], column: str) -> dict[str, Any]:
+    return {"teacher": frozen["teacher"], "terms": frozen["terms"][column]}
+
+
+def _groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:
+    """The columns that can be trained in one step: all but the student, its losses and its learning is the same."""
+    groups: dict[str, dict[str, Config]] = {}
+    for column, config in configs.items():
+        values = config_lib.to_dict(config)
+        shared = {key: values[key] for key in ("seed", "teacher", "degrade", "data", "val")}
+        shared |= {"steps": config.train.steps, "log": values["log"], "every": values["checkpoint"]}
+        groups.setdefault(json.dumps(shared, sort_keys=True), {})[column] = config
+    return groups.values()
+
+
+def _compute_ratio(column: str, other: str, merged: Mapping[str, Any], values: Mapping[str, Any]) -> float:
+    """How many times the multiply-accumulates of this column's step the other column's step takes."""
+    if other not in values["columns"]:
+        raise ConfigError(
+            f"column {column!r}: compute_of={other!r} is no column{nearest(other, values['columns'])}"
+            f" (columns: {', '.join(values['columns'])})"
+        )
+    costs = []
+    for config in (_merge(values["base"], values["columns"][other]), merged):
+        setup = train.prepare(config_lib.parse(config))
+        state = distill.init_state(setup.recipe, setup.student.params)
+        frozen = distill.make_frozen(setup.recipe.terms, setup.teacher and setup.teacher.params)
+        costs.append(step_macs(setup, state, frozen, batch_shapes(setup)))
+    return costs[0] / costs[1]
+
+
+def _stretch(config: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The config with `factor` times the steps, and its learning rate's schedule stretched as well."""
+    config = copy.deepcopy(config)
+    config["train"]["steps"] = round(config["train"]["steps"] * factor)
+    rate = config["train"].get("lr")
+    if isinstance(rate, dict):
+        for key in ("steps", "milestones", "boundaries"):
+            if key in rate:
+                scale: Callable = lambda count: round(count * factor)  # noqa: E731
+                rate[key] = tuple(map(scale, rate[key])) if key != "steps" else scale(rate[key])
+    return config
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the `changes`, group by group."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        train.fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    try:
+        study = parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
+        workdir = Path(flags.FLAGS.workdir or Path("studies") / study.name).absolute()
+        workdir.mkdir(parents=True, exist_ok=True)
+        train.start_logging(workdir)
+        log.info(run(study, workdir))
+    except (ValueError, OSError, train.NonFiniteLoss, CheckpointError, DataError) as error:
+        train.fail(str(error))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file of a study.")
+    flags.DEFINE_string("workdir", None, "Folder of the study; studies/NAME by default.")
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=train.parse_flags)

@@ -1,0 +1,185 @@
+"""A study as a program and as an account: columns, seeds, sums."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from test_config import load
+
+from kdjax import config as config_lib
+from kdjax import ladder, study, train
+from kdjax.config import ConfigError
+from kdjax.monitor import Monitor
+from kdjax.weights import load_model
+
+ROOT = Path(__file__).parent.parent
+CONFIG = """
+import runpy
+
+def get_config():
+    study = runpy.run_path({configs!r})["get_config"]("debug")
+    for name in list(study.columns):
+        if name not in {columns!r}:
+            del study.columns[name]
+    study.seeds = {seeds!r}
+    return study
+"""
+
+
+def start(folder: Path, columns: tuple[str, ...], seeds: tuple[int, ...], code: int = 0) -> str:
+    """Runs the debug study with some of its columns."""
+    path = folder / "study.py"
+    path.write_text(CONFIG.format(configs=str(ROOT / "configs" / "study_denoise.py"), columns=columns, seeds=seeds))
+    command = [sys.executable, "-m", "kdjax.study", "--config", str(path), "--workdir", str(folder / "study")]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    start(folder, ("scratch", "hint", "scratch_equal_compute", "output"), (0,))
+    return folder
+
+
+def test_account(finished: Path) -> None:
+    report = json.loads((finished / "study" / "results.json").read_text())
+    rows = {row["column"]: row for row in report["rows"]}
+    assert set(rows) == {"scratch", "hint", "output", "scratch_equal_compute"}
+    assert rows["scratch"]["gain"] == 0 and rows["scratch"]["steps"] == 4
+    # The same multiply-accumulates as the column with a teacher, to a step.
+    equal, output = rows["scratch_equal_compute"], rows["output"]
+    assert equal["gigamacs"] == pytest.approx(output["gigamacs"], rel=0.5 / equal["steps"] + 0.01)
+    assert rows["hint"]["gigamacs"] > output["gigamacs"] > 2 * rows["scratch"]["gigamacs"]
+    table = (finished / "study" / "results.md").read_text()
+    assert all(f"| {name} |" in table for name in rows) and "29.589 dB" in table
+    with Image.open(finished / "study" / "results.png") as picture:
+        assert picture.size[0] > 1000 and np.asarray(picture.convert("L")).std() > 10
+    student = load_model(finished / "study" / "seed0" / "hint" / "student.pth")
+    assert student.arch == "dncnn"
+    assert not list((finished / "study" / "seed0").glob("checkpoints*"))
+
+
+def test_finished_runs_are_not_run_again_and_seeds_can_be_added(finished: Path) -> None:
+    kept = finished / "study" / "seed0" / "output" / "student.pth"
+    before = kept.stat().st_mtime_ns
+    output = start(finished, ("scratch", "output"), (0, 1))
+    assert "seed 1: output, scratch" in output and "seed 0: " not in output and "4 of 4 runs" in output
+    assert kept.stat().st_mtime_ns == before
+    report = json.loads((finished / "study" / "results.json").read_text())
+    assert [row["seeds"] for row in report["rows"]] == [[0, 1], [0, 1]]
+
+
+def small_study() -> study.Study:
+    values = load("study_denoise", "debug").copy_and_resolve_references().to_dict()
+    values |= {"columns": {name: values["columns"][name] for name in ("scratch", "hint")}, "seeds": (3,)}
+    return study.parse(values)
+
+
+class StopAfter:
+    """As StopSignals, which a signal reached while `count` steps were done."""
+
+    name = "SIGTERM"
+
+    def __init__(self, count: int) -> None:
+        self.left = count
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def rows_of(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "damaged_images")} for row in rows]
+
+
+def test_columns_trained_together_are_what_the_training_program_makes_and_survive_a_stop(tmp_path: Path) -> None:
+    """One joint step gives each column the numbers of a run of its own; an interrupted study gives the same."""
+    configs = {column: config for (column, _), config in small_study().runs.items()}
+    study.train_together(configs, tmp_path / "broken", 1, StopAfter(3))
+    assert not (tmp_path / "broken" / "hint" / "result.json").exists()
+    study.train_together(configs, tmp_path / "broken", 1, StopAfter(100))
+    for column, config in configs.items():
+        setup = train.prepare(config)
+        train.train(setup, Monitor(config.val, setup.student, setup.teacher), tmp_path / column)
+        alone = [row for row in rows_of(tmp_path / column) if "loss/total" in row]
+        together = [row for row in rows_of(tmp_path / "broken" / column) if "loss/total" in row]
+        assert [row["step"] for row in together] == [2, 4]
+        for ours, theirs in zip(together, alone, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+        models = [
+            load_model(folder / "student.pth").params for folder in (tmp_path / "broken" / column, tmp_path / column)
+        ]
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *models)
+
+
+def test_a_run_with_another_config_is_refused(tmp_path: Path) -> None:
+    config = next(iter(small_study().runs.values()))
+    (tmp_path / "scratch").mkdir()
+    values = config_lib.to_dict(config)
+    for change, refused in (({"log": {"every": 7}}, False), ({"seed": 9}, True)):
+        (tmp_path / "scratch" / "config.json").write_text(json.dumps(values | change))
+        if refused:
+            with pytest.raises(ConfigError, match=r"another config .seed: 9 -> 3.; give a new --workdir"):
+                study.is_finished(config, tmp_path / "scratch")
+        else:
+            assert not study.is_finished(config, tmp_path / "scratch")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(column={}), "study key 'column' does not exist; did you mean 'columns'"),
+        (dict(columns={}), "needs columns and seeds"),
+        (dict(columns={"a": {"trane": {}}}), "column 'a'.*did you mean 'train'"),
+        (dict(columns={"scratch": {}, "b": {"compute_of": "scrath"}}), "did you mean 'scratch'"),
+    ],
+)
+def test_bad_studies_are_refused(change: dict, message: str) -> None:
+    values = load("study_denoise", "debug").copy_and_resolve_references().to_dict()
+    with pytest.raises(ConfigError, match=message):
+        study.parse(values | change)
+
+
+@pytest.mark.parametrize("variant", ["", "quick", "debug"])
+@pytest.mark.parametrize("name", ["study_denoise", "study_few_labels"])
+def test_shipped_studies_are_valid(name: str, variant: str) -> None:
+    values = load(name, variant).copy_and_resolve_references().to_dict()
+    values["columns"].pop("scratch_equal_compute", None)  # which costs a look at both networks
+    study.parse(values)
+
+
+def result(column: str, seed: int, psnr: float, **more: object) -> dict:
+    about = {"ssim": 0.9, "psnr_student_teacher": 35.0, "steps": 10, "macs_per_step": 2e9, "curve": [[5, psnr - 1]]}
+    return {"column": column, "seed": seed, "psnr": psnr} | about | more
+
+
+def test_gap_closed_and_spread_are_paired_by_seed() -> None:
+    results = [result("scratch", 0, 30.0), result("scratch", 1, 30.4), result("scratch", 2, 30.2)]
+    results += [result("output", 0, 30.1), result("output", 1, 30.5), result("output", 2, 30.3)]
+    results += [result("hint", 1, 30.2, macs_per_step=6e9)]
+    scratch, output, hint = ladder.summarise(results, teacher_psnr=31.2)
+    assert output.gain == pytest.approx(0.1) and output.gain_spread == pytest.approx(0, abs=1e-9)
+    assert output.psnr_spread == pytest.approx(0.2) and output.gap_closed == pytest.approx(0.1)
+    assert hint.seeds == (1,) and hint.gain == pytest.approx(-0.2) and hint.gap_closed == pytest.approx(-0.25)
+    assert scratch.gigamacs == 20 and hint.gigamacs == 60
+    text = ladder.markdown([scratch, output, hint], teacher_psnr=31.2, input_psnr=20.5)
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["scratch", "output", "hint"]
+    assert "+0.100 ± 0.000 | 10.0 %" in lines[3] and "| 3.00 |" in lines[4] and "hint (1)" in text
+
+
+def test_a_study_without_scratch_still_reports() -> None:
+    (row,) = ladder.summarise([result("output", 0, 30.0)], teacher_psnr=31.0)
+    assert row.gain is None and row.gap_closed is None
+    assert "| output | 30.000" in ladder.markdown([row], teacher_psnr=31.0, input_psnr=20.0)
