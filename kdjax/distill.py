@@ -12,7 +12,7 @@ argument of the step, and never in the state, the optimizer or a checkpoint. The
 A batch has `gt` (b, h, w, c), uint8 or float in [0, 1], and `lq` (the same, h and w over the scale) or `index` (b,),
 the global numbers of its samples, from which the noise is drawn: the noise of a sample depends on the key and its
 number only, not on devices, processes or workers. It may have `labelled` (b,), false where only the teacher knows
-what the clean image is.
+what the clean image is, and with `lq` also `is_paired` (b,), false where lq is made from gt all the same.
 
 `train_step` is `observe` and then `learn`, so that several students can learn from one teacher's forward pass.
 """
@@ -20,6 +20,7 @@ what the clean image is.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from kdjax import losses, ops
-from kdjax.degradations import Degrade
+from kdjax.degradations import Degrade, usm_sharpen
 from kdjax.models import Apply, Params
 from kdjax.names import pick
 from kdjax.schedules import Schedule
@@ -45,8 +46,9 @@ SHARES_EVERY = 20
 class Recipe:
     """Everything about a run that is not an array.
 
-    `degrade(key, image)` makes the lq of one (h, w, c) image where a batch has none. `learning_rate` is here only to
-    be reported; the optimizer already contains it.
+    `degrade(key, image)` makes the lq of one (h, w, c) image where a batch has none. `crop` is the side of the gt
+    square that is learnt from, cut from larger images after they were degraded; 0 takes them whole. `sharpen` sharpens
+    gt first. `learning_rate` is here only to be reported; the optimizer already contains it.
     """
 
     student: Apply
@@ -56,6 +58,8 @@ class Recipe:
     learning_rate: Schedule
     ema_decay: float
     degrade: Degrade | None = None
+    crop: int = 0
+    sharpen: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -167,8 +171,8 @@ def train_step(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: ja
 def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
     """Degrades the batch, and runs the teacher if one of the `recipes`, at its step, has use for it."""
     recipes = list(recipes)
-    gt, lq = make_pair(recipes[0].degrade, batch, key)
-    index = batch.get("index", jnp.arange(len(gt)))
+    gt, lq = make_pair(recipes[0], batch, key)
+    index = _sample_numbers(batch)
     # The noise has the keys of (key, index) themselves.
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(key, 1), index)
     labelled = batch["labelled"].astype(jnp.float32)[:, None, None, None] if "labelled" in batch else None
@@ -303,13 +307,36 @@ def diagnose(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.
     return metrics
 
 
-def make_pair(degrade: Degrade | None, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The batch's clean and degraded images as float [0, 1]; `lq` is made from `gt` where the batch has none."""
+def make_pair(recipe: Recipe, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The clean and the degraded images of a batch, as float [0, 1]."""
     gt = ops.to_float(batch["gt"])
-    if "lq" in batch:
-        return gt, ops.to_float(batch["lq"])
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch["index"])
-    return gt, jax.vmap(degrade)(keys, gt)
+    if recipe.sharpen:
+        gt = jax.vmap(usm_sharpen)(gt)
+    index = _sample_numbers(batch)
+    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    lq = ops.to_float(batch["lq"]) if "lq" in batch else None
+    if lq is None or "is_paired" in batch:
+        degraded = jax.vmap(recipe.degrade)(fold_in(key, index), gt)
+        lq = degraded if lq is None else jnp.where(batch["is_paired"][:, None, None, None], lq, degraded)
+    if recipe.crop and recipe.crop < gt.shape[1]:
+        gt, lq = jax.vmap(functools.partial(_crop, side=recipe.crop))(
+            fold_in(jax.random.fold_in(key, 2), index), gt, lq
+        )
+    return gt, lq
+
+
+def _sample_numbers(batch: Batch) -> jax.Array:
+    return batch.get("index", jnp.arange(len(batch["gt"])))
+
+
+def _crop(key: jax.Array, gt: jax.Array, lq: jax.Array, *, side: int) -> tuple[jax.Array, jax.Array]:
+    """The same random square of both, `side` pixels of gt."""
+    scale = gt.shape[0] // lq.shape[0]
+    start = jax.random.randint(key, (2,), 0, (gt.shape[0] - side) // scale + 1)
+    cut = lambda image, by: jax.lax.dynamic_slice(  # noqa: E731
+        image, (by * start[0], by * start[1], 0), (side * by // scale, side * by // scale, image.shape[2])
+    )
+    return cut(gt, scale), cut(lq, 1)
 
 
 def eval_step(apply: Apply, params: Params, lq: jax.Array) -> jax.Array:

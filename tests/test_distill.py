@@ -14,7 +14,7 @@ from conftest import load_npz
 from flax import traverse_util
 
 from kdjax import distill, models, sharding
-from kdjax.degradations import make_degrade
+from kdjax.degradations import make_degrade, usm_sharpen
 from kdjax.schedules import make_schedule
 from kdjax.terms import Setting, make_terms
 from kdjax.weights import load_model
@@ -196,7 +196,7 @@ def test_remat_and_no_remat_train_alike(tiny: Tiny, base: tuple) -> None:
 
 def test_noise_depends_on_key_and_sample_number_only(tiny: Tiny) -> None:
     degrade = make_degrade(dict(name="awgn", sigma=25.0))
-    make = functools.partial(distill.make_pair, degrade)
+    make = functools.partial(distill.make_pair, tiny.recipe(degrade=degrade))
     index = np.arange(8, dtype=np.int32)
     _, lq = make({"gt": tiny.gt, "index": index}, jax.random.key(0))
     _, part = make({"gt": tiny.gt[3:5], "index": index[3:5]}, jax.random.key(0))
@@ -207,8 +207,46 @@ def test_noise_depends_on_key_and_sample_number_only(tiny: Tiny) -> None:
 
 
 def test_a_given_lq_is_used_as_it_is(tiny: Tiny) -> None:
-    gt, lq = distill.make_pair(None, {"gt": tiny.gt, "lq": 255 - tiny.gt}, jax.random.key(0))
+    gt, lq = distill.make_pair(tiny.recipe(), {"gt": tiny.gt, "lq": 255 - tiny.gt}, jax.random.key(0))
     np.testing.assert_allclose(gt + lq, 1.0, atol=1e-6)
+
+
+def test_a_hybrid_batch_degrades_only_what_has_no_lq(tiny: Tiny) -> None:
+    recipe = tiny.recipe(degrade=lambda key, image: 1 - image)
+    is_paired = np.arange(8) % 3 == 0
+    batch = {"gt": tiny.gt, "lq": tiny.gt // 2, "is_paired": is_paired, "index": np.arange(8, dtype=np.int32)}
+    gt, lq = distill.make_pair(recipe, batch, jax.random.key(0))
+    np.testing.assert_allclose(lq[is_paired] * 255, (tiny.gt // 2)[is_paired], atol=1e-4)
+    np.testing.assert_allclose(lq[~is_paired] + gt[~is_paired], 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_crops_are_cut_after_degrading_at_the_same_place_of_both(tiny: Tiny, scale: int) -> None:
+    degrade = lambda key, image: image[::scale, ::scale]  # noqa: E731
+    recipe = tiny.recipe(degrade=degrade, crop=6)
+    batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32)}
+    gt, lq = distill.make_pair(recipe, batch, jax.random.key(0))
+    assert gt.shape == (8, 6, 6, 3) and lq.shape == (8, 6 // scale, 6 // scale, 3)
+    np.testing.assert_array_equal(gt[:, ::scale, ::scale], lq)
+    places = {
+        (top, left)
+        for i in range(8)
+        for top in range(11)
+        for left in range(11)
+        if np.allclose(gt[i] * 255, tiny.gt[i, top : top + 6, left : left + 6], atol=1e-3)
+    }
+    assert len(places) > 3 and all(top % scale == left % scale == 0 for top, left in places)
+    _, part = distill.make_pair(recipe, {name: array[3:5] for name, array in batch.items()}, jax.random.key(0))
+    np.testing.assert_array_equal(part, lq[3:5])
+
+
+def test_sharpened_targets_are_what_is_degraded(tiny: Tiny) -> None:
+    recipe = tiny.recipe(degrade=lambda key, image: image, sharpen=True)
+    batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32)}
+    gt, lq = distill.make_pair(recipe, batch, jax.random.key(0))
+    np.testing.assert_array_equal(gt, lq)
+    np.testing.assert_allclose(gt[0], usm_sharpen(jnp.float32(tiny.gt[0]) / 255), atol=1e-6)
+    assert np.abs(np.asarray(gt) * 255 - tiny.gt).mean() > 1
 
 
 def test_a_non_finite_loss_is_reported(tiny: Tiny) -> None:
@@ -273,7 +311,7 @@ def test_diagnosis_tells_how_far_student_and_teacher_are(tiny: Tiny) -> None:
     )
     batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32)}
     diagnosis = jax.jit(functools.partial(distill.diagnose, recipe))(state, frozen, batch, jax.random.key(7))
-    gt, lq = distill.make_pair(recipe.degrade, batch, jax.random.key(7))
+    gt, lq = distill.make_pair(recipe, batch, jax.random.key(7))
     ours = np.asarray(tiny.student_apply(tiny.student.params, lq)[0])
     theirs = np.asarray(tiny.teacher_apply(tiny.teacher.params, lq)[0])
     psnr = np.mean([-10 * np.log10(np.mean((a - b) ** 2)) for a, b in zip(ours, theirs, strict=True)])

@@ -1,61 +1,201 @@
 """Degradations on the device: pure functions of a random key and one clean image, vmapped over the batch.
 
-Images are float32 HWC in [0, 1]; results are not clipped or quantised, as the denoising benchmarks have it.
+Images are float32 HWC in [0, 1]. A config chooses one by name, with its own settings:
+
+    degrade=dict(name="awgn", sigma=25.0)
+    degrade=preset("realesrgan", noise_range=(1, 15))
+
+    awgn, awgn_blind   white Gaussian noise of one sigma, or of one drawn for every sample
+    poisson_gauss      the noise of a sensor: photons and read-out
+    jpeg               compression
+    realesrgan         blur, resizing, noise and JPEG, twice (`kdjax.degradations.realesrgan`)
+
+Noise alone is neither clipped nor quantised, as the denoising benchmarks have it; what contains JPEG is 8-bit data.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from kdjax.names import pick
+from kdjax.degradations import noise, realesrgan
+from kdjax.degradations.jpeg import jpeg
+from kdjax.degradations.sharpen import usm_sharpen
+from kdjax.names import nearest, pick
+
+__all__ = ["DEGRADATIONS", "Degrade", "draw_choices", "make_degrade", "preset", "usm_sharpen"]
 
 Degrade = Callable[[jax.Array, jax.Array], jax.Array]
+Range = tuple[float, float]
 
 
-def awgn(key: jax.Array, image: jax.Array, *, sigma: float) -> jax.Array:
-    """Adds white Gaussian noise of standard deviation `sigma` (0..255 scale) to an (h, w, c) image."""
-    return image + sigma / 255 * jax.random.normal(key, image.shape)
+@dataclasses.dataclass(frozen=True)
+class Awgn:
+    """`sigma`: standard deviation of the noise, in 0..255."""
+
+    sigma: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sigma, int | float) or not 0 <= self.sigma <= 255:
+            raise ValueError(f"awgn: sigma={self.sigma!r} must be a number from 0 to 255")
 
 
-def awgn_blind(key: jax.Array, image: jax.Array, *, sigma: tuple[float, float]) -> jax.Array:
-    """As `awgn`, with a sigma drawn uniformly between the two numbers for every image."""
+@dataclasses.dataclass(frozen=True)
+class AwgnBlind:
+    """`sigma`: the range from which every sample's is drawn uniformly, in 0..255."""
+
+    sigma: Range
+
+    def __post_init__(self) -> None:
+        _check_range("awgn_blind: sigma", self.sigma, 0, 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoissonGauss:
+    """The noise of a sensor (Foi et al., 2008): variance `gain` x image + read_sigma^2.
+
+    `gain` is the brightness that one photon adds, drawn log-uniformly; `read_sigma` is in 0..255, drawn uniformly.
+    """
+
+    gain: Range = (1e-4, 1e-2)
+    read_sigma: Range = (0.0, 10.0)
+
+    def __post_init__(self) -> None:
+        _check_range("poisson_gauss: gain", self.gain, 1e-6, 1)
+        _check_range("poisson_gauss: read_sigma", self.read_sigma, 0, 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class Jpeg:
+    """`quality`: the range from which every sample's is drawn uniformly."""
+
+    quality: Range = (30.0, 95.0)
+
+    def __post_init__(self) -> None:
+        _check_range("jpeg: quality", self.quality, 1, 100)
+
+
+class Degradation(NamedTuple):
+    """How a degradation is made.
+
+    Attributes:
+      settings: the dataclass that checks them.
+      draw: (key, settings) -> (what is chosen for one sample, as a mapping or a NamedTuple; the key of its noise).
+      apply: (choices, key, image, settings, scale) -> lq.
+      resizes: whether lq can be smaller than the image.
+    """
+
+    settings: type
+    draw: Callable[[jax.Array, Any], tuple[Any, jax.Array]]
+    apply: Callable[[Any, jax.Array, jax.Array, Any, int], jax.Array]
+    resizes: bool = False
+
+
+def add_gaussian_noise(choices: Mapping, key: jax.Array, image: jax.Array, *_: Any) -> jax.Array:
+    """White noise of standard deviation `sigma` (0..255 scale) on an (h, w, c) image."""
+    return image + choices["sigma"] / 255 * jax.random.normal(key, image.shape)
+
+
+def _draw_blind_sigma(key: jax.Array, settings: AwgnBlind) -> tuple[dict[str, jax.Array], jax.Array]:
     key_sigma, key_noise = jax.random.split(key)
-    low, high = sigma
-    return awgn(key_noise, image, sigma=jax.random.uniform(key_sigma, minval=low, maxval=high))
+    return {"sigma": jax.random.uniform(key_sigma, minval=settings.sigma[0], maxval=settings.sigma[1])}, key_noise
 
 
-def _check_awgn(*, sigma: float) -> None:
-    if not isinstance(sigma, int | float) or not 0 <= sigma <= 255:
-        raise ValueError(f"awgn: sigma={sigma!r} must be a number from 0 to 255")
+def _draw_sensor(key: jax.Array, settings: PoissonGauss) -> tuple[dict[str, jax.Array], jax.Array]:
+    key_gain, key_sigma, key_noise = jax.random.split(key, 3)
+    low, high = jnp.log(jnp.array(settings.gain))
+    sigma = jax.random.uniform(key_sigma, minval=settings.read_sigma[0], maxval=settings.read_sigma[1])
+    return {"gain": jnp.exp(jax.random.uniform(key_gain, minval=low, maxval=high)), "sigma": sigma}, key_noise
 
 
-def _check_awgn_blind(*, sigma: tuple[float, float]) -> None:
-    if not isinstance(sigma, tuple | list) or len(sigma) != 2 or not 0 <= sigma[0] <= sigma[1] <= 255:
-        raise ValueError(f"awgn_blind: sigma={sigma!r} must be two numbers, low <= high, from 0 to 255")
+def _add_sensor_noise(choices: Mapping, key: jax.Array, image: jax.Array, *_: Any) -> jax.Array:
+    key_photons, key_read = jax.random.split(key)
+    u = noise.uniform(key_photons, (image.shape[2], *image.shape[:2])).transpose(1, 2, 0)
+    photons = noise.poisson_quantile(u, jnp.maximum(image, 0) / choices["gain"])
+    return add_gaussian_noise(choices, key_read, photons * choices["gain"])
 
 
-# name -> (degradation, check of its options)
-DEGRADATIONS: dict[str, tuple[Callable[..., jax.Array], Callable[..., None]]] = {
-    "awgn": (awgn, _check_awgn),
-    "awgn_blind": (awgn_blind, _check_awgn_blind),
+def _draw_quality(key: jax.Array, settings: Jpeg) -> tuple[dict[str, jax.Array], jax.Array]:
+    return {"quality": jax.random.uniform(key, minval=settings.quality[0], maxval=settings.quality[1])}, key
+
+
+def _compress(choices: Mapping, key: jax.Array, image: jax.Array, *_: Any) -> jax.Array:
+    compressed = jpeg(jnp.clip(image, 0, 1).transpose(2, 0, 1), choices["quality"])
+    return jnp.round(compressed.transpose(1, 2, 0) * 255) / 255
+
+
+DEGRADATIONS: dict[str, Degradation] = {
+    "awgn": Degradation(Awgn, lambda key, settings: ({"sigma": settings.sigma}, key), add_gaussian_noise),
+    "awgn_blind": Degradation(AwgnBlind, _draw_blind_sigma, add_gaussian_noise),
+    "poisson_gauss": Degradation(PoissonGauss, _draw_sensor, _add_sensor_noise),
+    "jpeg": Degradation(Jpeg, _draw_quality, _compress),
+    "realesrgan": Degradation(realesrgan.Settings, realesrgan.draw, realesrgan.apply, resizes=True),
 }
 
 
-def make_degrade(spec: Mapping[str, Any]) -> Degrade:
-    """`degrade(key, image) -> lq` from a dict with a `name` and the degradation's own options.
+def preset(name: str, **overrides: Any) -> dict[str, Any]:
+    """The dict of a degradation for a config, complete, so that each of its keys can be set on the command line.
 
     Raises:
-      ValueError: an unknown name or option, or a value out of range.
+      ValueError: an unknown name or key, a missing setting, or a value out of range.
     """
-    options = dict(spec)
-    name = options.pop("name", None)
-    degrade, check = pick(DEGRADATIONS, name, "degradation")
-    try:
-        check(**options)
-    except TypeError as error:  # an option it does not have, or one that is missing
-        raise ValueError(f"degradation {dict(spec)}: {error}") from None
-    return functools.partial(degrade, **options)
+    return {"name": name, **dataclasses.asdict(_settings({"name": name, **overrides}))}
+
+
+def make_degrade(spec: Mapping[str, Any], *, scale: int = 1) -> Degrade:
+    """`degrade(key, image) -> lq` from a dict with a `name` and the degradation's own settings.
+
+    `image` is (h, w, c), lq is (h/scale, w/scale, c).
+
+    Raises:
+      ValueError: an unknown name or setting, a value out of range, or a degradation that cannot change the size.
+    """
+    settings, chosen = _settings(spec), DEGRADATIONS[spec["name"]]
+    if scale != 1 and not chosen.resizes:
+        raise ValueError(
+            f"degradation {spec['name']!r} keeps the size of images, and the student enlarges {scale} times; give the"
+            ' small images as lq, or use "realesrgan"'
+        )
+
+    def degrade(key: jax.Array, image: jax.Array) -> jax.Array:
+        choices, noise_key = chosen.draw(key, settings)
+        return chosen.apply(choices, noise_key, image, settings, scale)
+
+    return degrade
+
+
+def draw_choices(spec: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
+    """What `make_degrade(spec)` chooses for the sample with this key, but for its noise: names and values."""
+    choices, _ = DEGRADATIONS[spec["name"]].draw(key, _settings(spec))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(choices)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): jnp.asarray(leaf) for path, leaf in leaves}
+
+
+def _settings(spec: Mapping[str, Any]) -> Any:
+    """The checked settings of a degradation."""
+    name = spec.get("name")
+    cls = pick(DEGRADATIONS, name, "degradation").settings
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for key, value in spec.items():
+        if key == "name":
+            continue
+        if key not in fields:
+            raise ValueError(
+                f"degradation {name!r} has no setting {key!r}{nearest(key, fields)} (it has: {', '.join(fields)})"
+            )
+        values[key] = tuple(value) if isinstance(value, list) else value
+    missing = [key for key, f in fields.items() if f.default is dataclasses.MISSING and key not in values]
+    if missing:
+        raise ValueError(f"degradation {name!r} needs {', '.join(missing)}")
+    return cls(**values)
+
+
+def _check_range(what: str, value: object, low: float, high: float) -> None:
+    numbers = isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, int | float) for x in value)
+    if not numbers or not low <= value[0] <= value[1] <= high:
+        raise ValueError(f"{what}={value!r} must be two numbers, low <= high, from {low:g} to {high:g}")

@@ -1,0 +1,31 @@
+"""Images whose size is drawn at random, under static shapes.
+
+A canvas is an array (c, H, W) of which the first `valid` = (h, w) rows and columns are the image. What lies beyond is
+finite, and means nothing.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+Size = tuple[jax.Array | int, jax.Array | int]
+
+
+def reflected(index: jax.Array, count: jax.Array | int) -> jax.Array:
+    """The place in 0 ... count - 1 that a place beyond the ends mirrors, without repeating the ends."""
+    period = jnp.maximum(2 * (count - 1), 1)
+    folded = index % period
+    return jnp.minimum(folded, period - folded)
+
+
+def is_valid(image: jax.Array, valid: Size) -> jax.Array:
+    """(H, W): which pixels belong to the image."""
+    rows, columns = (jnp.arange(extent) < size for extent, size in zip(image.shape[1:], valid, strict=True))
+    return rows[:, None] & columns[None, :]
+
+
+def resized_to(image: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The canvas cut, or filled with zeros at the bottom and right."""
+    image = image[:, : shape[0], : shape[1]]
+    return jnp.pad(image, ((0, 0), (0, shape[0] - image.shape[1]), (0, shape[1] - image.shape[2])))

@@ -1,0 +1,110 @@
+"""Blur kernels of the Real-ESRGAN process (arXiv:2107.10833; BasicSR's degradations.py), and the filter.
+
+A kernel is a float32 (side, side) array whose sum is 1: `side` is odd and static, the part of it that is used, `size`,
+may be drawn at random; the rest is 0. Everything works under jit and vmap with arrays in place of any number.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kdjax.degradations.canvas import reflected
+
+# How a kernel falls off with the quadratic form q; and the names in configs: the same with one sigma, or with two.
+SHAPES = ("gaussian", "generalized", "plateau")
+KINDS: dict[str, tuple[str, bool]] = {
+    "iso": ("gaussian", True),
+    "aniso": ("gaussian", False),
+    "generalized_iso": ("generalized", True),
+    "generalized_aniso": ("generalized", False),
+    "plateau_iso": ("plateau", True),
+    "plateau_aniso": ("plateau", False),
+}
+SMALLEST = 7  # kernels have 7, 9, ..., `side` pixels
+# J1 is the mean of cos(t - x sin t) over half a turn. 96 points are exact in float32 up to x = 150, and x is at most pi
+# times half the diagonal of a kernel: 44 for 21 x 21 pixels, 111 for 51 x 51.
+_J1_POINTS = 96
+
+
+def bivariate_kernel(
+    side: int,
+    size: jax.Array | int,
+    sigma: tuple[jax.Array | float, jax.Array | float],
+    theta: jax.Array | float,
+    shape: jax.Array | int = 0,
+    beta: jax.Array | float = 1.0,
+) -> jax.Array:
+    """exp(-q/2), exp(-q^beta/2) or 1/(1 + q^beta), as `shape` indexes SHAPES, with q the quadratic form of an ellipse.
+
+    Args:
+      sigma: of the two axes, pixels.
+      theta: angle of the first axis, radians.
+    """
+    x, y = _grid(side)
+    cos, sin = jnp.cos(theta), jnp.sin(theta)
+    q = jnp.square((cos * x + sin * y) / sigma[0]) + jnp.square((cos * y - sin * x) / sigma[1])
+    powered = jnp.where(q > 0, jnp.where(q > 0, q, 1) ** beta, 0)
+    shape = jnp.asarray(shape)
+    values = jnp.select([shape == 0, shape == 1], [jnp.exp(-q / 2), jnp.exp(-powered / 2)], 1 / (1 + powered))
+    return _normalised(values, size)
+
+
+def sinc_kernel(side: int, size: jax.Array | int, cutoff: jax.Array | float) -> jax.Array:
+    """The circular low-pass filter w J1(w r) / (2 pi r), with the cutoff w in radians per pixel; it rings."""
+    x, y = _grid(side)
+    r = jnp.sqrt(jnp.square(x) + jnp.square(y))
+    values = jnp.where(r > 0, _j1(cutoff * r) / (2 * jnp.pi * jnp.where(r > 0, r, 1)), cutoff / (4 * jnp.pi))
+    return _normalised(cutoff * values, size)
+
+
+def delta_kernel(side: int) -> jax.Array:
+    """The kernel that changes nothing."""
+    return jnp.zeros((side, side)).at[side // 2, side // 2].set(1)
+
+
+def filter2d(image: jax.Array, kernel: jax.Array, valid: tuple[jax.Array | int, jax.Array | int]) -> jax.Array:
+    """Correlates the valid part of a (c, h, w) canvas with a kernel; its border is reflected (not repeating the edge).
+
+    By Fourier transform: a 21 x 21 filter costs the same on every kind of device, whatever differs between samples.
+    """
+    _, height, width = image.shape
+    half = kernel.shape[0] // 2
+    rows, columns = (_fast_length(extent + 2 * half) for extent in (height, width))
+    # Behind the valid part its reflection, and before it (which is the end of a circle) as well.
+    wrap = lambda length: (jnp.arange(length) + half) % length - half  # noqa: E731
+    image = image[:, reflected(wrap(rows), valid[0]), :][:, :, reflected(wrap(columns), valid[1])]
+    flipped = jnp.roll(
+        jnp.pad(kernel[::-1, ::-1], ((0, rows - 2 * half - 1), (0, columns - 2 * half - 1))), -half, (0, 1)
+    )
+    spectrum = jnp.fft.rfft2(image) * jnp.fft.rfft2(flipped)
+    return jnp.fft.irfft2(spectrum, s=(rows, columns))[:, :height, :width]
+
+
+def _grid(side: int) -> tuple[jax.Array, jax.Array]:
+    line = jnp.arange(side, dtype=jnp.float32) - side // 2
+    return line[None, :], line[:, None]
+
+
+def _normalised(values: jax.Array, size: jax.Array | int) -> jax.Array:
+    x, y = _grid(values.shape[0])
+    values = jnp.where(jnp.maximum(jnp.abs(x), jnp.abs(y)) <= jnp.asarray(size) // 2, values, 0)
+    return values / jnp.sum(values)
+
+
+def _j1(x: jax.Array) -> jax.Array:
+    """The Bessel function of the first kind and first order, by Bessel's integral with the midpoint rule."""
+    t = (jnp.arange(_J1_POINTS) + 0.5) * (jnp.pi / _J1_POINTS)
+    return jnp.mean(jnp.cos(t - x[..., None] * jnp.sin(t)), -1)
+
+
+def _fast_length(least: int) -> int:
+    """The next length without prime factors above 5, for which Fourier transforms are fast; even."""
+
+    def is_fast(length: int) -> bool:
+        for prime in (2, 3, 5):
+            while length % prime == 0:
+                length //= prime
+        return length == 1
+
+    return next(length for length in range(least + least % 2, 4 * least, 2) if is_fast(length))
