@@ -48,12 +48,14 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    gt: str = ""  # folder of clean images
+    gt: str = ""  # folder of clean images; here and below a folder may also be a pack (kdjax.data.pack)
     lq: str = ""  # folder of their degraded partners; "" makes them from gt with `degrade`
     filename_tmpl: str = "{}"  # lq file stem from the gt file stem, for example "{}_noisy"
     meta_info: str = ""  # BasicSR list of files to use, one a line; "" takes the whole folder
     limit: int = 0  # how many images at most, spread over the folder; 0 takes all
     crop: int = 128  # side of the square training crop of gt, pixels
+    canvas: int = 0  # side of the gt square that is loaded and degraded, from which the crop is cut; 0 means crop
+    gt_usm: bool = False  # sharpen the target (unsharp mask), as Real-ESRGAN does
     batch_size: int = 16  # crops per step over all devices and processes together
     hflip: bool = True
     rot: bool = True  # with hflip, all 8 flips and quarter turns
@@ -61,6 +63,9 @@ class Data:
     cache_mb: int = 512  # decoded images kept in memory, per process
     unlabelled: str = ""  # folder of degraded images without a clean partner (without lq: clean ones, used as if not)
     unlabelled_part: float = 0.5  # of every batch, where there are unlabelled images
+    unpaired: str = ""  # folder of clean images beside the pairs of gt and lq, degraded with `degrade`
+    unpaired_meta_info: str = ""  # list of those to use, as meta_info
+    unpaired_part: float = 0.5  # of every batch, where there are unpaired images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Val:
     filename_tmpl: str = "{}"
     meta_info: str = ""
     sigma: float = 25.0  # of the noise added to gt where there is no lq, 0..255 scale, seed 0 per image
+    degrade: dict = dataclasses.field(default_factory=dict)  # as config.degrade, instead of that noise
     crop: int = 0  # side of a centre crop, pixels; 0 validates whole images
     limit: int = 0  # how many images at most, spread over the folder; 0 takes all
     every: int = 5_000  # steps
@@ -124,7 +130,23 @@ class Config:
         for path in ("train.weight_decay", "train.grad_clip"):
             _require(self, path, lambda value: 0 <= value < float("inf"), "0 or more, and finite")
         _require(self, "train.ema_decay", lambda value: 0 <= value < 1, "from 0 up to, not including, 1")
-        _require(self, "data.unlabelled_part", lambda value: 0 < value < 1, "between 0 and 1")
+        for path in ("data.unlabelled_part", "data.unpaired_part"):
+            _require(self, path, lambda value: 0 < value < 1, "between 0 and 1")
+        crop, clean = self.data.crop, self.data.gt or "FOLDER"
+        _require(self, "data.canvas", lambda value: value == 0 or value >= crop, f"0, or at least data.crop={crop}")
+        _require(
+            self,
+            "data.unpaired",
+            lambda value: not value or self.data.lq,
+            f"empty where config.data.lq is: clean images alone are config.data.gt; for pairs beside them set"
+            f" config.data.lq to the partners of config.data.gt={clean!r}",
+        )
+        _require(
+            self,
+            "data.unpaired_meta_info",
+            lambda value: not value or self.data.unpaired,
+            "empty without config.data.unpaired, the folder that its names are in",
+        )
         _require(self, "val.sigma", lambda value: 0 <= value <= 255, "from 0 to 255")
         _require(
             self,
@@ -157,9 +179,13 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "")
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += changes(old, new, f"{prefix}{key}.")
-        elif old != (list(new) if isinstance(new, tuple) else new):  # JSON has no tuples
+        elif _as_lists(old) != _as_lists(new):  # JSON has no tuples
             found.append(f"{prefix}{key}: {old} -> {new}")
     return found
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

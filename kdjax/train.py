@@ -59,6 +59,7 @@ class Setup:
     recipe: distill.Recipe
     pairs: list[data.ImagePair]
     unlabelled: list[data.ImagePair]
+    unpaired: list[data.ImagePair]
 
 
 def prepare(config: Config) -> Setup:
@@ -93,6 +94,7 @@ def prepare(config: Config) -> Setup:
         jax.random.fold_in(jax.random.key(config.seed), 2),
     )
     learning_rate = make_schedule(config.train.lr)
+    makes_lq = not config.data.lq or bool(config.data.unpaired)
     recipe = distill.Recipe(
         student=student_apply,
         teacher=teacher and teacher.apply,
@@ -106,13 +108,10 @@ def prepare(config: Config) -> Setup:
         ),
         learning_rate=learning_rate,
         ema_decay=config.train.ema_decay,
-        degrade=None if config.data.lq else make_degrade(config.degrade),
+        degrade=make_degrade(config.degrade, scale=models.scale_of(student)) if makes_lq else None,
+        crop=config.data.crop,
+        sharpen=config.data.gt_usm,
     )
-    if not config.data.lq and models.scale_of(student) != 1:
-        raise ConfigError(
-            f"the student enlarges {models.scale_of(student)} times, and only noise can be added to clean images here;"
-            " set config.data.lq and config.val.lq to the small images"
-        )
     pairs = data.find_pairs(
         gt=assets.locate(config.data.gt, assets.TRAIN_PHOTOGRAPHS),
         lq=config.data.lq or None,
@@ -125,7 +124,14 @@ def prepare(config: Config) -> Setup:
     if config.data.unlabelled:
         folder = assets.locate(config.data.unlabelled, assets.TRAIN_PHOTOGRAPHS)
         unlabelled = data.find_unlabelled(folder, degraded=bool(config.data.lq))
-    return Setup(config, mesh, student, teacher, recipe, pairs, unlabelled)
+    unpaired = []
+    if config.data.unpaired:
+        unpaired = data.find_pairs(
+            gt=assets.locate(config.data.unpaired, assets.TRAIN_PHOTOGRAPHS),
+            meta_info=config.data.unpaired_meta_info or None,
+            what="unpaired",
+        )
+    return Setup(config, mesh, student, teacher, recipe, pairs, unlabelled, unpaired)
 
 
 def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
@@ -259,7 +265,9 @@ def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
         setup.pairs,
         unlabelled=setup.unlabelled,
         unlabelled_part=config.unlabelled_part,
-        crop=config.crop,
+        unpaired=setup.unpaired,
+        unpaired_part=config.unpaired_part,
+        crop=config.canvas or config.crop,
         batch_size=config.batch_size,
         seed=setup.config.seed,
         start_step=start_step,
@@ -362,9 +370,12 @@ def report(setup: Setup) -> None:
         f"devices: {mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es);"
         f" batch {config.data.batch_size} = {config.data.batch_size // mesh.size} per device"
     )
-    log.info(f"training images: {len(setup.pairs)} from {config.data.gt}; crops of {config.data.crop} pixels")
+    squares = f", cut from squares of {config.data.canvas}" if config.data.canvas else ""
+    log.info(f"training images: {len(setup.pairs)} from {config.data.gt}; crops of {config.data.crop} pixels{squares}")
     if setup.unlabelled:
         log.info(f"unlabelled images: {len(setup.unlabelled)} from {config.data.unlabelled}")
+    if setup.unpaired:
+        log.info(f"unpaired images: {len(setup.unpaired)} from {config.data.unpaired}")
     if setup.teacher:
         log.info(f"teacher: {setup.teacher.identity}")
         for file in setup.teacher.files:

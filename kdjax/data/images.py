@@ -9,6 +9,8 @@ Samples of 16 bits become 8 by round(v / 257), so 0 stays 0 and 65535 becomes 25
 16-bit colour Pillow hands out only the high byte, which is at most one level away. Floating-point and 32-bit
 integer images have no agreed range and are refused.
 
+A path may also lead into a pack (`kdjax.data.shards`), which holds the pixels that its files gave.
+
 Left out: colour profiles, which are ignored, and damage that a decoder cannot see, such as wrong bytes inside
 JPEG data.
 """
@@ -17,12 +19,14 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from kdjax.data import shards
+from kdjax.data.writing import whole_file
 
 # What a folder is searched for. The content decides how a file is decoded, so a PNG named .jpg can be read.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -60,11 +64,32 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
     """
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels!r}; it must be 3 (RGB) or 1 (grey)")
+    pixels, _ = inspect_image(path)
+    if pixels.shape[2] == channels:
+        return pixels
+    if channels == 3:
+        return np.repeat(pixels, 3, axis=2)
+    return np.array(Image.fromarray(pixels).convert("L"))[:, :, None]
+
+
+def inspect_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
+    """The image in `path` as uint8 (height, width, 1 if it is grey and else 3), and how the file stores it.
+
+    That is Pillow's name of the mode ("RGB", "L", "RGBA", "P", "I;16", ...), with "16-bit " before it for colour of 16
+    bits. Raises `ImageError` as `read_image`.
+    """
+    if (place := shards.split_path(os.fspath(path))) is not None:
+        try:
+            pixels = shards.read_record(*place)
+        except shards.PackError as error:
+            raise ImageError(f"{path}: {error}") from None
+        return pixels, "L" if pixels.shape[2] == 1 else "RGB"
     try:
         with open(path, "rb", opener=_open_regular) as file, Image.open(file, formats=_FORMATS) as image:
+            mode = f"16-bit {image.mode}" if _is_deep_colour(image) else image.mode
             image.load()
             upright = _UPRIGHT.get(_orientation(image))
-            pixels = _to_uint8(image, channels)
+            pixels = _to_uint8(image)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
     except UnidentifiedImageError:
@@ -77,7 +102,7 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
         raise ImageError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly every kind of exception
         raise ImageError(f"{path}: cannot be decoded ({type(error).__name__}: {error})") from error
-    return pixels if upright is None else np.ascontiguousarray(upright(pixels))
+    return pixels if upright is None else np.ascontiguousarray(upright(pixels)), mode
 
 
 def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
@@ -97,14 +122,11 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     if suffix not in IMAGE_SUFFIXES:
         raise ImageError(f"{path}: cannot write the suffix {suffix!r}; use one of {', '.join(IMAGE_SUFFIXES)}")
     picture = Image.fromarray(np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0]))
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}{path.suffix}")
     try:
-        picture.save(temporary, **_SAVE_OPTIONS.get(suffix, {}))
-        os.replace(temporary, path)
+        with whole_file(path) as temporary:
+            picture.save(temporary, **_SAVE_OPTIONS.get(suffix, {}))
     except (OSError, ValueError) as error:  # ValueError: more pixels than the format can hold
         raise ImageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -125,21 +147,28 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_uint8(image: Image.Image, channels: int) -> np.ndarray:
-    """The pixels of a loaded image as uint8 (height, width, channels)."""
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has 16 bits a sample, which the mode that Pillow gives it hides."""
+    if image.mode.startswith("I"):
+        return False
+    if image.format == "PPM":  # args: mode and the largest value
+        return any(isinstance(value, int) and value > 255 for tile in image.tile for value in tile[3])
+    return ";16" in str(getattr(image, "tile", ""))
+
+
+def _to_uint8(image: Image.Image) -> np.ndarray:
+    """The pixels of a loaded image as uint8 (height, width, 1 if it is grey and else 3)."""
     sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode == "F" or (image.mode == "I" and not sixteen_bit):
         kind = "floating-point" if image.mode == "F" else "32-bit integer"
         raise ImageError(f"{kind} images have no agreed range; convert the file to 8 or 16 bits")
     if sixteen_bit:
-        grey = ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)[:, :, None]
-        return np.repeat(grey, channels, axis=2)
+        return ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)[:, :, None]
     # Otherwise convert() would blend a transparent palette entry, or warn about it.
     image.info.pop("transparency", None)
     if image.mode in ("RGBa", "La"):  # colour was multiplied by alpha: undo that before dropping alpha
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")
-    if channels == 1:
-        return np.array(image.convert("L"))[:, :, None]
-    return np.array(image.convert("RGB"))
+    pixels = np.array(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]

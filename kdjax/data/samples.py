@@ -1,0 +1,266 @@
+"""Which images, crops and flips make up a batch: pure functions of (seed, step), without processes or threads.
+
+`Samples` turns the number of a sample into pixels, `Batches` the number of a step into a batch of several kinds of
+samples: the `pairs` (or clean images) of a run, and beside them `unlabelled` and `unpaired` images. Each kind has an
+order and a random stream of its own, and takes the same, evenly spread places of every batch, so that every process
+of a run has its share of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdjax.data.images import ImageError, read_image
+from kdjax.data.sources import DataError, ImagePair
+
+_DRAWS = 64  # images that one sample tries before the data set counts as unusable
+_STEPS = 2**31 - 1  # the length of the endless stream: Grain wants one
+# Keep the random streams apart: those of epochs and samples, and within each those of the kinds of images.
+_ORDER, _SAMPLE = 0, 1
+LABELLED, UNLABELLED, UNPAIRED = 0, 2, 4
+
+
+class Samples:
+    """Sample number -> {gt, lq, damaged}: `damaged` is the place in `pairs` of an image that failed, or -1.
+
+    Of several that failed it is the first, the one whose turn it was: so after one epoch each has been reported.
+
+    `stream` is one of LABELLED, UNLABELLED and UNPAIRED. With `blank_lq`, clean images get an lq of zeros.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[ImagePair],
+        stream: int,
+        *,
+        crop: int,
+        seed: int,
+        scale: int,
+        hflip: bool,
+        rot: bool,
+        read: ImageCache,
+        blank_lq: bool = False,
+    ) -> None:
+        if not pairs:
+            raise DataError("there are no training images: the list of pairs is empty")
+        if len({pair.lq is None for pair in pairs}) > 1:
+            raise DataError("some training images have an lq file and some have none; use one kind at a time")
+        if seed < 0:
+            raise DataError(f"seed is {seed}; it must be 0 or more")
+        check_crop(crop, scale)
+        if crop < 1:
+            raise DataError(f"crop is {crop}; it must be 1 or more")
+        self.pairs = list(pairs)
+        self._crop, self._seed, self._scale = crop, seed, scale
+        self._hflip, self._rot = hflip, rot
+        self._order, self._sample = stream + _ORDER, stream + _SAMPLE
+        self._read = read
+        self._blank_lq = blank_lq
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        epoch, position = divmod(number, len(self.pairs))
+        chosen = int(_epoch_order(len(self.pairs), self._seed, self._order, epoch)[position])
+        random = _generator(self._seed, self._sample, number)
+        # All draws but those for replacements come first: a damaged file leaves crop and flips as they are.
+        row, column, *coins = random.random(5)
+        first_damaged = -1
+        tried: list[str] = []
+        for _ in range(_DRAWS):
+            try:
+                gt, lq = self.load(self.pairs[chosen])
+                break
+            except ImageError as error:
+                first_damaged = chosen if first_damaged < 0 else first_damaged
+                if str(error) not in tried:
+                    tried.append(str(error))
+            chosen = int(random.random() * len(self.pairs))
+        else:
+            some = "\n".join(f"  {reason}" for reason in tried[:5])
+            raise DataError(f"{_DRAWS} training images in a row could not be used; some of them:\n{some}")
+
+        # Positions are drawn in lq pixels, so that gt and lq show the same part.
+        grid = 1 if lq is None else self._scale
+        size = self._crop // grid
+        top = int(row * max(1, gt.shape[0] // grid - size + 1))
+        left = int(column * max(1, gt.shape[1] // grid - size + 1))
+        flips = self._hflip and coins[0] < 0.5, self._rot and coins[1] < 0.5, self._rot and coins[2] < 0.5
+        element = {"gt": _flip(window(gt, top * grid, left * grid, self._crop, grid), *flips)}
+        if lq is not None:
+            element["lq"] = _flip(window(lq, top, left, size, grid), *flips)
+        elif self._blank_lq:
+            side = self._crop // self._scale
+            element["lq"] = np.zeros((side, side, gt.shape[2]), np.uint8)
+        element["damaged"] = np.int32(first_damaged)
+        return element
+
+    def load(self, pair: ImagePair) -> tuple[np.ndarray, np.ndarray | None]:
+        """gt and lq of a pair; raises `ImageError` if one cannot be read or the sizes do not fit."""
+        gt = self._read(pair.gt)
+        if pair.lq is None:
+            return gt, None
+        if pair.lq == pair.gt:  # an unlabelled image
+            return gt.repeat(self._scale, 0).repeat(self._scale, 1), gt
+        lq = self._read(pair.lq)
+        if gt.shape[0] != self._scale * lq.shape[0] or gt.shape[1] != self._scale * lq.shape[1]:
+            raise ImageError(size_message(pair, gt, lq, self._scale))
+        return gt, lq
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples of one kind in every batch.
+
+    `count` of them are in a whole batch. `flags` are what the batch says of each, by key: a key that some part has
+    must be in all of them.
+    """
+
+    what: str  # "unlabelled" and so on, for messages
+    samples: Samples
+    count: int
+    flags: dict[str, bool]
+
+
+class Batches:
+    """Step -> the part of the batch that belongs to this process: a random-access source for Grain.
+
+    The first of `parts` takes the places that the others leave. Batches are made here, not by Grain: an element is a
+    batch, so the batches do not depend on how Grain distributes elements over workers.
+    """
+
+    def __init__(self, parts: Sequence[Part], process_index: int, process_count: int) -> None:
+        batch_size = sum(part.count for part in parts)
+        if batch_size < 1 or process_count < 1 or batch_size % process_count:
+            raise DataError(
+                f"batch_size is {batch_size} for {process_count} processes; it counts the images of all "
+                "processes and must be a multiple of their number"
+            )
+        if not 0 <= process_index < process_count:
+            raise DataError(f"process_index is {process_index}; it must lie in 0 ... {process_count - 1}")
+        for part in parts[1:]:
+            if part.count < 1 or parts[0].count < 1:
+                raise DataError(
+                    f"{part.count} of the {batch_size} images of a batch would be {part.what}, and "
+                    f"{parts[0].count} of the main kind; each kind needs one image at least: change batch_size "
+                    f"or {part.what}_part"
+                )
+        self._parts = list(parts)
+        self._batch_size = batch_size
+        self._rows = batch_size // process_count
+        self._first = process_index * self._rows
+
+    def __len__(self) -> int:
+        return _STEPS
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        rows = [self._row(step, position) for position in range(self._first, self._first + self._rows)]
+        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+
+    def _row(self, step: int, position: int) -> dict[str, np.ndarray]:
+        """The sample at a position of the whole batch."""
+        index = np.int32((step * self._batch_size + position) % 2**31)
+        number, place = self._place(position)
+        part = self._parts[number]
+        row = part.samples[step * part.count + place]
+        if row["damaged"] >= 0:
+            row["damaged"] += np.int32(sum(len(other.samples.pairs) for other in self._parts[:number]))
+        return row | {"index": index} | {key: np.bool_(flag) for key, flag in part.flags.items()}
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """Which part a position of the whole batch belongs to, and its place among the images of that part."""
+        free = self._batch_size
+        # Each part in turn takes its share, evenly spread, of the places that are free; `position` counts those.
+        for number, part in list(enumerate(self._parts))[1:]:
+            before = position * part.count // free
+            if (position + 1) * part.count // free > before:
+                return number, before
+            position -= before
+            free -= part.count
+        return 0, position
+
+    def pair(self, number: int) -> tuple[Samples, ImagePair]:
+        """What the `damaged` number of a sample stands for, and the source that can load it."""
+        for part in self._parts:
+            if number < len(part.samples.pairs):
+                return part.samples, part.samples.pairs[number]
+            number -= len(part.samples.pairs)
+        raise IndexError("there are not so many images")
+
+
+class ImageCache:
+    """Reads images, and keeps decoded ones until `limit` bytes are used; `channels` is 1 or 3, as in `read_image`.
+
+    Nothing is ever dropped: when every epoch has a new order, keeping a fixed part finds more images than keeping
+    the latest ones. Copies sent to other processes start empty.
+    """
+
+    def __init__(self, channels: int, limit: int) -> None:
+        self._channels, self._limit = channels, limit
+        self._images: dict[str, np.ndarray] = {}
+        self._used = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, path: str) -> np.ndarray:
+        image = self._images.get(path)
+        if image is None:
+            image = read_image(path, self._channels)
+            with self._lock:
+                if path not in self._images and self._used + image.nbytes <= self._limit:
+                    self._images[path] = image
+                    self._used += image.nbytes
+        return image
+
+    def __reduce__(self) -> tuple[Callable[..., ImageCache], tuple[int, int]]:
+        return ImageCache, (self._channels, self._limit)
+
+
+def check_crop(crop: int, scale: int) -> None:
+    if scale < 1:
+        raise DataError(f"scale is {scale}; it must be 1 or more")
+    if crop < 0 or crop % scale:
+        raise DataError(f"crop is {crop} pixels of gt; it must be a multiple of the scale {scale}")
+
+
+def size_text(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+def size_message(pair: ImagePair, gt: np.ndarray, lq: np.ndarray, scale: int) -> str:
+    return (
+        f"{pair.gt}: gt is {size_text(gt)} and lq {pair.lq} is {size_text(lq)} pixels (width x height); "
+        f"with scale {scale} gt should be {lq.shape[1] * scale}x{lq.shape[0] * scale}"
+    )
+
+
+def window(image: np.ndarray, top: int, left: int, size: int, scale: int) -> np.ndarray:
+    """The square of `size` pixels from (top, left), extended at the bottom and right where the image ends."""
+    window = image[top : top + size, left : left + size]
+    missing = size - window.shape[0], size - window.shape[1]
+    if max(missing) == 0:
+        return window
+    # Mirroring about the last pixel, as BasicSR does, would move gt against lq when their pixels differ in
+    # size; mirroring about the edge does not.
+    mode = "reflect" if scale == 1 else "symmetric"
+    return np.pad(window, ((0, missing[0]), (0, missing[1]), (0, 0)), mode=mode)
+
+
+def _flip(image: np.ndarray, left_right: bool, top_bottom: bool, transpose: bool) -> np.ndarray:
+    """A copy: a view would keep the whole decoded image in memory until the batch is complete, which is slow."""
+    if left_right:
+        image = image[:, ::-1]
+    if top_bottom:
+        image = image[::-1]
+    return (image.swapaxes(0, 1) if transpose else image).copy()
+
+
+def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64((seed, stream, number)))
+
+
+@functools.lru_cache(maxsize=4)  # prefetching can straddle two epochs
+def _epoch_order(length: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    return _generator(seed, stream, epoch).permutation(length)
