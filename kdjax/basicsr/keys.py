@@ -1,0 +1,368 @@
+"""Every key of a training YAML of BasicSR, Real-ESRGAN and the guide: what it becomes here, and what it may be.
+
+KEYS is the table; above it are the functions that read one value, each of which says what it wanted. Numbers may be
+text, as which YAML 1.1 takes `1e-4`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kdjax.degradations import preset
+from kdjax.models import MODELS, canonical_arch
+from kdjax.names import nearest, pick
+
+Read = Callable[[Any], Any]  # the value of a key as the config has it; a ValueError says what was wanted
+
+
+# ---- what a value may be ---------------------------------------------------------------------------------------
+
+
+def anything(value: Any) -> Any:
+    return value
+
+
+def text(value: Any) -> str:
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError("wanted text")
+
+
+def number(value: Any) -> float:
+    try:
+        if isinstance(value, str | int | float) and not isinstance(value, bool) and math.isfinite(float(value)):
+            return float(value)
+    except (ValueError, OverflowError):
+        pass
+    raise ValueError("wanted a number")
+
+
+def whole(value: Any) -> int:
+    if number(value) != int(number(value)):
+        raise ValueError("wanted a whole number")
+    return int(number(value))
+
+
+def flag(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError("wanted true or false")
+
+
+def several(read: Read) -> Read:
+    """A list of values, each of which `read` takes."""
+
+    def read_all(values: Any) -> tuple[Any, ...]:
+        if not isinstance(values, Sequence) or isinstance(values, str):
+            raise ValueError("wanted a list")
+        return tuple(read(value) for value in values)
+
+    return read_all
+
+
+def named(read: Read) -> Read:
+    """A group of values, each of which `read` takes."""
+
+    def read_all(values: Any) -> dict[str, Any]:
+        if not isinstance(values, Mapping) or not values:
+            raise ValueError("wanted names with a value each")
+        return {str(name): read(value) for name, value in values.items()}
+
+    return read_all
+
+
+def one_of(what: str, **names: Any) -> Read:
+    """A name; what it stands for here is returned."""
+    return lambda value: pick(names, text(value), what)
+
+
+def only(*allowed: Any, why: str) -> Read:
+    """One of the values that mean what is done here anyway."""
+
+    def read(value: Any) -> Any:
+        if value not in allowed:
+            raise ValueError(why)
+        return value
+
+    return read
+
+
+def never(why: str) -> Read:
+    """Refused, unless it is switched off."""
+    return only(False, 0, "", why=why)
+
+
+def network(value: Any) -> str:
+    """The architecture's name here, or "module:Class"."""
+    try:
+        return canonical_arch(text(value))
+    except ValueError as error:
+        names = [cls.__name__ for cls in MODELS.values()]
+        unknown = f"there is no such architecture{nearest(value, names)}" if ":" not in str(value) else str(error)
+        raise ValueError(
+            f"{unknown}. Write the type and the keys of one of {', '.join(names)} (EDSR takes num_in_ch, num_out_ch,"
+            " num_feat and num_block), or `type: my_package.my_net:MyNet` for your own network in Flax, see"
+            " docs/your_own_student.md"
+        ) from None
+
+
+# ---- the keys --------------------------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """A key of the YAML.
+
+    Attributes:
+      becomes: the key of the config, "-" where none is needed; a * is the key's own name.
+      note: what is different here, or why nothing takes the key's place.
+      read: what the value may be.
+      direct: whether the value is simply that of `becomes`; else it takes part in it, see `_finish_*`.
+    """
+
+    becomes: str
+    note: str = ""
+    read: Read = anything
+    direct: bool = True
+
+
+def ignored(note: str, read: Read = anything) -> Key:
+    return Key("-", note, read, direct=False)
+
+
+_DISK = only("disk", why="only files in folders are read; unpack the lmdb store into one")
+_GAN = "GAN training is not supported; remove network_d and gan_opt, and set model_type to SRModel or RealESRNetModel"
+_MEAN = only("mean", why="losses are means; write `mean` and adapt loss_weight")
+_MEAN_COLOUR = only([0.4488, 0.4371, 0.4040], why="EDSR's mean is that of DIV2K, [0.4488, 0.4371, 0.4040]")
+_RAW = "images stay in [0, 1]; networks here subtract their own mean"
+STRICT = "weights fit as a whole or not at all"
+_WHOLE_RGB = "PSNR and SSIM of the whole RGB image, always: other borders and Y give other numbers"
+_CRITERIA = {"l1": "l1", "l2": "mse", "smooth_l1": "smooth_l1"}
+
+
+def _like(default: Any) -> Read:
+    """How to read a value of the type that another one has."""
+    if isinstance(default, tuple):
+        return several(_like(default[0]))
+    return {str: text, float: number, int: whole}[type(default)]
+
+
+# Of Real-ESRGAN, for clean images. In its own files some are at the root, in the guide's all are in datasets.train.
+DEGRADATION = {name: _like(default) for name, default in preset("realesrgan").items() if name != "name"}
+
+DATASETS = {
+    "PairedImageDataset": "pairs",
+    "RealESRGANPairedDataset": "pairs",
+    "RealESRGANDataset": "clean",
+    "RealESRGANHybridDataset": "both",
+}
+
+# "datasets.val" stands for the first validation set, whatever it is called; "datasets.*" for the others.
+KEYS: dict[str, Key] = {
+    "name": Key("name", "the run's folder is runs/NAME, or --workdir", text),
+    "model_type": ignored(
+        "one program trains all of them",
+        only(
+            "DistillationModel",
+            "SRModel",
+            "RealESRNetModel",
+            why=f"wanted DistillationModel, SRModel or RealESRNetModel: {_GAN}",
+        ),
+    ),
+    "scale": Key("student.hparams", "upscale or scale of network_g, which must agree", whole, direct=False),
+    "num_gpu": Key(
+        "data.batch_size",
+        "all devices are used; this multiplies batch_size_per_gpu",
+        direct=False,
+        read=lambda value: value if value == "auto" else whole(value),
+    ),
+    "manual_seed": Key("seed", read=whole),
+    "gt_usm": Key("data.gt_usm", "sharpens every clean image, beside degraded ones those of pairs too", flag),
+    "l1_gt_usm": ignored("see gt_usm", never("sharpened targets are said by gt_usm, for input and target together")),
+    "percep_gt_usm": ignored("see gt_usm", never("sharpened targets are said by gt_usm")),
+    "gan_gt_usm": ignored("there is no discriminator"),
+    "high_order_degradation": Key("degrade", "false uses pairs only", flag, direct=False),
+    "gt_size": Key("data.crop", read=whole),
+    "queue_size": ignored("no pool is needed: every sample draws its own degradation"),
+    "dist_params.*": ignored("one process drives all devices"),
+    "find_unused_parameters": ignored("one process drives all devices"),
+    # ---- data
+    "datasets.train.name": ignored("only a label"),
+    "datasets.train.type": Key(
+        "data", "says which of the folders are used", one_of("data set", **DATASETS), direct=False
+    ),
+    "datasets.train.dataroot_gt": Key("data.gt", read=text),
+    "datasets.train.dataroot_lq": Key("data.lq", read=text),
+    "datasets.train.dataroot_gt_paired": Key("data.gt", read=text),
+    "datasets.train.dataroot_lq_paired": Key("data.lq", read=text),
+    "datasets.train.dataroot_paired": Key(
+        "data.gt, data.lq", "with meta_info_paired the folder of both, else its GT and LQ", text, direct=False
+    ),
+    "datasets.train.dataroot_gt_unpaired": Key("data.unpaired", "data.gt where there are no pairs", text),
+    "datasets.train.meta_info": Key("data.meta_info", read=text),
+    "datasets.train.meta_info_file": Key("data.meta_info", read=text),
+    "datasets.train.meta_info_paired": Key("data.meta_info", read=text),
+    "datasets.train.meta_info_unpaired": Key(
+        "data.unpaired_meta_info", "data.meta_info where there are no pairs", text
+    ),
+    "datasets.train.unpaired_prob": Key("data.unpaired_part", "of every batch, not a coin for every image", number),
+    "datasets.train.filename_tmpl": Key("data.filename_tmpl", read=text),
+    "datasets.train.io_backend.type": ignored("files are read directly", _DISK),
+    "datasets.train.gt_size": Key(
+        "data.crop", "clean images are degraded at 400 and cropped after that, as in Real-ESRGAN", whole
+    ),
+    "datasets.train.use_hflip": Key("data.hflip", read=flag),
+    "datasets.train.use_rot": Key("data.rot", read=flag),
+    "datasets.train.use_shuffle": ignored("the order is random", only(True, why="the order is always random")),
+    "datasets.train.num_worker_per_gpu": Key("data.workers", "times num_gpu", whole),
+    "datasets.train.batch_size_per_gpu": Key("data.batch_size", "times num_gpu: the batch of all devices", whole),
+    "datasets.train.dataset_enlarge_ratio": ignored("the stream of crops has no end, epochs cost nothing"),
+    "datasets.train.prefetch_mode": ignored("batches are made ahead of time"),
+    "datasets.train.num_prefetch_queue": ignored("batches are made ahead of time"),
+    "datasets.train.pin_memory": ignored("there is no such memory here"),
+    "datasets.train.persistent_workers": ignored("workers live as long as the run"),
+    "datasets.train.scale": ignored("see scale"),
+    "datasets.train.color": ignored(
+        "networks of one channel read grey", never("Y alone is not trained on; use RGB or grey")
+    ),
+    "datasets.train.mean": ignored(_RAW, never(_RAW)),
+    "datasets.train.std": ignored(_RAW, never(_RAW)),
+    "datasets.val.name": ignored("only a label"),
+    "datasets.val.type": ignored(
+        "pairs",
+        only(
+            "PairedImageDataset",
+            "RealESRGANPairedDataset",
+            why="wanted PairedImageDataset: without clean images nothing can be measured",
+        ),
+    ),
+    "datasets.val.dataroot_gt": Key("val.gt", read=text),
+    "datasets.val.dataroot_lq": Key("val.lq", read=text),
+    "datasets.val.meta_info": Key("val.meta_info", read=text),
+    "datasets.val.meta_info_file": Key("val.meta_info", read=text),
+    "datasets.val.filename_tmpl": Key("val.filename_tmpl", read=text),
+    "datasets.val.io_backend.type": ignored("files are read directly", _DISK),
+    "datasets.val.color": ignored("networks of one channel read grey", never("validation is on RGB or grey, not Y")),
+    "datasets.val.mean": ignored(_RAW, never(_RAW)),
+    "datasets.val.std": ignored(_RAW, never(_RAW)),
+    "datasets.*": ignored("one set is validated; python -m kdjax.evaluate measures others"),
+    # ---- networks
+    "network_g.type": Key("student.arch", read=network),
+    "network_g.rgb_mean": ignored("EDSR's, always", _MEAN_COLOUR),
+    "network_g.*": Key("student.hparams.*"),
+    "network_teacher.type": ignored("recognised from the weights", network),
+    "network_teacher.rgb_mean": ignored("EDSR's, always", _MEAN_COLOUR),
+    "network_teacher.*": Key("teacher.hparams.*", "the weights decide, and have to agree"),
+    "network_d": ignored("there is no discriminator", never(_GAN)),
+    "path.pretrain_network_g": Key("student.weights", "its params_ema, where it has them", text),
+    "path.param_key_g": ignored("params_ema before params"),
+    "path.strict_load_g": ignored(STRICT),
+    "path.pretrain_network_teacher": Key(
+        "teacher.weights", "the guide takes its params; here params_ema where it has them", text
+    ),
+    "path.param_key_teacher": Key("teacher.key", read=text),
+    "path.strict_load_teacher": ignored(STRICT),
+    "path.pretrain_network_d": ignored("there is no discriminator", never(_GAN)),
+    "path.strict_load_d": ignored("there is no discriminator"),
+    "path.param_key_d": ignored("there is no discriminator"),
+    "path.ignore_resume_networks": ignored("the teacher is never in a checkpoint"),
+    "path.experiments_root": ignored("say --workdir"),
+    "path.resume_state": ignored(
+        "the same command continues a run",
+        never("a .state of PyTorch cannot be continued; name its net_g file as pretrain_network_g to start from it"),
+    ),
+    # ---- training
+    "train.ema_decay": Key("train.ema_decay", read=number),
+    "train.optim_g.type": Key("train.optimizer", read=one_of("optimizer", Adam="adam", AdamW="adamw")),
+    "train.optim_g.lr": Key("train.lr.value", read=number),
+    "train.optim_g.weight_decay": Key("train.weight_decay", read=number),
+    "train.optim_g.betas": Key("train.betas", read=several(number)),
+    "train.optim_g.eps": ignored("1e-8", lambda value: only(1e-8, why="Adam's eps is 1e-8")(number(value))),
+    "train.optim_g.amsgrad": ignored("Adam is without it", never("Adam here is without it")),
+    "train.optim_d.*": ignored("there is no discriminator"),
+    "train.scheduler.type": Key(
+        "train.lr.name",
+        read=one_of(
+            "scheduler", MultiStepLR="multistep", MultiStepRestartLR="multistep", CosineAnnealingRestartLR="cosine"
+        ),
+    ),
+    "train.scheduler.milestones": Key("train.lr.milestones", read=several(whole)),
+    "train.scheduler.gamma": Key("train.lr.gamma", read=number),
+    "train.scheduler.restarts": Key("train.lr", "phases of a piecewise schedule", several(whole), direct=False),
+    "train.scheduler.periods": Key("train.lr.steps", "one; past its end the rate stays", several(whole), direct=False),
+    "train.scheduler.restart_weights": Key("train.lr", read=several(number), direct=False),
+    "train.scheduler.eta_min": Key("train.lr.final", read=number),
+    "train.total_iter": Key("train.steps", read=whole),
+    "train.warmup_iter": Key(
+        "train.lr.warmup",
+        "the full rate is reached; BasicSR's MultiStep stops short of it",
+        lambda value: max(0, whole(value)),
+    ),
+    "train.pixel_opt.type": Key(
+        "terms.task.criterion",
+        read=one_of("pixel loss", L1Loss="l1", MSELoss="mse", CharbonnierLoss="charbonnier", SmoothL1Loss="smooth_l1"),
+    ),
+    "train.pixel_opt.loss_weight": Key("terms.task.weight", read=number),
+    "train.pixel_opt.reduction": ignored("losses are means", _MEAN),
+    "train.pixel_opt.eps": Key("terms.task.eps", read=number),
+    "train.pixel_opt.beta": Key("terms.task.beta", read=number),
+    "train.perceptual_opt.type": Key(
+        "terms.perceptual", "and terms.style", direct=False, read=only("PerceptualLoss", why="wanted PerceptualLoss")
+    ),
+    "train.perceptual_opt.layer_weights": Key("terms.perceptual.layer_weights", read=named(number)),
+    "train.perceptual_opt.vgg_type": Key("terms.perceptual.vgg_type", read=text),
+    "train.perceptual_opt.vgg_file": Key("terms.perceptual.vgg", "not a key of BasicSR", text),
+    "train.perceptual_opt.use_input_norm": Key("terms.perceptual.use_input_norm", read=flag),
+    "train.perceptual_opt.range_norm": Key("terms.perceptual.range_norm", read=flag),
+    "train.perceptual_opt.criterion": Key(
+        "terms.perceptual.criterion", read=one_of("criterion", l1="l1", l2="l2", fro="fro")
+    ),
+    "train.perceptual_opt.perceptual_weight": Key(
+        "terms.perceptual.weight",
+        "needs the VGG file: vgg_file, --config.terms.perceptual.vgg or BasicSR's place",
+        number,
+    ),
+    "train.perceptual_opt.style_weight": Key("terms.style.weight", "needs the VGG file as well", number),
+    "train.distillation_opt.type": Key(
+        "terms.output",
+        "both types compare images, in the guide too",
+        direct=False,
+        read=only(
+            "OutputDistillation",
+            "FeatureDistillation",
+            why="wanted OutputDistillation or FeatureDistillation; every other kind is a term of a config here, see"
+            " docs/distillation.md",
+        ),
+    ),
+    "train.distillation_opt.loss_weight": Key("terms.output.weight.value", read=number),
+    "train.distillation_opt.criterion": Key(
+        "terms.output.criterion",
+        "l2 at 2.0 is 4 % of the gradient; l1 at 1.0 is advised",
+        one_of("criterion", **_CRITERIA),
+    ),
+    "train.distillation_opt.reduction": ignored("losses are means", _MEAN),
+    "train.distillation_opt.feature_layers": ignored("the guide never reads it; features: configs/hint.py"),
+    "train.distillation_scheduler.milestones": Key("terms.output.weight.milestones", read=several(whole)),
+    "train.distillation_scheduler.gamma": Key("terms.output.weight.gamma", read=number),
+    "train.gan_opt": ignored("there is no discriminator", never(_GAN)),
+    "train.net_d_iters": ignored("there is no discriminator"),
+    "train.net_d_init_iters": ignored("there is no discriminator"),
+    # ---- validation and logging
+    "val.val_freq": Key("val.every", read=whole),
+    "val.save_img": Key(
+        "val.save_images", "4 pictures, input | student | teacher | clean", lambda value: 4 * flag(value)
+    ),
+    "val.suffix": ignored("pictures are val/STEP/NAME.png"),
+    "val.pbar": ignored("a line is logged"),
+    "val.metrics.*": ignored(_WHOLE_RGB),
+    "logger.print_freq": Key("log.every", read=whole),
+    "logger.save_checkpoint_freq": Key("checkpoint.every", read=whole),
+    "logger.use_tb_logger": Key("log.tensorboard", "needs the extra tb", flag),
+    "logger.wandb.project": Key("log.wandb", "needs the extra wandb", text),
+    "logger.wandb.resume_id": ignored("the run's folder says which run continues"),
+} | {
+    f"{place}{name}": Key("degrade.*", "of clean images without a pair", read)
+    for place in ("datasets.train.", "")
+    for name, read in DEGRADATION.items()
+}
