@@ -6,6 +6,7 @@ Input and teacher do not change during a run, so their scores are measured once 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -39,8 +40,11 @@ class Monitor:
         self._student_apply = models.make_apply(student.arch, student.hparams)
         self._teacher_apply = teacher and teacher.apply_float32
         self._scores: dict[str, Score] = {}
-        if self._scale != 1 and not options.lq:
-            raise ConfigError("config.val.lq is empty; a student that enlarges needs a folder of small images")
+        if self._scale != 1 and not (options.lq or options.degrade):
+            raise ConfigError(
+                "config.val.lq is empty; a student that enlarges needs a folder of small images, or config.val.degrade"
+                " to make them"
+            )
         images = data.load_images(
             data.find_pairs(
                 gt=assets.locate(options.gt, assets.VAL_PHOTOGRAPHS),
@@ -54,12 +58,18 @@ class Monitor:
             crop=options.crop,
             limit=options.limit,
         )
-        self.samples = [validation.make_sample(image.name, image.gt, image.lq, options.sigma) for image in images]
+        if options.degrade and not options.lq:
+            self.samples = validation.degraded_samples(
+                [image.name for image in images], [image.gt for image in images], options.degrade, self._scale
+            )
+        else:
+            self.samples = [validation.make_sample(image.name, image.gt, image.lq, options.sigma) for image in images]
         self._pictures = range(min(options.save_images, len(images)))
 
     def report(self) -> None:
         """Says what is validated, and warns when the teacher does not improve its input."""
-        degraded = f"noise sigma {self._options.sigma:g}" if not self._options.lq else f"inputs {self._options.lq}"
+        noise = self._options.degrade.get("name") or f"noise sigma {self._options.sigma:g}"
+        degraded = f"inputs {self._options.lq}" if self._options.lq else f"degraded by {noise}"
         log.info(f"validation images: {len(self.samples)} from {self._options.gt}, {degraded}")
         if not self._teacher:
             return
@@ -118,8 +128,8 @@ class Monitor:
         if "input" in self._scores:
             return
         path = workdir / "baseline.json"
-        measured = ("gt", "lq", "filename_tmpl", "meta_info", "sigma", "crop", "limit")
-        of = {name: getattr(self._options, name) for name in measured}
+        measured = ("gt", "lq", "filename_tmpl", "meta_info", "sigma", "degrade", "crop", "limit")
+        of = json.loads(json.dumps({name: getattr(self._options, name) for name in measured}))  # as it is read back
         of["teacher"] = self._teacher and self._teacher.identity
         known = read_json(path)
         if known.get("of") == of:

@@ -16,6 +16,7 @@ as many more steps as make its multiply-accumulates those of column NAME.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -66,6 +67,33 @@ class Baseline:
     teacher_psnr: float
     input_psnr: float
     teacher_outputs: list[np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Columns that are trained together: all but the student, its losses and its learning is the same."""
+
+    setups: dict[str, train.Setup]
+    teacher: Teacher
+    frozen: dict[str, Any]  # {"teacher": parameters, "terms": {column: constants of its terms}}
+    samples: list[Sample]
+
+    @property
+    def first(self) -> train.Setup:
+        """The setup that stands for all where they are the same."""
+        return next(iter(self.setups.values()))
+
+    @property
+    def config(self) -> Config:
+        return self.first.config
+
+    @property
+    def mesh(self) -> jax.sharding.Mesh:
+        return self.first.mesh
+
+    def frozen_of(self, column: str) -> dict[str, Any]:
+        """The constants of one column's step."""
+        return {"teacher": self.frozen["teacher"], "terms": self.frozen["terms"][column]}
 
 
 @jax.tree_util.register_dataclass
@@ -127,6 +155,8 @@ def is_finished(config: Config, folder: Path) -> bool:
       ConfigError: it is a run with another config.
     """
     before = read_json(folder / "config.json")
+    with contextlib.suppress(ConfigError):  # a key that is new since then has its default
+        before = config_lib.to_dict(config_lib.parse(before)) if before else {}
     # What is logged, and how often a checkpoint is written, changes nothing.
     changes = [c for c in config_lib.changes(before, config_lib.to_dict(config)) if not c.startswith(("log.", "check"))]
     if before and changes:
@@ -144,7 +174,7 @@ def train_together(
     stop: StopSignals,
     baselines: dict[str, Baseline] | None = None,
 ) -> None:
-    """Trains the columns of a group to their end, or until a signal.
+    """Trains the columns of a group to their end, or until a signal, and writes their results.
 
     `baselines` keeps what was measured of the teacher for the next group: a large one takes minutes.
 
@@ -152,103 +182,109 @@ def train_together(
       ValueError, OSError: a config cannot be carried out.
       train.NonFiniteLoss: a student diverged.
     """
-    started = time.monotonic()
-    setups = {column: train.prepare(config) for column, config in configs.items()}
-    first = next(iter(setups.values()))
-    config, mesh = first.config, first.mesh
-    teacher = load_teacher(config.teacher, first.student)
-    monitor = Monitor(config.val, first.student, teacher)
-    frozen = sharding.replicate(
-        {
-            "teacher": teacher.params,
-            "terms": {name: distill.make_frozen(s.recipe.terms, None)["terms"] for name, s in setups.items()},
-        },
-        mesh,
-    )
-    recipes = {column: setup.recipe for column, setup in setups.items()}
-    by_column = {name: distill.init_state(s.recipe, s.student.params) for name, s in setups.items()}
-    states = sharding.replicate(States(next(iter(by_column.values())).step.copy(), by_column), mesh)
-    key = sharding.replicate(jax.random.key(config.seed), mesh)
-    step_fn = jax.jit(functools.partial(joint_step, recipes), donate_argnums=0)
-    diagnose_fns = {name: jax.jit(functools.partial(distill.diagnose, recipe)) for name, recipe in recipes.items()}
+    group = make_group(configs)
+    config = group.config
     log.info(f"seed {config.seed}: {', '.join(configs)}, {config.train.steps:,} steps, in {folder}")
     baselines = {} if baselines is None else baselines
     subject = json.dumps([config_lib.to_dict(config)[part] for part in ("teacher", "val")])
     if subject not in baselines:
-        baselines[subject] = measure_baseline(monitor.samples, teacher)
+        baselines[subject] = measure_baseline(group.samples, group.teacher)
     baseline = baselines[subject]
     log.info(f"teacher {baseline.teacher_psnr:.3f} dB, input {baseline.input_psnr:.3f} dB")
-
     checkpoint_folder = folder / f"checkpoints-{'-'.join(configs)}"[:200]
     with Checkpoints(checkpoint_folder, keep=1) as checkpoints:
-        if checkpoints.latest is not None:
-            states = checkpoints.restore(states)
-        step = int(states.step)
+        states = train_group(group, folder, checkpoints, curve_images, stop)
+    if int(states.step) == config.train.steps:
+        for column in configs:
+            write_result(group, column, states.by_column[column], baseline, folder / column)
+        shutil.rmtree(checkpoint_folder)
+
+
+def make_group(configs: Mapping[str, Config]) -> Group:
+    """Networks and data of the columns; one teacher, whether or not the first column needs it."""
+    setups = {column: train.prepare(config) for column, config in configs.items()}
+    first = next(iter(setups.values()))
+    teacher = load_teacher(first.config.teacher, first.student)
+    terms = {column: distill.make_frozen(s.recipe.terms, None)["terms"] for column, s in setups.items()}
+    frozen = sharding.replicate({"teacher": teacher.params, "terms": terms}, first.mesh)
+    samples = Monitor(first.config.val, first.student, teacher).samples
+    return Group(setups, teacher, frozen, samples)
+
+
+def train_group(group: Group, folder: Path, checkpoints: Checkpoints, curve_images: int, stop: StopSignals) -> States:
+    """The loop of `train.train` for several students at once; returns their states at the last step, or at a signal."""
+    config, mesh = group.config, group.mesh
+    recipes = {column: setup.recipe for column, setup in group.setups.items()}
+    step_fn = jax.jit(functools.partial(joint_step, recipes), donate_argnums=0)
+    diagnose_fns = {column: jax.jit(functools.partial(distill.diagnose, recipe)) for column, recipe in recipes.items()}
+    key = sharding.replicate(jax.random.key(config.seed), mesh)
+    by_column = {column: distill.init_state(s.recipe, s.student.params) for column, s in group.setups.items()}
+    states = sharding.replicate(States(next(iter(by_column.values())).step.copy(), by_column), mesh)
+    if checkpoints.latest is not None:
+        states = checkpoints.restore(states)
+    step, started = int(states.step), time.monotonic()
+    curve_samples = group.samples[:: max(1, len(group.samples) // curve_images)][:curve_images]
+    pending: dict[str, list[tuple[int, distill.Metrics]]] = {column: [] for column in recipes}
+    with contextlib.ExitStack() as stack:
         logbooks = {}
-        for column, setup in setups.items():
+        for column, setup in group.setups.items():
             (folder / column).mkdir(parents=True, exist_ok=True)
             write_json(folder / column / "config.json", config_lib.to_dict(setup.config))
-            logbooks[column] = Logbook(folder / column, resume_step=step, name=column, tensorboard=False, wandb="")
-        pending: dict[str, list] = {column: [] for column in setups}
-        with train.open_batches(first, start_step=step) as batches:
-            while step < config.train.steps and not stop.requested:
-                batch = sharding.shard_batch(next(batches), mesh)
-                logs = (step + 1) % config.log.every == 0
-                diagnoses = {}
-                if logs and config.log.diagnose:
-                    for column, diagnose in diagnose_fns.items():
-                        diagnoses[column] = diagnose(states.by_column[column], _frozen_of(frozen, column), batch, key)
-                states, metrics_by_column = step_fn(states, frozen, batch, key)
-                step += 1
-                for column, values in metrics_by_column.items():
-                    pending[column].append((step, values))
-                jax.block_until_ready(next(iter(pending.values()))[-3:][0][1])
-                validates = step % config.val.every == 0 or step == config.train.steps
-                saves = step % config.checkpoint.every == 0 or validates
-                if not (logs or saves):
-                    continue
-                for column in setups:
-                    values = train.fetch(pending[column])
-                    more = {name: float(value) for name, value in jax.device_get(diagnoses.get(column, {})).items()}
-                    if logs:
-                        logbooks[column].write(step, values | more)
-                log.info(f"step {step:,}/{config.train.steps:,} after {time.monotonic() - started:.0f} s")
-                if validates:
-                    for column, setup in setups.items():
-                        samples = monitor.samples[:: max(1, len(monitor.samples) // curve_images)][:curve_images]
-                        psnr = mean_psnr(setup.recipe.student, states.by_column[column].params_ema, samples)
-                        logbooks[column].write(step, {"val/student_psnr": psnr})
-                        log.info(f"  {column}: {psnr:.3f} dB on {len(samples)} images")
-                if saves:
-                    checkpoints.save(states)
-            checkpoints.save(states)
-        for logbook in logbooks.values():
-            logbook.__exit__()
-    if step < config.train.steps:
-        return
-    macs = {
-        column: step_macs(setup, states.by_column[column], _frozen_of(frozen, column), batch_shapes(setup))
-        for column, setup in setups.items()
+            logbook = Logbook(folder / column, resume_step=step, name=column, tensorboard=False, wandb="")
+            logbooks[column] = stack.enter_context(logbook)
+        batches = stack.enter_context(train.open_batches(group.first, start_step=step))
+        while step < config.train.steps and not stop.requested:
+            batch = sharding.shard_batch(next(batches), mesh)
+            logs = (step + 1) % config.log.every == 0
+            diagnoses = {}
+            if logs and config.log.diagnose:
+                for column, diagnose in diagnose_fns.items():
+                    diagnoses[column] = diagnose(states.by_column[column], group.frozen_of(column), batch, key)
+            states, metrics_by_column = step_fn(states, group.frozen, batch, key)
+            step += 1
+            for column, values in metrics_by_column.items():
+                pending[column].append((step, values))
+            jax.block_until_ready(pending[column][-3:][0][1])  # as in `train.train`
+            validates = train.is_validated(config, step)
+            saves = step % config.checkpoint.every == 0 or validates
+            if not (logs or saves):
+                continue
+            for column, logbook in logbooks.items():
+                values = train.fetch(pending[column])
+                if logs:
+                    diagnosis = jax.device_get(diagnoses.get(column, {}))
+                    logbook.write(step, values | {name: float(value) for name, value in diagnosis.items()})
+            log.info(f"step {step:,}/{config.train.steps:,} after {time.monotonic() - started:.0f} s")
+            if validates:
+                for column, logbook in logbooks.items():
+                    psnr = mean_psnr(recipes[column].student, states.by_column[column].params_ema, curve_samples)
+                    logbook.write(step, {"val/student_psnr": psnr})
+                    log.info(f"  {column}: {psnr:.3f} dB on {len(curve_samples)} images")
+            if saves:
+                checkpoints.save(states)
+        checkpoints.save(states)
+    return states
+
+
+def write_result(group: Group, column: str, state: distill.State, baseline: Baseline, folder: Path) -> None:
+    """Writes a finished student and, last, the account of its run."""
+    setup = group.setups[column]
+    train.export(setup.student, state.params_ema, folder)
+    result = measure(setup.recipe.student, state.params_ema, group.samples, baseline.teacher_outputs)
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    result |= {
+        "teacher_psnr": baseline.teacher_psnr,
+        "input_psnr": baseline.input_psnr,
+        "column": column,
+        "seed": setup.config.seed,
+        "steps": setup.config.train.steps,
+        "macs_per_step": step_macs(setup, state, group.frozen_of(column), batch_shapes(setup)),
+        "teacher": group.teacher.identity,
+        "student": train.describe(setup.student),
+        "curve": [[row["step"], row["val/student_psnr"]] for row in rows if "val/student_psnr" in row],
     }
-    for column, setup in setups.items():
-        params = states.by_column[column].params_ema
-        train.export(setup.student, params, folder / column)
-        result = measure(setup.recipe.student, params, monitor.samples, baseline.teacher_outputs)
-        rows = map(json.loads, (folder / column / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-        result |= {
-            "teacher_psnr": baseline.teacher_psnr,
-            "input_psnr": baseline.input_psnr,
-            "column": column,
-            "seed": config.seed,
-            "steps": config.train.steps,
-            "macs_per_step": macs[column],
-            "teacher": teacher.identity,
-            "student": train.describe(setup.student),
-            "curve": [[row["step"], row["val/student_psnr"]] for row in rows if "val/student_psnr" in row],
-        }
-        write_json(folder / column / "result.json", finite(result))
-        log.info(f"{column}, seed {config.seed}: {result['psnr']:.3f} dB")
-    shutil.rmtree(checkpoint_folder)
+    write_json(folder / "result.json", finite(result))
+    log.info(f"{column}, seed {setup.config.seed}: {result['psnr']:.3f} dB")
 
 
 def joint_step(
@@ -264,7 +300,8 @@ def joint_step(
     updated, metrics_by_column = {}, {}
     for column, recipe in recipes.items():
         state = states.by_column[column]
-        updated[column], metrics_by_column[column] = distill.learn(recipe, state, _frozen_of(frozen, column), scene)
+        constants = {"teacher": frozen["teacher"], "terms": frozen["terms"][column]}
+        updated[column], metrics_by_column[column] = distill.learn(recipe, state, constants, scene)
     return States(states.step + 1, updated), metrics_by_column
 
 
@@ -286,10 +323,12 @@ def step_macs(setup: train.Setup, state: distill.State, frozen: Mapping[str, Any
 def batch_shapes(setup: train.Setup) -> distill.Batch:
     """The shapes of a training batch."""
     options, channels, scale = setup.config.data, models.num_channels(setup.student), models.scale_of(setup.student)
+    side = options.canvas or options.crop
     image = lambda side: jax.ShapeDtypeStruct((options.batch_size, side, side, channels), np.uint8)  # noqa: E731
-    index = jax.ShapeDtypeStruct((options.batch_size,), np.int32)
-    batch = {"gt": image(options.crop), "index": index}
-    return batch | ({"lq": image(options.crop // scale)} if options.lq else {})
+    number = lambda dtype: jax.ShapeDtypeStruct((options.batch_size,), dtype)  # noqa: E731
+    batch = {"gt": image(side), "index": number(np.int32)}
+    batch |= {"lq": image(side // scale)} if options.lq else {}
+    return batch | ({"is_paired": number(bool)} if options.unpaired else {})
 
 
 def measure_baseline(samples: list[Sample], teacher: Teacher) -> Baseline:
@@ -351,10 +390,6 @@ def write_results(study: Study, workdir: Path) -> str:
     except ImportError:
         log.info("no picture: matplotlib is not installed (pip install 'kdjax[plot]')")
     return f"{len(results)} of {len(study.runs)} runs have a result: {workdir / 'results.md'}"
-
-
-def _frozen_of(frozen: Mapping[str, Any], column: str) -> dict[str, Any]:
-    return {"teacher": frozen["teacher"], "terms": frozen["terms"][column]}
 
 
 def _groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:

@@ -11,12 +11,14 @@ import dataclasses
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from kdjax import metrics, sharding
+from kdjax.degradations import make_degrade
 from kdjax.distill import eval_step
 from kdjax.models import Apply, Params
 
@@ -47,6 +49,21 @@ def add_noise(gt: np.ndarray, sigma: float) -> np.ndarray:
 def make_sample(name: str, gt: np.ndarray, lq: np.ndarray | None, sigma: float) -> Sample:
     """A sample from a uint8 `gt` and its uint8 `lq`, or with the benchmark's noise where there is no `lq`."""
     return Sample(name, add_noise(gt, sigma) if lq is None else np.float32(lq) / 255, gt)
+
+
+def degraded_samples(
+    names: Sequence[str], gts: Sequence[np.ndarray], degrade: Mapping[str, Any], scale: int = 1
+) -> list[Sample]:
+    """Samples from uint8 images, degraded as a config says, always in the same way: the key is the place in the list.
+
+    Every distinct size compiles once.
+
+    Raises:
+      ValueError: a degradation that does not exist or cannot make small images.
+    """
+    step = jax.jit(make_degrade(degrade, scale=scale))
+    lqs = (step(jax.random.fold_in(jax.random.key(0), i), gt.astype(np.float32) / 255) for i, gt in enumerate(gts))
+    return [Sample(name, np.asarray(lq), gt) for name, lq, gt in zip(names, lqs, gts, strict=True)]
 
 
 def restore(

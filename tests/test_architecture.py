@@ -11,13 +11,13 @@ PACKAGE = Path(kdjax.__file__).parent
 FLOORS = [
     {"names", "config", "signals", "assets", "ops", "schedules", "sharding"},  # the ground
     {"models", "losses", "perceptual", "metrics", "degradations"},  # the maths
-    {"data", "weights", "checkpoint", "logbook", "ladder"},  # the world outside
+    {"data", "weights", "checkpoint", "logbook", "ladder", "basicsr"},  # the world outside
     {"terms", "teachers"},  # the losses of a config, and its teacher
     {"distill"},  # the step
     {"validation"},  # measuring
     {"monitor"},
     {"train", "evaluate"},  # programs
-    {"study"},  # a program over programs
+    {"study", "show"},  # programs over programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Ground-floor modules that others of that floor may use.

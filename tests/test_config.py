@@ -38,7 +38,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("variant", ["", "quick", "debug"])
-@pytest.mark.parametrize("name", ["denoise", "teacher", *METHODS])
+@pytest.mark.parametrize("name", ["denoise", "teacher", "realworld", *METHODS])
 def test_shipped_configs_are_valid(name: str, variant: str) -> None:
     if (name, variant) == ("teacher", "quick"):
         pytest.skip("there is none")
@@ -47,7 +47,7 @@ def test_shipped_configs_are_valid(name: str, variant: str) -> None:
     json.dumps(config_lib.to_dict(config))
 
 
-@pytest.mark.parametrize("name", ["denoise", "teacher", *METHODS])
+@pytest.mark.parametrize("name", ["denoise", "teacher", "realworld", *METHODS])
 def test_unknown_variants_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no variant 'quik'"):
         load(name, "quik")
@@ -107,5 +107,5 @@ def test_changes_between_two_configs_are_told_by_key() -> None:
 
 
 def test_every_config_is_tried() -> None:
-    studies = {"study_denoise", "study_few_labels"}  # see test_study.py
-    assert {path.stem for path in CONFIGS.glob("*.py")} == {"denoise", "teacher", *METHODS} | studies
+    elsewhere = {"study_denoise", "study_few_labels", "basicsr"}  # see test_study.py and test_basicsr.py
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {"denoise", "teacher", "realworld", *METHODS} | elsewhere

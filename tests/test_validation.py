@@ -49,3 +49,16 @@ def test_ssim_is_nan_where_its_window_does_not_fit() -> None:
     score = validation.score(image, image)
     assert score.psnr == float("inf") and np.isnan(score.ssim)
     assert validation.mean_score([score, Score(30.0, 0.5)]).ssim == 0.5
+
+
+def test_degraded_samples_are_always_the_same_and_differ_from_each_other() -> None:
+    gts = [np.full((8, 8, 3), 100, np.uint8)] * 3
+    spec = dict(name="awgn_blind", sigma=(5.0, 50.0))
+    samples = validation.degraded_samples(["a", "b", "c"], gts, spec)
+    again = validation.degraded_samples(["a", "b"], gts[:2], spec)
+    for sample, same in zip(samples, again, strict=False):
+        np.testing.assert_array_equal(sample.lq, same.lq)
+    sigmas = [sample.lq.std() for sample in samples]
+    assert len({round(float(sigma), 4) for sigma in sigmas}) == 3 and 3 / 255 < min(sigmas) < max(sigmas) < 60 / 255
+    with pytest.raises(ValueError, match="keeps the size of images"):
+        validation.degraded_samples(["a"], gts[:1], spec, scale=2)

@@ -53,7 +53,7 @@ class PReLU(nnx.Module):
     """max(x, 0) + weight * min(x, 0) with one learnt slope per channel (torch's; Flax's has a single slope)."""
 
     def __init__(self, num_channels: int) -> None:
-        self.weight = nnx.Param(jnp.full((num_channels,), 0.25))
+        self.weight = nnx.Param(jnp.full((num_channels,), 0.25, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return jnp.where(x >= 0, x, self.weight[...].astype(x.dtype) * x)

@@ -1,0 +1,116 @@
+"""Draws what a config trains on: clean and degraded images side by side, with what was chosen for each.
+
+    python -m kdjax.show --config configs/realworld.py --output sheet.png [--count 8] [--step 0]
+
+The samples are those of the run itself: same files, crops, flips, degradations. Each row has gt, lq, and for
+Real-ESRGAN the three blur kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+from PIL import Image, ImageDraw, ImageFont
+
+from kdjax import config as config_lib
+from kdjax import data, degradations, distill, models, ops, train
+from kdjax.data import DataError
+
+_TEXT_WIDTH, _LINE, _GAP = 330, 15, 6
+_KERNEL_ZOOM = 4
+_LARGEST = 320  # of an image on the sheet, pixels
+
+
+def draw_sheet(setup: train.Setup, *, count: int, step: int = 0) -> np.ndarray:
+    """The sheet of the first `count` samples from training step `step` on, uint8 (h, w, 3)."""
+    key = jax.random.key(setup.config.seed)
+    rows: list[np.ndarray] = []
+    make_pair = jax.jit(lambda batch: distill.make_pair(setup.recipe, batch, key))
+    with train.open_batches(setup, start_step=step) as batches:
+        while len(rows) < count:
+            batch = next(batches)
+            pair = [np.asarray(ops.to_uint8(images)) for images in make_pair(batch)]
+            for i, (gt, lq) in enumerate(zip(*pair, strict=True)):
+                made = setup.recipe.degrade is not None and not batch.get("is_paired", np.zeros(len(gt)))[i]
+                chosen = {}
+                if made:
+                    sample_key = jax.random.fold_in(key, int(batch["index"][i]))
+                    chosen = jax.device_get(degradations.draw_choices(setup.config.degrade, sample_key))
+                rows.append(_row(gt, lq, int(batch["index"][i]), chosen))
+    rows = rows[:count]
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate(
+        [np.pad(row, ((0, _GAP), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    )
+
+
+def _row(gt: np.ndarray, lq: np.ndarray, number: int, chosen: dict[str, np.ndarray]) -> np.ndarray:
+    """gt, lq, kernels and text, side by side."""
+    kernels = [value for value in chosen.values() if value.ndim == 2]
+    lines = [f"sample {number}: gt {_size(gt)}, lq {_size(lq)}"]
+    lines += [f"{name} {value.item():.4g}" for name, value in chosen.items() if value.ndim == 0]
+    if not chosen:
+        lines.append("lq from its file")
+    # Two columns of text where one is not enough.
+    height = max(min(_LARGEST, gt.shape[0]), _LINE * (1 + -(-len(lines) // 2)))
+    parts = [_shown(image, height) for image in (gt, lq)]
+    if kernels:
+        parts.append(_shown(np.concatenate([_kernel_picture(kernel) for kernel in kernels]), height))
+    canvas = Image.new("RGB", (_TEXT_WIDTH, height), "white")
+    text, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    half = -(-len(lines) // 2)
+    for i, line in enumerate(lines):
+        text.text((4 + _TEXT_WIDTH // 2 * (i // half), _LINE * (i % half)), line, fill="black", font=font)
+    return np.concatenate([*parts, np.asarray(canvas)], 1)
+
+
+def _shown(image: np.ndarray, height: int) -> np.ndarray:
+    """RGB, at most as large as a sheet shows, and white below."""
+    image = np.repeat(image, 3, 2) if image.shape[2] == 1 else image
+    if max(image.shape) > _LARGEST:
+        picture = Image.fromarray(image)
+        picture.thumbnail((_LARGEST, _LARGEST))
+        image = np.asarray(picture)
+    image = image[:height]
+    return np.pad(image, ((0, height - image.shape[0]), (0, _GAP), (0, 0)), constant_values=255)
+
+
+def _kernel_picture(kernel: np.ndarray) -> np.ndarray:
+    """Magnified, from black at its least value to white at its largest."""
+    scaled = (kernel - kernel.min()) / max(float(np.ptp(kernel)), 1e-12)
+    picture = np.kron(np.uint8(255 * scaled), np.ones((_KERNEL_ZOOM, _KERNEL_ZOOM), np.uint8))
+    return np.pad(np.repeat(picture[..., None], 3, 2), ((0, _GAP), (0, 0), (0, 0)), constant_values=255)
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]}x{image.shape[0]}"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        train.fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    output = Path(flags.FLAGS.output)
+    try:
+        if output.suffix.lower() not in data.IMAGE_SUFFIXES:
+            raise ValueError(f"--output={output} must end in one of {', '.join(data.IMAGE_SUFFIXES)}")
+        config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
+        setup = train.prepare(config)
+        data.write_image(output, draw_sheet(setup, count=flags.FLAGS.count, step=flags.FLAGS.step))
+    except (ValueError, OSError, DataError) as error:
+        train.fail(str(error))
+    print(f"{flags.FLAGS.count} samples of {models.scale_of(setup.student)}x {config.degrade.get('name')}: {output}")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file of a run, with :VARIANT behind it if it has any.")
+    flags.DEFINE_string("output", "sheet.png", "The picture to write.")
+    flags.DEFINE_integer("count", 8, "Number of samples.", lower_bound=1)
+    flags.DEFINE_integer("step", 0, "Training step whose samples come first.", lower_bound=0)
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=train.parse_flags)
