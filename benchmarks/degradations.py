@@ -170,7 +170,7 @@ def plain_side(gt: np.ndarray, crop: int) -> Callable[[int], None]:
     choices, _ = jax.jit(jax.vmap(functools.partial(draw, settings=Settings())))(keys)
     drawn = choices.first.kernel, choices.second.kernel, choices.sinc
     kernels = [torch.tensor(np.asarray(kernel), device=device) for kernel in drawn]
-    tensor = torch.tensor(gt, device=device).permute(0, 3, 1, 2).float() / 255
+    tensor = torch.tensor(gt, device=device).permute(0, 3, 1, 2).float().contiguous() / 255
 
     @torch.no_grad()
     def run(seed: int) -> None:

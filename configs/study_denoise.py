@@ -33,12 +33,14 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant != "debug":
         base.data.update(crop=40, batch_size=4, workers=0)
         base.train = ConfigDict(dict(steps=1_500, optimizer="adam", betas=(0.9, 0.99), ema_decay=0.99))
-        base.train.lr = dict(name="cosine", value=2e-3, steps=1_500, final=1e-5, warmup=50)
+        # The end of the cosine follows --config.base.train.steps.
+        steps = base.train.get_oneway_ref("steps")
+        base.train.lr = dict(name="cosine", value=2e-3, steps=steps, final=1e-5, warmup=50)
         base.val.update(crop=0, limit=0, every=250)
         base.log.update(every=250, diagnose=False)  # parts of the gradient: a second compilation for every column
         base.checkpoint.every = 250
     if variant == "quick":
-        base.train.steps = base.train.lr.steps = 300
+        base.train.steps = 300
         base.val.update(crop=256, every=100)
         base.log.every = base.checkpoint.every = 100
         study.seeds = (0,)

@@ -41,6 +41,9 @@ Metrics = dict[str, jax.Array]
 # A weight given as a share of the gradient is measured anew after so many steps: it costs one backward pass a term.
 SHARES_EVERY = 20
 
+# What is folded into the run's key for other random choices than degradations: numbers that no sample has.
+_TERMS_STREAM, _CROP_STREAM = 2**32 - 1, 2**32 - 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -173,8 +176,7 @@ def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree,
     recipes = list(recipes)
     gt, lq = make_pair(recipes[0], batch, key)
     index = _sample_numbers(batch)
-    # The noise has the keys of (key, index) themselves.
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.fold_in(key, 1), index)
+    keys = sample_keys(jax.random.fold_in(key, _TERMS_STREAM), index)
     labelled = batch["labelled"].astype(jnp.float32)[:, None, None, None] if "labelled" in batch else None
     users = [(t, step) for recipe, step in zip(recipes, steps, strict=True) for t in recipe.terms if t.needs_teacher]
     if not users:
@@ -313,16 +315,19 @@ def make_pair(recipe: Recipe, batch: Batch, key: jax.Array) -> tuple[jax.Array, 
     if recipe.sharpen:
         gt = jax.vmap(usm_sharpen)(gt)
     index = _sample_numbers(batch)
-    fold_in = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     lq = ops.to_float(batch["lq"]) if "lq" in batch else None
     if lq is None or "is_paired" in batch:
-        degraded = jax.vmap(recipe.degrade)(fold_in(key, index), gt)
+        degraded = jax.vmap(recipe.degrade)(sample_keys(key, index), gt)
         lq = degraded if lq is None else jnp.where(batch["is_paired"][:, None, None, None], lq, degraded)
     if recipe.crop and recipe.crop < gt.shape[1]:
-        gt, lq = jax.vmap(functools.partial(_crop, side=recipe.crop))(
-            fold_in(jax.random.fold_in(key, 2), index), gt, lq
-        )
+        keys = sample_keys(jax.random.fold_in(key, _CROP_STREAM), index)
+        gt, lq = jax.vmap(functools.partial(_crop, side=recipe.crop))(keys, gt, lq)
     return gt, lq
+
+
+def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+    """The key of every sample number in `index`; with the run's key, that of its degradation."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
 def _sample_numbers(batch: Batch) -> jax.Array:

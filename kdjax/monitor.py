@@ -59,6 +59,8 @@ class Monitor:
             limit=options.limit,
         )
         if options.degrade and not options.lq:
+            sizes = {image.gt.shape for image in images}
+            log.info(f"degrading {len(images)} validation images of {len(sizes)} sizes, each of which compiles")
             self.samples = validation.degraded_samples(
                 [image.name for image in images], [image.gt for image in images], options.degrade, self._scale
             )

@@ -2,13 +2,14 @@
 
     python -m kdjax.show --config configs/realworld.py --output sheet.png [--count 8] [--step 0]
 
-The samples are those of the run itself: same files, crops, flips, degradations. Each row has gt, lq, and for
-Real-ESRGAN the three blur kernels.
+The samples are those of the run itself: same files, crops, flips, degradations. Each row has gt, lq, the kernels that
+blurred it, and what was drawn, in the order in which it was done.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -18,10 +19,12 @@ from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
 from kdjax import config as config_lib
-from kdjax import data, degradations, distill, models, ops, train
+from kdjax import data, degradations, distill, ops, train
 from kdjax.data import DataError
+from kdjax.degradations import realesrgan
+from kdjax.degradations.resize import MODES
 
-_TEXT_WIDTH, _LINE, _GAP = 330, 15, 6
+_TEXT_WIDTH, _LINE, _GAP = 220, 15, 6
 _KERNEL_ZOOM = 4
 _LARGEST = 320  # of an image on the sheet, pixels
 
@@ -36,12 +39,15 @@ def draw_sheet(setup: train.Setup, *, count: int, step: int = 0) -> np.ndarray:
             batch = next(batches)
             pair = [np.asarray(ops.to_uint8(images)) for images in make_pair(batch)]
             for i, (gt, lq) in enumerate(zip(*pair, strict=True)):
+                index = batch["index"][i : i + 1]
                 made = setup.recipe.degrade is not None and not batch.get("is_paired", np.zeros(len(gt)))[i]
-                chosen = {}
+                choices = {}
                 if made:
-                    sample_key = jax.random.fold_in(key, int(batch["index"][i]))
-                    chosen = jax.device_get(degradations.draw_choices(setup.config.degrade, sample_key))
-                rows.append(_row(gt, lq, int(batch["index"][i]), chosen))
+                    (sample_key,) = distill.sample_keys(key, index)
+                    choices = jax.device_get(degradations.draw_choices(setup.config.degrade, sample_key))
+                lines, kernels = _told(choices) if made else (["lq from its file"], [])
+                lines = [f"sample {index.item()}: gt {_size(gt)}, lq {_size(lq)}", *lines]
+                rows.append(_row(gt, lq, lines, kernels))
     rows = rows[:count]
     width = max(row.shape[1] for row in rows)
     return np.concatenate(
@@ -49,23 +55,38 @@ def draw_sheet(setup: train.Setup, *, count: int, step: int = 0) -> np.ndarray:
     )
 
 
-def _row(gt: np.ndarray, lq: np.ndarray, number: int, chosen: dict[str, np.ndarray]) -> np.ndarray:
+def _told(choices: Mapping[str, np.ndarray] | realesrgan.Choices) -> tuple[list[str], list[np.ndarray]]:
+    """The lines and the kernels that say what was chosen, without what then had no effect."""
+    if not isinstance(choices, realesrgan.Choices):
+        return [f"{name} {float(value):.4g}" for name, value in choices.items()], []
+    modes, kernels, lines = tuple(MODES), [], []
+    for number, stage in enumerate((choices.first, choices.second), 1):
+        if stage.blurs:
+            kernels.append(stage.kernel)
+        kind, strength = ("Gaussian", stage.sigma) if stage.is_gaussian else ("Poisson", stage.poisson_scale)
+        lines += [
+            f"{number}: blur {'yes' if stage.blurs else 'no'}",
+            f"{number}: size x {stage.factor:.2f}, {modes[stage.mode]}",
+            f"{number}: {kind} {strength:.3g}, {'grey' if stage.gray else 'colour'}",
+        ]
+        lines += [f"{number}: JPEG {stage.quality:.0f}"] if number == 1 else []
+    if choices.has_sinc:
+        kernels.append(choices.sinc)
+    back = [f"back by {modes[choices.mode]}", f"sinc {'yes' if choices.has_sinc else 'no'}"]
+    compressed = [f"2: JPEG {choices.second.quality:.0f}"]
+    return lines + (compressed + back if choices.jpeg_first else back + compressed), kernels
+
+
+def _row(gt: np.ndarray, lq: np.ndarray, lines: list[str], kernels: list[np.ndarray]) -> np.ndarray:
     """gt, lq, kernels and text, side by side."""
-    kernels = [value for value in chosen.values() if value.ndim == 2]
-    lines = [f"sample {number}: gt {_size(gt)}, lq {_size(lq)}"]
-    lines += [f"{name} {value.item():.4g}" for name, value in chosen.items() if value.ndim == 0]
-    if not chosen:
-        lines.append("lq from its file")
-    # Two columns of text where one is not enough.
-    height = max(min(_LARGEST, gt.shape[0]), _LINE * (1 + -(-len(lines) // 2)))
+    height = max(min(_LARGEST, gt.shape[0]), _LINE * len(lines))
     parts = [_shown(image, height) for image in (gt, lq)]
     if kernels:
-        parts.append(_shown(np.concatenate([_kernel_picture(kernel) for kernel in kernels]), height))
+        parts.append(_shown(np.concatenate([_kernel_picture(kernel) for kernel in kernels], 1), height))
     canvas = Image.new("RGB", (_TEXT_WIDTH, height), "white")
     text, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
-    half = -(-len(lines) // 2)
     for i, line in enumerate(lines):
-        text.text((4 + _TEXT_WIDTH // 2 * (i // half), _LINE * (i % half)), line, fill="black", font=font)
+        text.text((4, _LINE * i), line, fill="black", font=font)
     return np.concatenate([*parts, np.asarray(canvas)], 1)
 
 
@@ -84,7 +105,7 @@ def _kernel_picture(kernel: np.ndarray) -> np.ndarray:
     """Magnified, from black at its least value to white at its largest."""
     scaled = (kernel - kernel.min()) / max(float(np.ptp(kernel)), 1e-12)
     picture = np.kron(np.uint8(255 * scaled), np.ones((_KERNEL_ZOOM, _KERNEL_ZOOM), np.uint8))
-    return np.pad(np.repeat(picture[..., None], 3, 2), ((0, _GAP), (0, 0), (0, 0)), constant_values=255)
+    return np.pad(np.repeat(picture[..., None], 3, 2), ((0, 0), (0, _GAP), (0, 0)), constant_values=255)
 
 
 def _size(image: np.ndarray) -> str:
@@ -104,7 +125,8 @@ def main(argv: list[str]) -> None:
         data.write_image(output, draw_sheet(setup, count=flags.FLAGS.count, step=flags.FLAGS.step))
     except (ValueError, OSError, DataError) as error:
         train.fail(str(error))
-    print(f"{flags.FLAGS.count} samples of {models.scale_of(setup.student)}x {config.degrade.get('name')}: {output}")
+    made = f", degraded by {config.degrade['name']}" if setup.recipe.degrade else ""
+    print(f"{flags.FLAGS.count} samples{made}: {output}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ step with a single forward pass of the teacher. In the study's folder (studies/N
 
 A run that has its result is not run again, so columns and seeds can be added later; one that was interrupted
 continues. `scratch` is the column that the others are compared with. A column with `compute_of="NAME"` is trained for
-as many more steps as make its multiply-accumulates those of column NAME.
+as many steps as make its multiply-accumulates those of column NAME.
 """
 
 from __future__ import annotations
@@ -118,17 +118,18 @@ def parse(values: Mapping[str, Any]) -> Study:
     columns, seeds = values.get("columns", {}), tuple(values.get("seeds", (0,)))
     if not columns or not seeds:
         raise ConfigError(f"a study needs columns and seeds, got {len(columns)} columns and seeds={seeds}")
-    runs = {}
-    for seed in seeds:
-        for column, changes in columns.items():
-            merged = _merge(values["base"], {key: value for key, value in changes.items() if key != "compute_of"})
-            if "compute_of" in changes:
-                merged = _stretch(merged, _compute_ratio(column, changes["compute_of"], merged, values))
-            try:
-                runs[column, seed] = config_lib.parse(merged | {"seed": seed, "name": column})
-            except ConfigError as error:
-                raise ConfigError(f"column {column!r}: {error}") from None
-    return Study(values.get("name", "study"), seeds, values.get("curve_images", 16), runs)
+    if not isinstance(values.get("base"), Mapping):
+        raise ConfigError(f"study key 'base' is {values.get('base')!r}; it must be a training config, as in configs/")
+    curve_images = values.get("curve_images", 16)
+    if type(curve_images) is not int or curve_images < 1:
+        raise ConfigError(f"study key 'curve_images' is {curve_images!r}; it must be a whole number, at least 1")
+    settings = {column: _settings(column, values) for column in columns}
+    runs = {
+        (column, seed): _parse_column(column, settings[column] | {"seed": seed, "name": column})
+        for seed in seeds
+        for column in columns
+    }
+    return Study(values.get("name", "study"), seeds, curve_images, runs)
 
 
 def run(study: Study, workdir: Path) -> str:
@@ -185,6 +186,7 @@ def train_together(
     group = make_group(configs)
     config = group.config
     log.info(f"seed {config.seed}: {', '.join(configs)}, {config.train.steps:,} steps, in {folder}")
+    train.warn_of_other_degradation(group.first)
     baselines = {} if baselines is None else baselines
     subject = json.dumps([config_lib.to_dict(config)[part] for part in ("teacher", "val")])
     if subject not in baselines:
@@ -195,8 +197,10 @@ def train_together(
     with Checkpoints(checkpoint_folder, keep=1) as checkpoints:
         states = train_group(group, folder, checkpoints, curve_images, stop)
     if int(states.step) == config.train.steps:
-        for column in configs:
-            write_result(group, column, states.by_column[column], baseline, folder / column)
+        results = {c: make_result(group, c, states.by_column[c], baseline, folder / c) for c in configs}
+        # All at once: columns that have their result leave the group, and the others' checkpoint goes by its name.
+        for column, result in results.items():
+            write_json(folder / column / "result.json", result)
         shutil.rmtree(checkpoint_folder)
 
 
@@ -225,6 +229,14 @@ def train_group(group: Group, folder: Path, checkpoints: Checkpoints, curve_imag
     step, started = int(states.step), time.monotonic()
     curve_samples = group.samples[:: max(1, len(group.samples) // curve_images)][:curve_images]
     pending: dict[str, list[tuple[int, distill.Metrics]]] = {column: [] for column in recipes}
+
+    def fetch(column: str) -> dict[str, float]:
+        """As `train.fetch`, with a message that says which of the students diverged."""
+        try:
+            return train.fetch(pending[column])
+        except train.NonFiniteLoss as error:
+            raise train.NonFiniteLoss(f"column {column!r}, seed {config.seed}: {error}") from None
+
     with contextlib.ExitStack() as stack:
         logbooks = {}
         for column, setup in group.setups.items():
@@ -250,7 +262,7 @@ def train_group(group: Group, folder: Path, checkpoints: Checkpoints, curve_imag
             if not (logs or saves):
                 continue
             for column, logbook in logbooks.items():
-                values = train.fetch(pending[column])
+                values = fetch(column)
                 if logs:
                     diagnosis = jax.device_get(diagnoses.get(column, {}))
                     logbook.write(step, values | {name: float(value) for name, value in diagnosis.items()})
@@ -262,12 +274,15 @@ def train_group(group: Group, folder: Path, checkpoints: Checkpoints, curve_imag
                     log.info(f"  {column}: {psnr:.3f} dB on {len(curve_samples)} images")
             if saves:
                 checkpoints.save(states)
-        checkpoints.save(states)
+        for column in recipes:
+            if pending[column]:
+                fetch(column)
+        checkpoints.save(states)  # where a signal came between two checkpoints
     return states
 
 
-def write_result(group: Group, column: str, state: distill.State, baseline: Baseline, folder: Path) -> None:
-    """Writes a finished student and, last, the account of its run."""
+def make_result(group: Group, column: str, state: distill.State, baseline: Baseline, folder: Path) -> dict[str, Any]:
+    """Writes a finished student, and returns the account of its run."""
     setup = group.setups[column]
     train.export(setup.student, state.params_ema, folder)
     result = measure(setup.recipe.student, state.params_ema, group.samples, baseline.teacher_outputs)
@@ -283,8 +298,8 @@ def write_result(group: Group, column: str, state: distill.State, baseline: Base
         "student": train.describe(setup.student),
         "curve": [[row["step"], row["val/student_psnr"]] for row in rows if "val/student_psnr" in row],
     }
-    write_json(folder / "result.json", finite(result))
     log.info(f"{column}, seed {setup.config.seed}: {result['psnr']:.3f} dB")
+    return finite(result)
 
 
 def joint_step(
@@ -323,7 +338,7 @@ def step_macs(setup: train.Setup, state: distill.State, frozen: Mapping[str, Any
 def batch_shapes(setup: train.Setup) -> distill.Batch:
     """The shapes of a training batch."""
     options, channels, scale = setup.config.data, models.num_channels(setup.student), models.scale_of(setup.student)
-    side = options.canvas or options.crop
+    side = train.loaded_side(setup)
     image = lambda side: jax.ShapeDtypeStruct((options.batch_size, side, side, channels), np.uint8)  # noqa: E731
     number = lambda dtype: jax.ShapeDtypeStruct((options.batch_size,), dtype)  # noqa: E731
     batch = {"gt": image(side), "index": number(np.int32)}
@@ -397,26 +412,47 @@ def _groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:
     groups: dict[str, dict[str, Config]] = {}
     for column, config in configs.items():
         values = config_lib.to_dict(config)
+        arch = models.canonical_arch(config.student.arch)
+        student = models.Model(arch, models.complete_hparams(arch, config.student.hparams), params={})
         shared = {key: values[key] for key in ("seed", "teacher", "degrade", "data", "val")}
         shared |= {"steps": config.train.steps, "log": values["log"], "every": values["checkpoint"]}
+        shared |= {"channels": models.num_channels(student), "scale": models.scale_of(student)}
         groups.setdefault(json.dumps(shared, sort_keys=True), {})[column] = config
     return groups.values()
 
 
-def _compute_ratio(column: str, other: str, merged: Mapping[str, Any], values: Mapping[str, Any]) -> float:
-    """How many times the multiply-accumulates of this column's step the other column's step takes."""
-    if other not in values["columns"]:
+def _settings(column: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The training config of a column, with as many steps as `compute_of` makes them."""
+    columns, changes = values["columns"], dict(values["columns"][column])
+    other = changes.pop("compute_of", None)
+    own = _merge(values["base"], changes)
+    if other is None:
+        return own
+    if other not in columns:
         raise ConfigError(
-            f"column {column!r}: compute_of={other!r} is no column{nearest(other, values['columns'])}"
-            f" (columns: {', '.join(values['columns'])})"
+            f"column {column!r}: compute_of={other!r} is no column{nearest(other, columns)}"
+            f" (columns: {', '.join(columns)})"
         )
-    costs = []
-    for config in (_merge(values["base"], values["columns"][other]), merged):
-        setup = train.prepare(config_lib.parse(config))
-        state = distill.init_state(setup.recipe, setup.student.params)
-        frozen = distill.make_frozen(setup.recipe.terms, setup.teacher and setup.teacher.params)
-        costs.append(step_macs(setup, state, frozen, batch_shapes(setup)))
-    return costs[0] / costs[1]
+    if "compute_of" in columns[other]:
+        raise ConfigError(f"column {column!r}: compute_of={other!r}, which has a compute_of itself; name that column")
+    theirs = _compute(_parse_column(other, _merge(values["base"], columns[other])))
+    return _stretch(own, theirs / _compute(_parse_column(column, own)))
+
+
+def _compute(config: Config) -> int:
+    """Multiply-accumulates of the whole training."""
+    setup = train.prepare(config)
+    state = distill.init_state(setup.recipe, setup.student.params)
+    frozen = distill.make_frozen(setup.recipe.terms, setup.teacher and setup.teacher.params)
+    return config.train.steps * step_macs(setup, state, frozen, batch_shapes(setup))
+
+
+def _parse_column(column: str, settings: Mapping[str, Any]) -> Config:
+    """As `kdjax.config.parse`, whose errors then name the column."""
+    try:
+        return config_lib.parse(settings)
+    except ConfigError as error:
+        raise ConfigError(f"column {column!r}: {error}") from None
 
 
 def _stretch(config: dict[str, Any], factor: float) -> dict[str, Any]:

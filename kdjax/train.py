@@ -81,10 +81,17 @@ def prepare(config: Config) -> Setup:
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(f"config.log asks for {package}, which is not installed: pip install 'kdjax[{extra}]'")
     student, teacher = make_networks(config)
+    scale = models.scale_of(student)
+    for name, side in (("crop", config.data.crop), ("canvas", config.data.canvas)):
+        if side % scale:
+            raise ConfigError(
+                f"config.data.{name}={side} is no multiple of {scale}, by which the student enlarges; use"
+                f" {-(-side // scale) * scale}"
+            )
     student_apply = models.make_apply(
         student.arch, student.hparams, remat=config.student.remat, dtype=jnp.dtype(config.student.dtype)
     )
-    lq_side = max(1, config.data.crop // models.scale_of(student))
+    lq_side = config.data.crop // scale
     setting = distill.make_setting(
         student_apply,
         student.params,
@@ -108,7 +115,7 @@ def prepare(config: Config) -> Setup:
         ),
         learning_rate=learning_rate,
         ema_decay=config.train.ema_decay,
-        degrade=make_degrade(config.degrade, scale=models.scale_of(student)) if makes_lq else None,
+        degrade=make_degrade(config.degrade, scale=scale) if makes_lq else None,
         crop=config.data.crop,
         sharpen=config.data.gt_usm,
     )
@@ -267,7 +274,7 @@ def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
         unlabelled_part=config.unlabelled_part,
         unpaired=setup.unpaired,
         unpaired_part=config.unpaired_part,
-        crop=config.canvas or config.crop,
+        crop=loaded_side(setup),
         batch_size=config.batch_size,
         seed=setup.config.seed,
         start_step=start_step,
@@ -280,6 +287,12 @@ def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def loaded_side(setup: Setup) -> int:
+    """The side of the gt squares that are loaded: the canvas if something is degraded on it, else the crop."""
+    options = setup.config.data
+    return options.canvas if options.canvas and setup.recipe.degrade else options.crop
 
 
 def fetch(pending: list[tuple[int, distill.Metrics]]) -> dict[str, float]:
@@ -370,7 +383,8 @@ def report(setup: Setup) -> None:
         f"devices: {mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es);"
         f" batch {config.data.batch_size} = {config.data.batch_size // mesh.size} per device"
     )
-    squares = f", cut from squares of {config.data.canvas}" if config.data.canvas else ""
+    side = loaded_side(setup)
+    squares = f", cut from squares of {side}" if side != config.data.crop else ""
     log.info(f"training images: {len(setup.pairs)} from {config.data.gt}; crops of {config.data.crop} pixels{squares}")
     if setup.unlabelled:
         log.info(f"unlabelled images: {len(setup.unlabelled)} from {config.data.unlabelled}")
@@ -381,6 +395,28 @@ def report(setup: Setup) -> None:
         for file in setup.teacher.files:
             log.info(f"teacher: {file.path}, {file.layout} layout, weights under {file.key!r}, {describe(file.model)}")
     log.info(f"student: {describe(setup.student)}")
+    warn_of_other_degradation(setup)
+
+
+def warn_of_other_degradation(setup: Setup) -> None:
+    """Warns when validation is on plain noise (`val.sigma`) that training does not have."""
+    val, degrade = setup.config.val, setup.config.degrade
+    if val.lq or val.degrade:
+        return
+    trained = f"the pairs of config.data.lq={setup.config.data.lq!r}"
+    if setup.recipe.degrade:
+        trained = f"config.degrade={degrade['name']!r}"
+        if degrade["name"] in ("awgn", "awgn_blind"):
+            sigma = degrade["sigma"]
+            low, high = sigma if degrade["name"] == "awgn_blind" else (sigma, sigma)
+            if low <= val.sigma <= high:
+                return
+            trained += f" of sigma {sigma}"
+    log.warning(
+        f"WARNING: VALIDATION IS NOT ON WHAT THE RUN TRAINS ON, which is {trained}, but on noise of"
+        f" config.val.sigma={val.sigma:g}. Set config.val.lq or config.val.sigma, or write"
+        " config.val.degrade = config.degrade in the config file"
+    )
 
 
 def describe(model: models.Model) -> str:
@@ -392,12 +428,15 @@ def describe(model: models.Model) -> str:
     )
 
 
-def start_logging(workdir: Path) -> None:
-    """Sends the log to standard output and to `workdir/train.log`, a plain line each."""
+def start_logging(workdir: Path | None = None) -> None:
+    """Sends the log to standard output and, if there is one, to `workdir/train.log`, a plain line each."""
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
-    for handler in (logging.StreamHandler(sys.stdout), logging.FileHandler(workdir / "train.log")):
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if workdir:
+        handlers.append(logging.FileHandler(workdir / "train.log"))
+    for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
 
@@ -406,6 +445,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
     logging.getLogger("jax").setLevel(logging.WARNING)  # at INFO it tells which accelerators it did not find
+    start_logging()  # without a file: nothing is written for a config that is refused
     try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
         setup = prepare(config)
@@ -431,9 +471,16 @@ def parse_flags(argv: list[str]) -> list[str]:
     """As absl, with a message in place of a traceback."""
     try:
         return flags.FLAGS(argv)
-    except AttributeError as error:  # ml_collections, for a key the config lacks: a repr of a message
-        fail("no such config key: " + str(error).strip("'").replace("\\'", "'").replace("\\n", ". "))
-    except (flags.Error, KeyError, ValueError, TypeError, OSError) as error:
+    except (AttributeError, KeyError) as error:  # ml_collections, for a key the config lacks
+        inner = error.args[0] if error.args else error  # a message, or a KeyError with one
+        key, _, hint = str(inner.args[0] if isinstance(inner, KeyError) else inner).partition("\n")
+        names = (word.partition("=")[0] for word in argv if word.startswith("-"))
+        flag = next((name for name in names if key.strip("'") in name.split(".")[1:]), None)
+        if flag is None:
+            fail(f"the config file itself asks for a key that does not exist: {key}. {hint}".strip())
+        empty = "A group that is empty in the config file is filled in the file, not on the command line"
+        fail(f"no such config key: {flag}. {hint or empty}")
+    except (flags.Error, ValueError, TypeError, OSError) as error:
         lines = str(error.args[0] if error.args else error).strip().splitlines()
         if lines[-1].startswith("ValueError: "):  # what a config file says of its variant, at the end of a traceback
             lines = [lines[-1].removeprefix("ValueError: ")]

@@ -62,7 +62,8 @@ def degraded_samples(
       ValueError: a degradation that does not exist or cannot make small images.
     """
     step = jax.jit(make_degrade(degrade, scale=scale))
-    lqs = (step(jax.random.fold_in(jax.random.key(0), i), gt.astype(np.float32) / 255) for i, gt in enumerate(gts))
+    key = jax.random.fold_in(jax.random.key(0), 2**32 - 1)  # no key of training, whatever its seed
+    lqs = (step(jax.random.fold_in(key, i), gt.astype(np.float32) / 255) for i, gt in enumerate(gts))
     return [Sample(name, np.asarray(lq), gt) for name, lq, gt in zip(names, lqs, gts, strict=True)]
 
 

@@ -15,14 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from ml_collections import ConfigDict
 from PIL import Image
 from test_config import load
 from test_perceptual import write_vgg
 
-from kdjax import assets, config, train
+from kdjax import assets, config, models, train, validation
 from kdjax.basicsr import Translation, format_account, translate
 from kdjax.basicsr.keys import DEGRADATION, KEYS
 from kdjax.config import ConfigError, parse
+from kdjax.monitor import Monitor
 from kdjax.schedules import make_schedule
 
 ROOT = Path(__file__).parent.parent
@@ -161,6 +163,7 @@ def test_the_guide_as_a_config(variant: str) -> None:
         if section not in ("terms", "teacher", "student") and isinstance(values, dict):
             assert set(ours[section]) == set(values), section
     assert ours["degrade"] == guide["degrade"]
+    assert ours["val"]["degrade"] == ours["degrade"] and ours["val"]["crop"]  # whole images compile it for every size
     if variant == "":
         assert ours["train"] == guide["train"] and ours["checkpoint"] == guide["checkpoint"]
         assert ours["terms"]["task"] == guide["terms"]["task"]
@@ -207,6 +210,53 @@ def test_clean_images_that_are_degraded() -> None:
     assert set(translated["degrade"]) == {"name", *DEGRADATION}
     assert translated["degrade"]["blur_sigma2"] == (0.2, 1.5) and translated["degrade"]["jpeg_range2"] == (30.0, 95.0)
     assert translated["student"]["hparams"]["scale"] == 4
+
+
+def test_without_small_images_validation_degrades_as_training_does(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a fault at scale 4 nor plain noise at scale 1, and one size of image to compile for."""
+    for name, size in (("a.png", (40, 32)), ("b.png", (24, 32))):
+        Image.new("RGB", size).save(tmp_path / name)
+    options = changed(
+        read("realesrnet_x4plus"),
+        datasets__train__dataroot_gt=str(tmp_path),
+        datasets__train__meta_info=...,
+        network_g={"type": "SRVGGNetCompact", "num_feat": 4, "num_conv": 1},
+    )
+    for val in ({}, {"datasets__val__dataroot_gt": str(tmp_path)}):
+        translated = translate(changed(options, **val)).config
+        config_dict = ConfigDict(translated)
+        config_dict.degrade.noise_range = (1.0, 5.0)  # as the command line sets it
+        assert config_dict.val.degrade.noise_range == (1.0, 5.0)
+    parsed = parse(translate(options).config)
+    assert (parsed.val.degrade, parsed.val.crop) == (parsed.degrade, 400)
+    made = []
+
+    def degrade(names: list, gts: list, spec: dict, scale: int) -> list[validation.Sample]:  # compiling takes long
+        made.extend(gt.shape for gt in gts)
+        assert spec == parsed.degrade and scale == 4
+        return []
+
+    monkeypatch.setattr(validation, "degraded_samples", degrade)
+    with caplog.at_level("INFO", "kdjax"):
+        monkeypatch.setattr(train.log, "propagate", True)
+        Monitor(parsed.val, models.Model("srvggnetcompact", parsed.student.hparams, {}), None)
+    assert made == [(400, 400, 3)] * 2
+    assert "degrading 2 validation images of 1 sizes" in caplog.text
+    # Small images that are there are used, and without a degradation they are needed.
+    assert (
+        translate(changed(options, datasets__val={"dataroot_gt": "g", "dataroot_lq": "l"})).config["val"]["degrade"]
+        == {}
+    )
+    message = refusal(changed(read("msrresnet_x4"), datasets__val_1__dataroot_lq=...))
+    assert "datasets.val.dataroot_lq: missing, and needed" in message
+
+
+def test_the_canvas_is_a_multiple_of_the_scale() -> None:
+    for scale, canvas in ((1, 400), (3, 402), (4, 400)):
+        options = changed(read("realesrnet_x4plus"), scale=scale, network_g={"type": "SRVGGNetCompact"})
+        assert translate(options).config["data"]["canvas"] == canvas
 
 
 def test_multistep_restarts_as_basicsr_has_them() -> None:
@@ -289,6 +339,7 @@ def test_null_means_not_set() -> None:
     [
         ({"datasets__train__unpaired_prob": 0.25}, {"data.unpaired_part": 0.25}),
         ({"datasets__train__gt_size": 512}, {"data.crop": 512, "data.canvas": 512}),
+        ({"datasets__val__dataroot_lq": ...}, {"val.degrade.name": "realesrgan", "val.crop": 0}),
         ({"high_order_degradation": False},
          {"data.unpaired": "", "data.gt": "datasets/your_paired_gt", "data.canvas": 0}),
         (
@@ -553,6 +604,11 @@ def test_messages_of_the_program(tmp_path: Path) -> None:
     result = start(tmp_path, "guide.yml")
     assert result.returncode == 1 and "Traceback" not in result.stderr and result.stdout == ""
     assert result.stderr.startswith("error: guide.yml: it cannot be run as it is:\n  network_g.type: ")
+    (tmp_path / "pairs.yml").write_text((FILES / "msrresnet_x4.yml").read_text())
+    for key in ("val.degrade.name", "terms.hint.weight"):
+        result = start(tmp_path, "pairs.yml", f"--config.{key}=1")
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert f"error: no such config key: --config.{key}. A group that is empty in the config file" in result.stderr
     with pytest.raises(SystemExit, match="name the YAML behind a colon"):
         runpy.run_path(str(ROOT / "configs" / "basicsr.py"))["get_config"]()
 

@@ -32,6 +32,7 @@ from kdjax.data import (
     training_batches,
     write_image,
 )
+from kdjax.data.samples import UNLABELLED, ImageCache, Samples
 
 
 def coordinates(height: int, width: int, number: int) -> np.ndarray:
@@ -729,6 +730,13 @@ def test_unlabelled_images_of_a_larger_scale_stand_for_their_gt(unlabelled_sourc
     pairs = find_pairs(gt=str(tmp_path / "clean"), lq=str(tmp_path / "small"))
     (batch,) = take_crops(1, pairs, unlabelled=unlabelled_sources["degraded"], scale=2)
     assert batch["gt"].shape == (8, 8, 8, 3) and batch["lq"].shape == (8, 4, 4, 3)
+
+
+def test_an_unlabelled_image_of_scale_1_is_not_copied(unlabelled_sources: dict) -> None:
+    options = dict(crop=8, seed=3, hflip=True, rot=True, read=ImageCache(3, 2**20))
+    samples = Samples(unlabelled_sources["degraded"], UNLABELLED, scale=1, **options)
+    gt, lq = samples.load(samples.pairs[0])
+    assert gt is lq
 
 
 def test_processes_and_restarts_share_one_stream_of_unlabelled_images(unlabelled_sources: dict) -> None:

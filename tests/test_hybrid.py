@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdjax import train
+from kdjax import study, train
 from kdjax.config import ConfigError, parse
 from kdjax.data import DataError, ImagePair, find_pairs, find_unlabelled, training_batches, write_image
 
@@ -186,3 +186,50 @@ def test_a_run_finds_the_unpaired_images_and_loads_the_canvas(
     assert f"unpaired images: 2 from {tmp_path / 'clean'}" in caplog.text and "squares of 12" in caplog.text
     with pytest.raises(DataError, match=r"unpaired images \(gt\): .*nowhere' does not exist"):
         train.prepare(parse(config(tmp_path, unpaired=str(tmp_path / "nowhere"))))
+
+
+def test_pairs_alone_are_loaded_at_the_size_of_the_crop(sources: Sources, tmp_path: Path) -> None:
+    setup = train.prepare(parse(config(tmp_path, canvas=12)))
+    with train.open_batches(setup, start_step=0) as batches:
+        assert next(batches)["gt"].shape == (8, 8, 8, 3)
+    assert study.batch_shapes(setup)["gt"].shape == study.batch_shapes(setup)["lq"].shape == (8, 8, 8, 3)
+
+
+def test_crop_and_canvas_are_multiples_of_the_scale(sources: Sources, tmp_path: Path) -> None:
+    for options, message in [
+        (dict(crop=10, canvas=12), "config.data.crop=10 is no multiple of 4, by which the student enlarges; use 12"),
+        (dict(crop=8, canvas=14), "config.data.canvas=14 is no multiple of 4, .* use 16"),
+    ]:
+        values = config(tmp_path, **options)
+        values["student"]["hparams"]["upscale"] = 4
+        with pytest.raises(ConfigError, match=message):
+            train.prepare(parse(values))
+
+
+@pytest.mark.parametrize(
+    ("values", "warned"),
+    [
+        (dict(lq=""), ""),
+        (dict(lq="", degrade=dict(name="awgn_blind", sigma=(0.0, 50.0))), ""),
+        (dict(val=dict(lq="somewhere")), ""),
+        (dict(lq="", degrade=dict(name="jpeg"), val=dict(degrade=dict(name="jpeg"))), ""),
+        (dict(lq="", val=dict(sigma=50.0)), "config.degrade='awgn' of sigma 25.0, but on noise of config.val.sigma=50"),
+        (dict(lq="", degrade=dict(name="awgn_blind", sigma=(0.0, 20.0))), "'awgn_blind' of sigma"),
+        (dict(lq="", degrade=dict(name="jpeg")), "config.degrade='jpeg', but"),
+        (dict(), "the pairs of config.data.lq="),
+    ],
+)
+def test_validation_on_another_degradation_is_warned_about(
+    values: dict,
+    warned: str,
+    sources: Sources,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = {"lq": values.pop("lq")} if "lq" in values else {}
+    setup = train.prepare(parse(config(tmp_path, **data) | values))
+    monkeypatch.setattr(train.log, "propagate", True)
+    train.report(setup)
+    assert ("WARNING: VALIDATION IS NOT ON WHAT THE RUN TRAINS ON" in caplog.text) == bool(warned)
+    assert warned in caplog.text

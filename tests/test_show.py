@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image
 from test_config import load
 
 from kdjax import config as config_lib
 from kdjax import show, train
+from kdjax.degradations import realesrgan
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,3 +53,20 @@ def test_pairs_from_files_are_shown_as_such(tmp_path: Path) -> None:
     setup = train.prepare(config_lib.parse(values.copy_and_resolve_references().to_dict()))
     sheet = show.draw_sheet(setup, count=2)
     assert sheet[0, 0, 1] == 200 and sheet[0, 32 + 6, 1] == 50
+
+
+def test_only_what_had_an_effect_is_told() -> None:
+    choices, _ = realesrgan.draw(jax.random.key(0), realesrgan.Settings())
+    choices = jax.device_get(choices)
+    told = {}
+    for used in (False, True):
+        second = choices.second._replace(blurs=np.bool_(used), is_gaussian=np.bool_(used), mode=np.int32(2))
+        changed = choices._replace(second=second, has_sinc=np.bool_(used), jpeg_first=np.bool_(used))
+        told[used] = show._told(changed)
+    assert len(told[False][1]) == 1 and len(told[True][1]) == 3  # kernels
+    assert any(line.startswith("2: Poisson") for line in told[False][0])
+    assert any(line.startswith("2: Gaussian") for line in told[True][0])
+    assert any("bicubic" in line for line in told[True][0])
+    assert told[False][0][-1].startswith("2: JPEG") and told[True][0][-1] == "sinc yes"
+    row = show._row(np.zeros((40, 40, 3), np.uint8), np.zeros((40, 40, 1), np.uint8), *told[True])
+    assert row.shape[1] > 80 + 3 * 84 and row.shape[2] == 3

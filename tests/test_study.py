@@ -123,6 +123,68 @@ def test_columns_trained_together_are_what_the_training_program_makes_and_surviv
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *models)
 
 
+def test_nothing_is_trained_again_when_measuring_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = {column: config for (column, _), config in small_study().runs.items()}
+    with monkeypatch.context() as patched:
+        results = iter([{"psnr": 30.0}])  # of the first column; the second raises StopIteration
+        patched.setattr(study, "measure", lambda *_: next(results))
+        with pytest.raises(StopIteration):
+            study.train_together(configs, tmp_path, 1, StopAfter(100))
+    waiting = {c: config for c, config in configs.items() if not study.is_finished(config, tmp_path / c)}
+    assert waiting == configs
+
+    def retrained(*_: object) -> None:
+        raise AssertionError("a column is trained again")
+
+    monkeypatch.setattr(study, "joint_step", retrained)
+    study.train_together(waiting, tmp_path, 1, StopAfter(100))
+    assert all(study.is_finished(config, tmp_path / column) for column, config in configs.items())
+    assert not list(tmp_path.glob("checkpoints*"))
+
+
+def test_a_column_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverge(recipes: dict, states: study.States, *_: object) -> tuple[study.States, dict]:
+        metrics = {c: {"finite": jax.numpy.array(c != "hint"), "loss/total": jax.numpy.array(1.0)} for c in recipes}
+        return study.States(states.step + 1, states.by_column), metrics
+
+    monkeypatch.setattr(study, "joint_step", diverge)
+    configs = {column: config for (column, _), config in small_study().runs.items()}
+    for steps in (100, 1):  # also where a signal comes before the numbers are looked at
+        with pytest.raises(train.NonFiniteLoss, match="column 'hint', seed 3: step 1: the loss or its gradient"):
+            study.train_together(configs, tmp_path / str(steps), 1, StopAfter(steps))
+
+
+def test_equal_compute_takes_the_steps_of_the_other_column_into_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = load("study_denoise", "debug").copy_and_resolve_references().to_dict()
+    values |= {"columns": {"scratch": {}, "long": {"train": {"steps": 12}}, "equal": {"compute_of": "long"}}}
+    counted = []
+    monkeypatch.setattr(study, "step_macs", lambda setup, *_: counted.append(setup) or 1_000)
+    runs = study.parse(values).runs
+    assert {(c, seed): config.train.steps for (c, seed), config in runs.items() if c == "equal"} == {
+        ("equal", 0): 12,
+        ("equal", 1): 12,
+    }
+    assert len(counted) == 2  # not again for every seed
+
+
+def test_columns_of_other_images_are_trained_apart() -> None:
+    values = load("study_denoise", "debug").copy_and_resolve_references().to_dict()
+    hparams = {"grey": {"num_in_ch": 1}, "small": {"num_feat": 4}}
+    values |= {"columns": {"scratch": {}} | {name: {"student": {"hparams": h}} for name, h in hparams.items()}}
+    configs = {column: config for (column, seed), config in study.parse(values).runs.items() if not seed}
+    assert [list(group) for group in study._groups(configs)] == [["scratch", "small"], ["grey"]]
+
+
+def test_the_learning_rate_of_the_study_follows_its_steps() -> None:
+    for variant, steps in (("", 1_500), ("quick", 300)):
+        config = load("study_denoise", variant)
+        assert (config.base.train.steps, config.base.train.lr.steps) == (steps, steps)
+        config.base.train.steps = 10_000  # as --config.base.train.steps does
+        assert config.base.train.lr.steps == 10_000
+
+
 def test_a_run_with_another_config_is_refused(tmp_path: Path) -> None:
     config = next(iter(small_study().runs.values()))
     (tmp_path / "scratch").mkdir()
@@ -143,6 +205,9 @@ def test_a_run_with_another_config_is_refused(tmp_path: Path) -> None:
         (dict(columns={}), "needs columns and seeds"),
         (dict(columns={"a": {"trane": {}}}), "column 'a'.*did you mean 'train'"),
         (dict(columns={"scratch": {}, "b": {"compute_of": "scrath"}}), "did you mean 'scratch'"),
+        (dict(columns={"a": {"compute_of": "b"}, "b": {"compute_of": "c"}, "c": {}}), "'b', which has a compute_of"),
+        (dict(base=None), "study key 'base' is None; it must be a training config"),
+        (dict(curve_images=0), "'curve_images' is 0; it must be a whole number, at least 1"),
     ],
 )
 def test_bad_studies_are_refused(change: dict, message: str) -> None:

@@ -213,7 +213,8 @@ def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
     elif unpaired[0]:
         faults[f"{train}dataroot_gt_unpaired"] = "only RealESRGANHybridDataset reads it; use that type, or remove it"
     if "lq" not in data or "unpaired" in data:
-        data["canvas"] = max(400, data["crop"])
+        scale = max(1, values.get("scale", 1))
+        data["canvas"] = -(-max(400, data["crop"]) // scale) * scale  # rounded up to a multiple of it
         config.setdefault("degrade", {})
     elif data.get("gt_usm"):
         faults["gt_usm"] = "true, but pairs are used as they are; remove it"
@@ -225,6 +226,11 @@ def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
     val = config.setdefault("val", {})
     if "gt" not in val:  # there is none: BasicSR then does not validate, here some training images are measured
         val |= {name: data[name] for name in ("gt", "lq", "meta_info", "filename_tmpl") if name in data} | {"limit": 8}
+        val["crop"] = 0 if "lq" in val else data["canvas"]  # of one size: every size compiles the degradation anew
+    if "lq" not in val and "canvas" in data:
+        val["degrade"] = config["degrade"]  # the same object: what the command line sets is set in both
+    elif "lq" not in val:
+        faults["datasets.val.dataroot_lq"] = f"{MISSING}: in training nothing is degraded"
 
 
 def _finish_networks(config: Tree, values: Tree, faults: Faults) -> None:

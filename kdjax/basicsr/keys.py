@@ -238,7 +238,7 @@ KEYS: dict[str, Key] = {
         ),
     ),
     "datasets.val.dataroot_gt": Key("val.gt", read=text),
-    "datasets.val.dataroot_lq": Key("val.lq", read=text),
+    "datasets.val.dataroot_lq": Key("val.lq", "without it clean images are degraded as in training", text),
     "datasets.val.meta_info": Key("val.meta_info", read=text),
     "datasets.val.meta_info_file": Key("val.meta_info", read=text),
     "datasets.val.filename_tmpl": Key("val.filename_tmpl", read=text),

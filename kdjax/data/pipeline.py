@@ -111,10 +111,10 @@ def training_batches(
         count = round(batch_size * unpaired_part)
         samples = Samples(unpaired, UNPAIRED, **options, blank_lq=True)
         beside.append(Part("unpaired", samples, count, {"is_paired": False}))
-    flags = {key: True for part in beside for key in part.flags}
-    beside = [dataclasses.replace(part, flags=flags | part.flags) for part in beside]
+    all_true = {key: True for part in beside for key in part.flags}
+    beside = [dataclasses.replace(part, flags=all_true | part.flags) for part in beside]
     rest = batch_size - sum(part.count for part in beside)
-    main = Part("main", Samples(pairs, LABELLED, **options), rest, flags)
+    main = Part("main", Samples(pairs, LABELLED, **options), rest, all_true)
     has_lq = main.samples.pairs[0].lq is not None
     if unlabelled and (unlabelled[0].lq is not None) != has_lq:
         raise DataError("unlabelled images must be degraded where the labelled ones have lq files, and only there")

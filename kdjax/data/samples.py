@@ -104,7 +104,7 @@ class Samples:
         if pair.lq is None:
             return gt, None
         if pair.lq == pair.gt:  # an unlabelled image
-            return gt.repeat(self._scale, 0).repeat(self._scale, 1), gt
+            return (gt if self._scale == 1 else gt.repeat(self._scale, 0).repeat(self._scale, 1)), gt
         lq = self._read(pair.lq)
         if gt.shape[0] != self._scale * lq.shape[0] or gt.shape[1] != self._scale * lq.shape[1]:
             raise ImageError(size_message(pair, gt, lq, self._scale))
@@ -261,6 +261,6 @@ def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64((seed, stream, number)))
 
 
-@functools.lru_cache(maxsize=4)  # prefetching can straddle two epochs
+@functools.lru_cache(maxsize=8)  # three kinds of images, of each of which prefetching can straddle two epochs
 def _epoch_order(length: int, seed: int, stream: int, epoch: int) -> np.ndarray:
     return _generator(seed, stream, epoch).permutation(length)

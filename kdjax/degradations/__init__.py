@@ -16,14 +16,14 @@ Noise alone is neither clipped nor quantised, as the denoising benchmarks have i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kdjax.degradations import noise, realesrgan
-from kdjax.degradations.jpeg import jpeg
+from kdjax.degradations import jpeg, noise, realesrgan
 from kdjax.degradations.sharpen import usm_sharpen
 from kdjax.names import nearest, pick
 
@@ -107,7 +107,7 @@ def _draw_blind_sigma(key: jax.Array, settings: AwgnBlind) -> tuple[dict[str, ja
 
 def _draw_sensor(key: jax.Array, settings: PoissonGauss) -> tuple[dict[str, jax.Array], jax.Array]:
     key_gain, key_sigma, key_noise = jax.random.split(key, 3)
-    low, high = jnp.log(jnp.array(settings.gain))
+    low, high = map(math.log, settings.gain)
     sigma = jax.random.uniform(key_sigma, minval=settings.read_sigma[0], maxval=settings.read_sigma[1])
     return {"gain": jnp.exp(jax.random.uniform(key_gain, minval=low, maxval=high)), "sigma": sigma}, key_noise
 
@@ -124,7 +124,7 @@ def _draw_quality(key: jax.Array, settings: Jpeg) -> tuple[dict[str, jax.Array],
 
 
 def _compress(choices: Mapping, key: jax.Array, image: jax.Array, *_: Any) -> jax.Array:
-    compressed = jpeg(jnp.clip(image, 0, 1).transpose(2, 0, 1), choices["quality"])
+    compressed = jpeg.jpeg(jnp.clip(image, 0, 1).transpose(2, 0, 1), choices["quality"])
     return jnp.round(compressed.transpose(1, 2, 0) * 255) / 255
 
 
@@ -168,11 +168,11 @@ def make_degrade(spec: Mapping[str, Any], *, scale: int = 1) -> Degrade:
     return degrade
 
 
-def draw_choices(spec: Mapping[str, Any], key: jax.Array) -> dict[str, jax.Array]:
-    """What `make_degrade(spec)` chooses for the sample with this key, but for its noise: names and values."""
-    choices, _ = DEGRADATIONS[spec["name"]].draw(key, _settings(spec))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(choices)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): jnp.asarray(leaf) for path, leaf in leaves}
+def draw_choices(spec: Mapping[str, Any], key: jax.Array) -> Any:
+    """What `make_degrade(spec)` chooses for the sample with this key, but for its noise: a dict of arrays, or
+    `realesrgan.Choices`."""
+    settings = _settings(spec)
+    return DEGRADATIONS[spec["name"]].draw(key, settings)[0]
 
 
 def _settings(spec: Mapping[str, Any]) -> Any:

@@ -42,9 +42,9 @@ _DCT = np.array(
     ],
     np.float32,
 )
-# Of quality 100, where the formula has 0, which divides by zero; at 99.75 it is as small. The table is then below one
-# half everywhere, as fine as 8 bits are.
-_SMALLEST_FACTOR = 0.005
+# Of quality 100, where the formula has 0, which divides by zero; at 99.8 it is as small. The table is then below one
+# half everywhere, finer than 8 bits are.
+_SMALLEST_FACTOR = 0.004
 
 
 def jpeg(

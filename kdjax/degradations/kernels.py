@@ -58,27 +58,21 @@ def sinc_kernel(side: int, size: jax.Array | int, cutoff: jax.Array | float) -> 
     return _normalised(cutoff * values, size)
 
 
-def delta_kernel(side: int) -> jax.Array:
-    """The kernel that changes nothing."""
-    return jnp.zeros((side, side)).at[side // 2, side // 2].set(1)
-
-
 def filter2d(image: jax.Array, kernel: jax.Array, valid: tuple[jax.Array | int, jax.Array | int]) -> jax.Array:
     """Correlates the valid part of a (c, h, w) canvas with a kernel; its border is reflected (not repeating the edge).
 
     By Fourier transform: a 21 x 21 filter costs the same on every kind of device, whatever differs between samples.
     """
     _, height, width = image.shape
-    half = kernel.shape[0] // 2
-    rows, columns = (_fast_length(extent + 2 * half) for extent in (height, width))
-    # Behind the valid part its reflection, and before it (which is the end of a circle) as well.
-    wrap = lambda length: (jnp.arange(length) + half) % length - half  # noqa: E731
-    image = image[:, reflected(wrap(rows), valid[0]), :][:, :, reflected(wrap(columns), valid[1])]
-    flipped = jnp.roll(
-        jnp.pad(kernel[::-1, ::-1], ((0, rows - 2 * half - 1), (0, columns - 2 * half - 1))), -half, (0, 1)
-    )
-    spectrum = jnp.fft.rfft2(image) * jnp.fft.rfft2(flipped)
-    return jnp.fft.irfft2(spectrum, s=(rows, columns))[:, :height, :width]
+    margin = kernel.shape[0] - 1
+    rows, columns = (_fast_length(extent + margin) for extent in (height, width))
+    before = margin // 2
+    image = image[:, reflected(jnp.arange(rows) - before, valid[0]), :]
+    image = image[:, :, reflected(jnp.arange(columns) - before, valid[1])]
+    # A convolution with the flipped kernel; nothing that wraps around the circle reaches what is kept.
+    spectrum = jnp.fft.rfft2(image) * jnp.fft.rfft2(kernel[::-1, ::-1], s=(rows, columns))
+    restored = jnp.fft.irfft2(spectrum, s=(rows, columns))
+    return restored[:, margin : margin + height, margin : margin + width]
 
 
 def _grid(side: int) -> tuple[jax.Array, jax.Array]:

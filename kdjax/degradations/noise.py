@@ -18,7 +18,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def uniform(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    """A (c, h, w) field of numbers between 0 and 1, both excluded, in steps of 2^-23; c is at most 4.
+    """A (c, h, w) field of numbers between 0 and 1, both excluded, in steps of 2^-23.
 
     Threefry-2x32 as `jax.random` has it (Salmon et al., SC 2011), written out: it becomes one loop with what uses it,
     while `jax.random.bits` uses half of the bits and takes 14 times as long on a CPU (jax 0.10).
@@ -69,6 +69,7 @@ def poisson_quantile(u: jax.Array, mean: jax.Array) -> jax.Array:
     Exact up to a mean of 10; above it a Cornish-Fisher expansion, which is off by one count for less than three in a
     thousand.
     """
+    u = jnp.minimum(u, 1 - 2.0**-21)  # the sum of the probabilities may end just below 1
     small = jnp.minimum(mean, _COUNTED_MEAN)
     probability = jnp.exp(-small)
     below, count = probability, jnp.zeros_like(u)

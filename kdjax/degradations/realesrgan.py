@@ -26,9 +26,9 @@ from kdjax.names import nearest
 Range = tuple[float, float]
 Shape = tuple[int, int]
 
-# Canvases of the two rounds, as parts of the largest: with the defaults half, all and 1.5 times the image.
-_FIRST_CANVASES, _SECOND_CANVASES = (1 / 3, 0.67, 1.0), (0.5, 0.84, 1.0)
-
+# Canvases of the two rounds, as parts of the largest. More of them compute less and compile longer; with the default
+# ranges 0.67 and 0.84 are where the image keeps its size.
+_FIRST_CANVASES, _SECOND_CANVASES = (0.25, 0.4, 0.55, 0.67, 0.84, 1.0), (0.4, 0.6, 0.84, 1.0)
 _NUMBERS = 48  # at least as many as `draw` takes
 
 
@@ -144,8 +144,9 @@ def draw(key: jax.Array, settings: Settings) -> tuple[Choices, jax.Array]:
 def apply(choices: Choices, key: jax.Array, image: jax.Array, settings: Settings, scale: int = 1) -> jax.Array:
     """The degraded image (h/scale, w/scale, c) of a clean one (h, w, c) in [0, 1], in steps of 1/255.
 
-    `key` is that of the noise fields.
+    `key` is that of the noise fields. No gradient flows to the image.
     """
+    image = jax.lax.stop_gradient(image)
     if jax.default_backend() != "cpu":
         return apply_on(choices, key, image, settings, scale, small_canvases=False)
     # Side by side every sample costs as much as the largest one; a CPU does better one after another.
@@ -167,11 +168,10 @@ def apply_on(
     out = tuple(extent // scale for extent in shape)
     first, second = choices.first, choices.second
     first_key, second_key = jax.random.split(key)
-    valid = tuple(_scaled(extent, first.factor) for extent in shape)
-    second_valid = tuple(_scaled(extent, second.factor) for extent in out)
     canvases = _canvases(shape, settings.resize_range, _FIRST_CANVASES if small_canvases else (1.0,))
     second_canvases = _canvases(out, settings.resize_range2, _SECOND_CANVASES if small_canvases else (1.0,))
     largest, second_largest = canvases[-1], second_canvases[-1]
+    valid, second_valid = _scaled(shape, first.factor, largest), _scaled(out, second.factor, second_largest)
     # The first resize has the factor that was drawn, the others the ratios of their sizes.
     to_first = _weights(first.mode, shape, shape, largest, valid, (first.factor, first.factor))
     to_second = _weights(second.mode, largest, valid, second_largest, second_valid)
@@ -246,8 +246,12 @@ def _on_canvas(function: Callable[[Shape], jax.Array], valid: Size, canvases: li
     )
 
 
-def _scaled(extent: int, factor: jax.Array) -> jax.Array:
-    return jnp.maximum(1, jnp.floor(extent * factor)).astype(jnp.int32)
+def _scaled(shape: Shape, factor: jax.Array, largest: Shape) -> Size:
+    """The size after resizing; never larger than the canvas, which float32 could make it by one."""
+    return tuple(
+        jnp.clip(jnp.floor(extent * factor), 1, most).astype(jnp.int32)
+        for extent, most in zip(shape, largest, strict=True)
+    )
 
 
 def _draw_stage(
@@ -310,10 +314,8 @@ def _draw_kernel(
 
 
 def _beta(above: jax.Array, place: jax.Array, limits: Range) -> jax.Array:
-    """Above 1 or below it (so betap, from 1 on, is exactly 1 half of the time, as in BasicSR)."""
-    low, high = limits
-    ranges = (max(low, 1.0), max(high, 1.0)), (min(low, 1.0), min(high, 1.0))
-    return jnp.where(above, *(_between(place, limits) for limits in ranges))
+    """From 1 up, or from the lower end to 1 (so betap, from 1 on, is exactly 1 half of the time, as in BasicSR)."""
+    return jnp.where(above, _between(place, (1.0, limits[1])), _between(place, (limits[0], 1.0)))
 
 
 def _kernel_size(number: jax.Array, largest: int) -> jax.Array:
@@ -359,6 +361,8 @@ def _check(name: str, value: object) -> None:
         if kind == "resize_range" and not value[0] <= 1 <= value[1]:
             raise ValueError(f"{name}={value!r} must reach from 1 or less to 1 or more: it goes down and up from there")
     elif kind == "kernel_list":
+        if not isinstance(value, tuple):
+            raise ValueError(f"{name}={value!r} must be a tuple of kernels ({', '.join(kernels.KINDS)})")
         for kernel in value:
             if kernel not in kernels.KINDS:
                 raise ValueError(
