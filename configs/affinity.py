@@ -17,5 +17,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config = get_denoise(variant)
     config.name = config.name.replace("denoise", "affinity")
     student = "model.5" if variant == "quick" else "body.3" if variant == "debug" else "body.9"
-    config.terms.affinity = dict(pairs=((student, "body.1", 1.0),), weight=dict(share=0.2))
+    config.terms.affinity = dict(pairs=((student, "body.1", 1.0),), weight=dict(share=0.02))
     return config

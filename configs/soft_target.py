@@ -4,7 +4,7 @@
 
 The guide's softmax over colours is `space="rgb", temperature=3.0` (4.1): it sees no brightness, and its temperature has
 no effect. The other meaningful one is `laplace`, a likelihood of the teacher's features:
-    laplace=dict(pairs=(("body.9", "body.1", 1.0),), weight=dict(share=0.2))
+    laplace=dict(pairs=(("body.9", "body.1", 1.0),), weight=dict(share=0.02))
 """
 
 import runpy
