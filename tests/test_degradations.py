@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -298,6 +298,15 @@ def test_isotropic_kernels_are_round_and_others_are_not() -> None:
 # ---- Real-ESRGAN: what is done ---------------------------------------------------------------------------------
 
 SHAPE = (48, 36, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_canvases() -> Iterator[None]:
+    """In place of six and four: the same code, compiled in a third of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_FIRST_CANVASES", "_SECOND_CANVASES"):
+            patch.setattr(realesrgan, name, (0.6, 1.0))
+        yield
 
 
 @pytest.fixture(scope="module")
