@@ -1,8 +1,9 @@
-"""Output distillation by frequency: Haar bands (MTKD, arXiv:2404.09571) and the Fourier transform (arXiv:2108.05054).
+"""The recipe that `docs/results.md` recommends: output distillation, and its Haar bands (MTKD, arXiv:2404.09571).
 
     python -m kdjax.train --config configs/frequency.py
 
-Weights the fine bands, where students blur, above what they have in a plain pixel loss.
+The fine bands, where students blur, count as much as the coarse one. `config.terms.fft = dict(weight=dict(share=0.2))`
+does the same in the Fourier transform (arXiv:2108.05054).
 """
 
 import runpy
@@ -16,6 +17,5 @@ get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_c
 def get_config(variant: str = "") -> ConfigDict:
     config = get_denoise(variant)
     config.name = config.name.replace("denoise", "frequency")
-    config.terms.wavelet = dict(levels=2, bands=(0.5, 1.0, 1.0, 1.0), criterion="l1", weight=0.2)  # ll, lh, hl, hh
-    config.terms.fft = dict(weight=0.1)
+    config.terms.wavelet = dict(levels=2, bands=(1.0, 1.0, 1.0, 1.0), criterion="l1", weight=dict(share=0.2))
     return config
