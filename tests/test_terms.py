@@ -141,7 +141,7 @@ def test_it_can_be_wrong(name: str, passes: tuple) -> None:
     }
     if loss.adapters or name in ("attention", "affinity", "feature of equals"):
         # Features that pool or un-shuffle to the teacher's own.
-        pytest.skip("see test_perfect_features_cost_nothing")
+        pytest.skip("see test_perfect_features_cost_less_than_wrong_ones")
     good = wanted.get(name, lambda: student._replace(output=teacher.output, features=student.features | {
         "wide": jnp.repeat(jnp.repeat(teacher.features["body.0"], 4, 1), 4, 2)}))()  # fmt: skip
     noise = 0.05 * jax.random.normal(jax.random.key(6), student.output.shape)
