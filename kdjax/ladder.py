@@ -136,6 +136,7 @@ def plot(rows: Sequence[Row], results: Sequence[Result], path: Path, *, teacher_
         right.plot(steps, means, marker=".", label=row.column, **style)
     right.axhline(teacher_psnr, color="grey", linestyle="--", linewidth=1)
     right.annotate("teacher", (0, teacher_psnr), xycoords=("axes fraction", "data"), va="bottom", color="grey")
+    right.set_xscale("log")  # a column of equal compute can be many times as long as the others
     right.set_xlabel("training step")
     right.set_ylabel("PSNR of the EMA student, dB")
     right.grid(alpha=0.3)
