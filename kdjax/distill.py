@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from kdjax import losses, ops
-from kdjax.degradations import Degrade, usm_sharpen
+from kdjax.degradations import Degrade, Window, cut, usm_sharpen
 from kdjax.models import Apply, Params
 from kdjax.names import pick
 from kdjax.schedules import Schedule
@@ -49,9 +49,9 @@ _TERMS_STREAM, _CROP_STREAM = 2**32 - 1, 2**32 - 2
 class Recipe:
     """Everything about a run that is not an array.
 
-    `degrade(key, image)` makes the lq of one (h, w, c) image where a batch has none. `crop` is the side of the gt
-    square that is learnt from, cut from larger images after they were degraded; 0 takes them whole. `sharpen` sharpens
-    gt first. `learning_rate` is here only to be reported; the optimizer already contains it.
+    `degrade(key, image, window)` makes the lq of one (h, w, c) image where a batch has none. `crop` is the side of the
+    gt square that is learnt from, cut from larger images as if after they were degraded; 0 takes them whole. `sharpen`
+    sharpens gt first. `learning_rate` is here only to be reported; the optimizer already contains it.
     """
 
     student: Apply
@@ -311,17 +311,29 @@ def diagnose(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.
 
 def make_pair(recipe: Recipe, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The clean and the degraded images of a batch, as float [0, 1]."""
-    gt = ops.to_float(batch["gt"])
+    samples = {name: batch[name] for name in ("gt", "lq", "is_paired") if name in batch}
+    return jax.vmap(functools.partial(_pair_of, recipe, key))(_sample_numbers(batch), samples)
+
+
+def _pair_of(recipe: Recipe, key: jax.Array, index: jax.Array, sample: Batch) -> tuple[jax.Array, jax.Array]:
+    """`make_pair` of one sample."""
+    whole_gt = gt = ops.to_float(sample["gt"])
     if recipe.sharpen:
-        gt = jax.vmap(usm_sharpen)(gt)
-    index = _sample_numbers(batch)
-    lq = ops.to_float(batch["lq"]) if "lq" in batch else None
-    if lq is None or "is_paired" in batch:
-        degraded = jax.vmap(recipe.degrade)(sample_keys(key, index), gt)
-        lq = degraded if lq is None else jnp.where(batch["is_paired"][:, None, None, None], lq, degraded)
-    if recipe.crop and recipe.crop < gt.shape[1]:
-        keys = sample_keys(jax.random.fold_in(key, _CROP_STREAM), index)
-        gt, lq = jax.vmap(functools.partial(_crop, side=recipe.crop))(keys, gt, lq)
+        whole_gt = gt = usm_sharpen(gt)
+    lq, window = ops.to_float(sample["lq"]) if "lq" in sample else None, None
+    degrade_key = jax.random.fold_in(key, index)
+    if recipe.crop and recipe.crop < gt.shape[0]:
+        small = jax.eval_shape(recipe.degrade, degrade_key, gt) if lq is None else lq
+        scale = gt.shape[0] // small.shape[0]
+        crop_key = jax.random.fold_in(jax.random.fold_in(key, _CROP_STREAM), index)
+        corner = jax.random.randint(crop_key, (2,), 0, (gt.shape[0] - recipe.crop) // scale + 1)
+        window = Window(corner, (recipe.crop // scale,) * 2)
+        gt = cut(gt, Window(scale * corner, (recipe.crop,) * 2))
+        lq = None if lq is None else cut(lq, window)
+    if lq is None:
+        lq = recipe.degrade(degrade_key, whole_gt, window)
+    elif "is_paired" in sample:
+        lq = jnp.where(sample["is_paired"], lq, recipe.degrade(degrade_key, whole_gt, window))
     return gt, lq
 
 
@@ -332,16 +344,6 @@ def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
 
 def _sample_numbers(batch: Batch) -> jax.Array:
     return batch.get("index", jnp.arange(len(batch["gt"])))
-
-
-def _crop(key: jax.Array, gt: jax.Array, lq: jax.Array, *, side: int) -> tuple[jax.Array, jax.Array]:
-    """The same random square of both, `side` pixels of gt."""
-    scale = gt.shape[0] // lq.shape[0]
-    start = jax.random.randint(key, (2,), 0, (gt.shape[0] - side) // scale + 1)
-    cut = lambda image, by: jax.lax.dynamic_slice(  # noqa: E731
-        image, (by * start[0], by * start[1], 0), (side * by // scale, side * by // scale, image.shape[2])
-    )
-    return cut(gt, scale), cut(lq, 1)
 
 
 def eval_step(apply: Apply, params: Params, lq: jax.Array) -> jax.Array:

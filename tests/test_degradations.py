@@ -12,10 +12,10 @@ import pytest
 import scipy.stats
 from conftest import load_npz
 
-from kdjax.degradations import draw_choices, kernels, make_degrade, noise, preset, realesrgan, usm_sharpen
-from kdjax.degradations.canvas import reflected
+from kdjax.degradations import Window, draw_choices, kernels, make_degrade, noise, preset, realesrgan, usm_sharpen
+from kdjax.degradations.canvas import reflected, whole
 from kdjax.degradations.jpeg import jpeg
-from kdjax.degradations.resize import MODES, resize, resize_weights
+from kdjax.degradations.resize import MODES, num_taps, resize, resize_taps
 
 SETTINGS = realesrgan.Settings()
 
@@ -103,8 +103,9 @@ def test_sinc_kernels_equal_basicsr(name: str, vectors: dict) -> None:
 
 
 def test_j1_is_scipys() -> None:
-    x = np.linspace(0, 110, 2000, dtype=np.float32)
-    np.testing.assert_allclose(kernels._j1(jnp.asarray(x)), scipy.special.j1(x), atol=5e-6)
+    for side in (7, 21, 51):
+        x = np.linspace(0, math.pi * math.hypot(side // 2, side // 2), 2000, dtype=np.float32)
+        np.testing.assert_allclose(kernels._j1(jnp.asarray(x), side + 24), scipy.special.j1(x), atol=5e-6)
 
 
 def test_filter2d_equals_basicsr_also_on_a_canvas(vectors: dict) -> None:
@@ -133,11 +134,9 @@ def test_resize_equals_torch(mode: str, what: str, vectors: dict) -> None:
     out = expected.shape[1:3]
     factor = tuple(n / m for n, m in zip(out, (45, 62), strict=True)) if what.startswith("to") else (float(what),) * 2
     canvas = jnp.pad(images, ((0, 0), (0, 0), (0, 3), (0, 9)), constant_values=7.0)
-    weights = [
-        jax.jit(resize_weights, static_argnums=(1, 3))(list(MODES).index(mode), *axis)
-        for axis in zip(canvas.shape[2:], (45, 62), (out[0] + 5, out[1] + 2), out, factor, strict=True)
-    ]
-    resized = jax.vmap(lambda x: resize(x, *weights))(canvas)[:, :, : out[0], : out[1]]
+    axes = zip((45, 62), (out[0] + 5, out[1] + 2), out, factor, map(num_taps, (45, 62), out), strict=True)
+    taps = [jax.jit(resize_taps, static_argnums=(2, 5))(list(MODES).index(mode), *axis) for axis in axes]
+    resized = jax.vmap(lambda x: resize(x, *taps))(canvas)[:, :, : out[0], : out[1]]
     np.testing.assert_allclose(resized.transpose(0, 2, 3, 1), expected, atol=1e-5)
 
 
@@ -326,7 +325,8 @@ def side_by_side(keys: jax.Array, images: np.ndarray, scale: int) -> np.ndarray:
 
     def one(key: jax.Array, image: jax.Array) -> jax.Array:
         choices, noise_key = realesrgan.draw(key, SETTINGS)
-        return realesrgan.apply_on(choices, noise_key, image, SETTINGS, scale, small_canvases=False)
+        window = whole((image.shape[0] // scale, image.shape[1] // scale))
+        return realesrgan.apply_on(choices, noise_key, image, SETTINGS, scale, window, small_canvases=False)
 
     return np.asarray(jax.jit(jax.vmap(one))(keys, images))
 
@@ -358,6 +358,16 @@ def test_a_sample_is_the_same_alone_in_any_batch_and_on_any_canvas(degrade: Call
     assert_almost_equal(side_by_side(keys, images, 1), batch)
 
 
+def test_a_window_is_a_part_of_the_whole(degrade: Callable, images: np.ndarray) -> None:
+    keys = jax.random.split(jax.random.key(1), len(images))
+    starts = np.array([[0, 0], [32, 20], [17, 3], [31, 19], [15, 16], [16, 7], [5, 20], [32, 0]])[: len(images)]
+    make = make_degrade(preset("realesrgan"))
+    windows = jax.jit(jax.vmap(lambda key, image, start: make(key, image, Window(start, (16, 16)))))
+    batch = np.asarray(degrade(keys, images))
+    parts = [x[top : top + 16, left : left + 16] for x, (top, left) in zip(batch, starts, strict=True)]
+    assert_almost_equal(windows(keys, images, starts), parts)
+
+
 def test_four_devices_degrade_as_one(degrade: Callable, images: np.ndarray) -> None:
     keys = jax.random.split(jax.random.key(1), 4)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -374,8 +384,8 @@ def one_after_another(choices: realesrgan.Choices, key: jax.Array, image: np.nda
 
     def resized(x: jax.Array, mode: int, out: tuple[int, int], factor: float | None = None) -> jax.Array:
         by = (factor, factor) if factor else tuple(new / old for new, old in zip(out, x.shape[1:], strict=True))
-        axes = zip(x.shape[1:], x.shape[1:], out, out, by, strict=True)
-        return resize(x, *(resize_weights(mode, *axis) for axis in axes))
+        axes = zip(x.shape[1:], out, out, by, map(num_taps, x.shape[1:], out), strict=True)
+        return resize(x, *(resize_taps(mode, *axis) for axis in axes))
 
     def noisy(x: jax.Array, stage: realesrgan.Stage, key: jax.Array) -> jax.Array:
         if stage.is_gaussian:

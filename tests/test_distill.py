@@ -14,7 +14,7 @@ from conftest import load_npz
 from flax import traverse_util
 
 from kdjax import distill, models, sharding
-from kdjax.degradations import make_degrade, usm_sharpen
+from kdjax.degradations import Window, cut, make_degrade, usm_sharpen
 from kdjax.schedules import make_schedule
 from kdjax.terms import Setting, make_terms
 from kdjax.weights import load_model
@@ -212,7 +212,7 @@ def test_a_given_lq_is_used_as_it_is(tiny: Tiny) -> None:
 
 
 def test_a_hybrid_batch_degrades_only_what_has_no_lq(tiny: Tiny) -> None:
-    recipe = tiny.recipe(degrade=lambda key, image: 1 - image)
+    recipe = tiny.recipe(degrade=lambda key, image, window: 1 - image)
     is_paired = np.arange(8) % 3 == 0
     batch = {"gt": tiny.gt, "lq": tiny.gt // 2, "is_paired": is_paired, "index": np.arange(8, dtype=np.int32)}
     gt, lq = distill.make_pair(recipe, batch, jax.random.key(0))
@@ -222,7 +222,10 @@ def test_a_hybrid_batch_degrades_only_what_has_no_lq(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("scale", [1, 2])
 def test_crops_are_cut_after_degrading_at_the_same_place_of_both(tiny: Tiny, scale: int) -> None:
-    degrade = lambda key, image: image[::scale, ::scale]  # noqa: E731
+    def degrade(key: jax.Array, image: jax.Array, window: Window | None = None) -> jax.Array:
+        small = image[::scale, ::scale]
+        return cut(small, window) if window else small
+
     recipe = tiny.recipe(degrade=degrade, crop=6)
     batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32)}
     gt, lq = distill.make_pair(recipe, batch, jax.random.key(0))
@@ -241,7 +244,7 @@ def test_crops_are_cut_after_degrading_at_the_same_place_of_both(tiny: Tiny, sca
 
 
 def test_sharpened_targets_are_what_is_degraded(tiny: Tiny) -> None:
-    recipe = tiny.recipe(degrade=lambda key, image: image, sharpen=True)
+    recipe = tiny.recipe(degrade=lambda key, image, window: image, sharpen=True)
     batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32)}
     gt, lq = distill.make_pair(recipe, batch, jax.random.key(0))
     np.testing.assert_array_equal(gt, lq)
@@ -250,7 +253,7 @@ def test_sharpened_targets_are_what_is_degraded(tiny: Tiny) -> None:
 
 
 def test_a_non_finite_loss_is_reported(tiny: Tiny) -> None:
-    recipe = tiny.recipe(degrade=lambda key, image: image * jnp.nan)
+    recipe = tiny.recipe(degrade=lambda key, image, window: image * jnp.nan)
     _, metrics, _ = tiny.run(recipe, steps=1)
     assert not metrics["finite"]
 

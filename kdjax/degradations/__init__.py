@@ -24,12 +24,13 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.degradations import jpeg, noise, realesrgan
+from kdjax.degradations.canvas import Window, cut
 from kdjax.degradations.sharpen import usm_sharpen
 from kdjax.names import nearest, pick
 
-__all__ = ["DEGRADATIONS", "Degrade", "draw_choices", "make_degrade", "preset", "usm_sharpen"]
+__all__ = ["DEGRADATIONS", "Degrade", "Window", "cut", "draw_choices", "make_degrade", "preset", "usm_sharpen"]
 
-Degrade = Callable[[jax.Array, jax.Array], jax.Array]
+Degrade = Callable[..., jax.Array]
 Range = tuple[float, float]
 
 
@@ -85,13 +86,13 @@ class Degradation(NamedTuple):
     Attributes:
       settings: the dataclass that checks them.
       draw: (key, settings) -> (what is chosen for one sample, as a mapping or a NamedTuple; the key of its noise).
-      apply: (choices, key, image, settings, scale) -> lq.
+      apply: (choices, key, image, settings) -> lq; of one that resizes (..., scale, window) -> that window of lq.
       resizes: whether lq can be smaller than the image.
     """
 
     settings: type
     draw: Callable[[jax.Array, Any], tuple[Any, jax.Array]]
-    apply: Callable[[Any, jax.Array, jax.Array, Any, int], jax.Array]
+    apply: Callable[..., jax.Array]
     resizes: bool = False
 
 
@@ -147,9 +148,9 @@ def preset(name: str, **overrides: Any) -> dict[str, Any]:
 
 
 def make_degrade(spec: Mapping[str, Any], *, scale: int = 1) -> Degrade:
-    """`degrade(key, image) -> lq` from a dict with a `name` and the degradation's own settings.
+    """`degrade(key, image, window=None) -> lq` from a dict with a `name` and the degradation's own settings.
 
-    `image` is (h, w, c), lq is (h/scale, w/scale, c).
+    `image` is (h, w, c), lq is (h/scale, w/scale, c), or the `window` of it, which may cost less than all of it.
 
     Raises:
       ValueError: an unknown name or setting, a value out of range, or a degradation that cannot change the size.
@@ -161,9 +162,12 @@ def make_degrade(spec: Mapping[str, Any], *, scale: int = 1) -> Degrade:
             ' small images as lq, or use "realesrgan"'
         )
 
-    def degrade(key: jax.Array, image: jax.Array) -> jax.Array:
+    def degrade(key: jax.Array, image: jax.Array, window: Window | None = None) -> jax.Array:
         choices, noise_key = chosen.draw(key, settings)
-        return chosen.apply(choices, noise_key, image, settings, scale)
+        if chosen.resizes:
+            return chosen.apply(choices, noise_key, image, settings, scale, window)
+        lq = chosen.apply(choices, noise_key, image, settings)
+        return cut(lq, window) if window else lq
 
     return degrade
 

@@ -6,10 +6,29 @@ finite, and means nothing.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 Size = tuple[jax.Array | int, jax.Array | int]
+
+
+class Window(NamedTuple):
+    """A part of an image: `shape` rows and columns from `start`."""
+
+    start: jax.Array  # int (2,)
+    shape: tuple[int, int]
+
+
+def whole(shape: tuple[int, int]) -> Window:
+    """The window that shows everything."""
+    return Window(jnp.zeros(2, jnp.int32), shape)
+
+
+def cut(image: jax.Array, window: Window) -> jax.Array:
+    """The window of an (h, w, c) image."""
+    return jax.lax.dynamic_slice(image, (*window.start, 0), (*window.shape, image.shape[2]))
 
 
 def reflected(index: jax.Array, count: jax.Array | int) -> jax.Array:

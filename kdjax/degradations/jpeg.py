@@ -93,8 +93,8 @@ def _compress(plane: jax.Array, table: jax.Array, straight_through: bool) -> jax
 
 
 def _half(plane: jax.Array) -> jax.Array:
-    height, width = plane.shape
-    return plane.reshape(height // 2, 2, width // 2, 2).mean((1, 3))
+    """The mean of every 2 x 2 pixels, as a sum of four: as a reduction it takes 10 times as long on a CPU."""
+    return sum(plane[i::2, j::2] for i in range(2) for j in range(2)) / 4
 
 
 def _twice(plane: jax.Array) -> jax.Array:

@@ -22,9 +22,6 @@ KINDS: dict[str, tuple[str, bool]] = {
     "plateau_aniso": ("plateau", False),
 }
 SMALLEST = 7  # kernels have 7, 9, ..., `side` pixels
-# J1 is the mean of cos(t - x sin t) over half a turn. 96 points are exact in float32 up to x = 150, and x is at most pi
-# times half the diagonal of a kernel: 44 for 21 x 21 pixels, 111 for 51 x 51.
-_J1_POINTS = 96
 
 
 def bivariate_kernel(
@@ -54,7 +51,7 @@ def sinc_kernel(side: int, size: jax.Array | int, cutoff: jax.Array | float) -> 
     """The circular low-pass filter w J1(w r) / (2 pi r), with the cutoff w in radians per pixel; it rings."""
     x, y = _grid(side)
     r = jnp.sqrt(jnp.square(x) + jnp.square(y))
-    values = jnp.where(r > 0, _j1(cutoff * r) / (2 * jnp.pi * jnp.where(r > 0, r, 1)), cutoff / (4 * jnp.pi))
+    values = jnp.where(r > 0, _j1(cutoff * r, side + 24) / (2 * jnp.pi * jnp.where(r > 0, r, 1)), cutoff / (4 * jnp.pi))
     return _normalised(cutoff * values, size)
 
 
@@ -64,15 +61,23 @@ def filter2d(image: jax.Array, kernel: jax.Array, valid: tuple[jax.Array | int, 
     By Fourier transform: a 21 x 21 filter costs the same on every kind of device, whatever differs between samples.
     """
     _, height, width = image.shape
-    margin = kernel.shape[0] - 1
-    rows, columns = (_fast_length(extent + margin) for extent in (height, width))
-    before = margin // 2
-    image = image[:, reflected(jnp.arange(rows) - before, valid[0]), :]
-    image = image[:, :, reflected(jnp.arange(columns) - before, valid[1])]
+    rows, columns = (
+        places_to_filter(0, extent, len(kernel), size) for extent, size in zip((height, width), valid, strict=True)
+    )
+    return filter_inside(image[:, rows, :][:, :, columns], kernel)[:, :height, :width]
+
+
+def places_to_filter(start: jax.Array | int, extent: int, side: int, size: jax.Array | int) -> jax.Array:
+    """Which of `size` rows (or columns) `filter_inside` must be given to make those from `start`, `extent` of them."""
+    return reflected(start - side // 2 + jnp.arange(_fast_length(extent + side - 1)), size)
+
+
+def filter_inside(image: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Correlates (c, h, w) with a kernel where it fits whole: (c, h - side + 1, w - side + 1)."""
+    margin, shape = len(kernel) - 1, image.shape[1:]
     # A convolution with the flipped kernel; nothing that wraps around the circle reaches what is kept.
-    spectrum = jnp.fft.rfft2(image) * jnp.fft.rfft2(kernel[::-1, ::-1], s=(rows, columns))
-    restored = jnp.fft.irfft2(spectrum, s=(rows, columns))
-    return restored[:, margin : margin + height, margin : margin + width]
+    spectrum = jnp.fft.rfft2(image) * jnp.fft.rfft2(kernel[::-1, ::-1], s=shape)
+    return jnp.fft.irfft2(spectrum, s=shape)[:, margin:, margin:]
 
 
 def _grid(side: int) -> tuple[jax.Array, jax.Array]:
@@ -86,9 +91,13 @@ def _normalised(values: jax.Array, size: jax.Array | int) -> jax.Array:
     return values / jnp.sum(values)
 
 
-def _j1(x: jax.Array) -> jax.Array:
-    """The Bessel function of the first kind and first order, by Bessel's integral with the midpoint rule."""
-    t = (jnp.arange(_J1_POINTS) + 0.5) * (jnp.pi / _J1_POINTS)
+def _j1(x: jax.Array, points: int) -> jax.Array:
+    """The Bessel function of the first kind and first order, by Bessel's integral with the midpoint rule.
+
+    J1 is the mean of cos(t - x sin t) over half a turn, and its error about J_2n(x) for n points. x is at most pi times
+    half the diagonal of a kernel, 2.3 x side: with side + 24 points that is below 1e-8 up to 51 x 51 pixels.
+    """
+    t = (jnp.arange(points) + 0.5) * (jnp.pi / points)
     return jnp.mean(jnp.cos(t - x[..., None] * jnp.sin(t)), -1)
 
 

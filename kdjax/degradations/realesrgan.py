@@ -10,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kdjax.degradations import kernels
-from kdjax.degradations.canvas import Size, resized_to
+from kdjax.degradations.canvas import Size, Window, resized_to, whole
 from kdjax.degradations.jpeg import jpeg
 from kdjax.degradations.noise import gaussian_noise, poisson_noise
-from kdjax.degradations.resize import MODES, resize, resize_weights
+from kdjax.degradations.resize import MODES, Taps, num_taps, resize, resize_taps
 from kdjax.names import nearest
 
 Range = tuple[float, float]
@@ -28,7 +28,7 @@ Shape = tuple[int, int]
 
 # Canvases of the two rounds, as parts of the largest. More of them compute less and compile longer; with the default
 # ranges 0.67 and 0.84 are where the image keeps its size.
-_FIRST_CANVASES, _SECOND_CANVASES = (0.25, 0.4, 0.55, 0.67, 0.84, 1.0), (0.4, 0.6, 0.84, 1.0)
+_FIRST_CANVASES, _SECOND_CANVASES = (0.35, 0.67, 0.84, 1.0), (0.5, 0.84, 1.0)
 _NUMBERS = 48  # at least as many as `draw` takes
 
 
@@ -141,23 +141,39 @@ def draw(key: jax.Array, settings: Settings) -> tuple[Choices, jax.Array]:
     return choices, noise_key
 
 
-def apply(choices: Choices, key: jax.Array, image: jax.Array, settings: Settings, scale: int = 1) -> jax.Array:
-    """The degraded image (h/scale, w/scale, c) of a clean one (h, w, c) in [0, 1], in steps of 1/255.
+def apply(
+    choices: Choices, key: jax.Array, image: jax.Array, settings: Settings, scale: int = 1, window: Window | None = None
+) -> jax.Array:
+    """The degraded image (h/scale, w/scale, c) of a clean one (h, w, c) in [0, 1], in steps of 1/255, or its window.
 
     `key` is that of the noise fields. No gradient flows to the image.
     """
     image = jax.lax.stop_gradient(image)
+    window = window or whole(tuple(extent // scale for extent in image.shape[:2]))
     if jax.default_backend() != "cpu":
-        return apply_on(choices, key, image, settings, scale, small_canvases=False)
+        return apply_on(choices, key, image, settings, scale, window, small_canvases=False)
     # Side by side every sample costs as much as the largest one; a CPU does better one after another.
-    one = lambda choices, key_data, image: apply_on(  # noqa: E731
-        choices, jax.random.wrap_key_data(key_data), image, settings, scale, small_canvases=True
+    one = lambda choices, key_data, image, start: apply_on(  # noqa: E731
+        choices,
+        jax.random.wrap_key_data(key_data),
+        image,
+        settings,
+        scale,
+        window._replace(start=start),
+        small_canvases=True,
     )
-    return jax.custom_batching.sequential_vmap(one)(choices, jax.random.key_data(key), image)
+    return jax.custom_batching.sequential_vmap(one)(choices, jax.random.key_data(key), image, window.start)
 
 
 def apply_on(
-    choices: Choices, key: jax.Array, image: jax.Array, settings: Settings, scale: int, *, small_canvases: bool
+    choices: Choices,
+    key: jax.Array,
+    image: jax.Array,
+    settings: Settings,
+    scale: int,
+    window: Window,
+    *,
+    small_canvases: bool,
 ) -> jax.Array:
     """`apply` on the smallest canvases that the sample fits into, or on the largest.
 
@@ -172,10 +188,18 @@ def apply_on(
     second_canvases = _canvases(out, settings.resize_range2, _SECOND_CANVASES if small_canvases else (1.0,))
     largest, second_largest = canvases[-1], second_canvases[-1]
     valid, second_valid = _scaled(shape, first.factor, largest), _scaled(out, second.factor, second_largest)
+    least, second_least = _smallest(shape, settings.resize_range), _smallest(out, settings.resize_range2)
     # The first resize has the factor that was drawn, the others the ratios of their sizes.
-    to_first = _weights(first.mode, shape, shape, largest, valid, (first.factor, first.factor))
-    to_second = _weights(second.mode, largest, valid, second_largest, second_valid)
-    back = _weights(choices.mode, second_largest, second_valid, out, out)
+    counts = map(num_taps, shape, least)
+    to_first = _taps(first.mode, shape, largest, valid, counts, (first.factor, first.factor))
+    counts = map(num_taps, largest, second_least)
+    to_second = _taps(second.mode, valid, second_largest, second_valid, counts)
+    back = _taps(choices.mode, second_valid, out, out, map(num_taps, second_largest, out))
+    # After the resize back only the window is made: the JPEG blocks that it touches, and what the filter reads of them.
+    spans = [_blocks(*axis) for axis in zip(window.start, window.shape, out, strict=True)]
+    starts, extents = tuple(start for start, _ in spans), tuple(extent for _, extent in spans)
+    places = [kernels.places_to_filter(*span, len(choices.sinc), size) for span, size in zip(spans, out, strict=True)]
+    back = tuple(taps[place] for taps, place in zip(back, places, strict=True))
 
     def compress(x: jax.Array, valid: Size) -> jax.Array:
         return jpeg(jnp.clip(x, 0, 1), second.quality, valid)
@@ -184,19 +208,36 @@ def apply_on(
         x = _resize(image, to_first, canvas)
         x = jpeg(_noisy(first, first_key, x, valid), first.quality, valid)
         x = _if(second.blurs, lambda x: kernels.filter2d(x, second.kernel, valid), x)
-        return _on_canvas(lambda next_canvas: _resize(x, to_second, next_canvas), second_valid, second_canvases)
+        return resize(x, *to_second)
 
     def second_round(canvas: Shape) -> jax.Array:
         x = _noisy(second, second_key, resized_to(image, canvas), second_valid)
         x = _if(choices.jpeg_first, lambda x: compress(x, second_valid), x)
-        return _resize(x, back, out)
+        return _resize(x, back, tuple(map(len, places)))
+
+    def without_margin(x: jax.Array) -> jax.Array:
+        return resized_to(x[:, len(choices.sinc) // 2 :, len(choices.sinc) // 2 :], extents)
 
     image = _if(first.blurs, lambda x: kernels.filter2d(x, first.kernel, shape), image)
     image = _on_canvas(first_round, valid, canvases)
     image = _on_canvas(second_round, second_valid, second_canvases)
-    image = _if(choices.has_sinc, lambda x: kernels.filter2d(x, choices.sinc, out), image)
-    image = _if(~choices.jpeg_first, lambda x: compress(x, out), image)
+    image = jax.lax.cond(
+        choices.has_sinc,
+        lambda x: resized_to(kernels.filter_inside(x, choices.sinc), extents),
+        without_margin,
+        image,
+    )
+    beyond = tuple(size - start for size, start in zip(out, starts, strict=True))
+    image = _if(~choices.jpeg_first, lambda x: compress(x, beyond), image)
+    offset = tuple(place - start for place, start in zip(window.start, starts, strict=True))
+    image = jax.lax.dynamic_slice(image, (0, *offset), (image.shape[0], *window.shape))
     return (jnp.clip(jnp.round(image * 255), 0, 255) / 255).transpose(1, 2, 0)
+
+
+def _blocks(start: jax.Array | int, extent: int, size: int) -> tuple[jax.Array | int, int]:
+    """The 16-pixel blocks that `extent` pixels from `start` touch, of an image of `size`: their start and extent."""
+    blocks = 16 * math.ceil((extent + 15) / 16)
+    return (0, size) if blocks >= size else (start // 16 * 16, blocks)
 
 
 def _if(chosen: jax.Array, change: Callable[[jax.Array], jax.Array], image: jax.Array) -> jax.Array:
@@ -213,23 +254,28 @@ def _noisy(stage: Stage, key: jax.Array, image: jax.Array, valid: Size) -> jax.A
     return jnp.clip(image + noise, 0, 1)
 
 
-def _weights(
-    mode: jax.Array, canvas: Shape, valid: Size, new_canvas: Shape, new_valid: Size, factor: Size | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The weights of rows and columns."""
+def _taps(
+    mode: jax.Array, valid: Size, new_canvas: Shape, new_valid: Size, counts: Iterable[int], factor: Size | None = None
+) -> tuple[Taps, Taps]:
+    """Those of rows and columns."""
     factor = factor or tuple(new / old for new, old in zip(new_valid, valid, strict=True))
-    return tuple(resize_weights(mode, *axis) for axis in zip(canvas, valid, new_canvas, new_valid, factor, strict=True))
+    axes = zip(valid, new_canvas, new_valid, factor, counts, strict=True)
+    return tuple(resize_taps(mode, *axis) for axis in axes)
 
 
-def _resize(image: jax.Array, weights: tuple[jax.Array, jax.Array], canvas: Shape) -> jax.Array:
-    parts = (w[:new, :old] for w, new, old in zip(weights, canvas, image.shape[1:], strict=True))
-    return resize(image, *parts)
+def _resize(image: jax.Array, taps: tuple[Taps, Taps], canvas: Shape) -> jax.Array:
+    return resize(image, *(axis[:extent] for axis, extent in zip(taps, canvas, strict=True)))
 
 
 def _canvases(shape: Shape, resize_range: Range, parts: tuple[float, ...]) -> list[Shape]:
     """The canvases for images of `shape` resized by factors of this range, the largest last."""
     largest = tuple(max(extent, math.floor(extent * resize_range[1])) for extent in shape)
     return [tuple(math.ceil(extent * part) for extent in largest) for part in parts]
+
+
+def _smallest(shape: Shape, resize_range: Range) -> Shape:
+    """What images of `shape` can shrink to; the sizes are rounded down in float32."""
+    return tuple(max(1, math.floor(extent * min(resize_range[0], 1) - 1e-3)) for extent in shape)
 
 
 def _on_canvas(function: Callable[[Shape], jax.Array], valid: Size, canvases: list[Shape]) -> jax.Array:
