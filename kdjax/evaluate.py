@@ -1,103 +1,506 @@
-"""Measures a model on a folder of images:
+"""Measures models on folders of images, any number of each in one table:
 
-    python -m kdjax.evaluate --model FILE --data DIR --sigma 25 [--json F]
+    python -m kdjax.evaluate --model FILE --data DIR --sigma 25
+    python -m kdjax.evaluate --model ours=a.pth theirs=b.pth --data kodak cbsd68 --sigma 15 25 50 --output results
+    python -m kdjax.evaluate --model FILE --pairs sidd sidd/gt sidd/noisy --metrics psnr_y ssim_y
 
-Clean images get the benchmark's noise (`kdjax.validation`: seed 0 per image, not clipped); with --lq the degraded
-partners are read from another folder. PSNR and SSIM are BasicSR's, on RGB after rounding to 8 bit, no border left out;
-the result is the mean over the images.
+Clean images get the benchmark's noise (`kdjax.validation`: seed 0 per image, not clipped); the degraded partners of
+`--pairs` come from files. Outputs are rounded to 8 bit, metrics are those of `kdjax.metrics.named`, and a result is the
+mean over the images. `docs/evaluating.md` explains the options.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import logging
+import math
+import os
+import re
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from kdjax import assets, data, models, validation
-from kdjax.logbook import finite, write_json
-from kdjax.validation import Score
-from kdjax.weights import load_weights, parse_hparams
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax import assets, data, models, report, validation
+from kdjax.logbook import finite, write_json, write_text
+from kdjax.metrics import named, niqe
+from kdjax.metrics.named import METRICS
+from kdjax.ops import to_uint8
+from kdjax.teachers import self_ensemble
+from kdjax.tiles import Restorer
+from kdjax.validation import Restore, Sample, Score, Values
+from kdjax.weights import Loaded, load_lpips, load_weights, parse_hparams
+
+_PROGRESS_SECONDS = 10
+_NAME = r"\w[\w.+-]*"  # of a model or a set, which is also the name of a folder
 
 
 def evaluate(
-    model: models.Model, samples: list[validation.Sample], *, show_progress: bool = False
+    model: models.Model, samples: Sequence[Sample], *, show_progress: bool = False
 ) -> tuple[Score, dict[str, Score]]:
-    """The mean score of a model, and that of every image by name, in the order of `samples`."""
-    apply = models.make_apply(model.arch, model.hparams)
-    scores: dict[int, Score] = {}
-    shown = time.monotonic()
-    for position, output in validation.restore(apply, model.params, [sample.lq for sample in samples]):
-        scores[position] = validation.score(output, samples[position].gt)
-        if show_progress and time.monotonic() - shown > 10:
-            shown = time.monotonic()
-            print(f"{len(scores)} of {len(samples)} images", file=sys.stderr, flush=True)
-    by_name = {sample.name: scores[position] for position, sample in enumerate(samples)}
+    """The mean PSNR and SSIM of a model, and those of every image by name, in the order of `samples`."""
+    progress = Progress(len(samples), sum(sample.gt.size for sample in samples), silent=not show_progress)
+    each = lambda position, *_: progress.advance(samples[position].gt.size)  # noqa: E731
+    values = validation.measure(make_restore(model), samples, ("psnr", "ssim"), named.Context(), each=each)
+    by_name = {sample.name: Score(**scores) for sample, scores in zip(samples, values, strict=True)}
     return validation.mean_score(list(by_name.values())), by_name
 
 
-def main() -> None:
+def make_restore(
+    model: models.Model, *, tile: int = 0, tile_pad: int = 16, x8: bool = False, dtype: jnp.dtype = jnp.float32
+) -> Restore:
+    """A function from float32 (h, w, c) images to (position, restored uint8 image), in any order.
+
+    Args:
+      tile: 0 gives every device a whole image at a time, and compiles once for each size; otherwise the side of the
+        tiles of one image, which are spread over the devices.
+      tile_pad: pixels around a tile that the network sees as well.
+      x8: the mean over the eight flips and rotations.
+      dtype: of the computation inside the network.
+
+    Raises:
+      ValueError: tiles that cannot be.
+    """
+    if tile:
+        restorer = Restorer(model, tile=tile, tile_pad=tile_pad, x8=x8, dtype=dtype)
+        return lambda images: ((i, np.asarray(to_uint8(restorer(image)))) for i, image in enumerate(images))
+    apply = models.make_apply(model.arch, model.hparams, dtype=dtype)
+    apply = self_ensemble(apply) if x8 else apply
+    return lambda images: validation.restore(apply, model.params, images)
+
+
+class Progress:
+    """Says on stderr, every ten seconds, how many images are done and how long the rest takes at this speed.
+
+    Args:
+      images: how many there are.
+      work: what they cost together, in any unit.
+      silent: says nothing.
+    """
+
+    def __init__(self, images: int, work: float, *, silent: bool = False) -> None:
+        self._images, self._work, self._silent = images, work, silent
+        self._done, self._worked = 0, 0.0
+        self._started = self._shown = time.monotonic()
+
+    def advance(self, work: float) -> None:
+        """Counts an image that cost `work`."""
+        self._done, self._worked = self._done + 1, self._worked + work
+        now = time.monotonic()
+        if now - self._shown > _PROGRESS_SECONDS and not self._silent:
+            self._shown = now
+            left = round((now - self._started) * (self._work / self._worked - 1))
+            clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            print(f"{self._done} of {self._images} images, {clock} left", file=sys.stderr, flush=True)
+
+
+# ---- what the command line asks for ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A model of the table: its file, how it restores images, and its multiply-accumulates per pixel of lq."""
+
+    loaded: Loaded
+    restore: Restore
+    macs: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A set of images in memory: clean ones, or pairs where `lq` names a folder."""
+
+    name: str
+    gt: str
+    lq: str | None
+    images: list[data.ValidationImage]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """All that was asked for, read and checked; `settings` says in words what the numbers depend on."""
+
+    models: dict[str, Entry]
+    datasets: list[Dataset]
+    sigmas: list[float]
+    metrics: list[str]
+    context: named.Context
+    settings: dict[str, str]
+
+    def conditions(self) -> list[tuple[Dataset, float | None]]:
+        """Every set with every level of noise; None for pairs."""
+        return [(one, sigma) for one in self.datasets for sigma in (self.sigmas if one.lq is None else [None])]
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m kdjax.evaluate", description="PSNR and SSIM of a model on a folder of images."
+        prog="python -m kdjax.evaluate", description="Models on folders of images, any number of each in one table."
     )
-    parser.add_argument("--model", required=True, help='.pth or .safetensors file, or "embedded"')
-    parser.add_argument("--data", required=True, help='folder of clean images, or "embedded"')
-    parser.add_argument("--sigma", type=float, help="standard deviation of the noise to add, 0..255 scale")
-    parser.add_argument("--lq", help="folder of the degraded images, in place of --sigma")
-    parser.add_argument("--filename-tmpl", default="{}", help='lq file stem from the gt stem, e.g. "{}_noisy"')
-    parser.add_argument("--limit", type=int, default=0, help="images at most, spread over the folder; 0 takes all")
-    parser.add_argument("--key", default="auto", help="which state dict of the file, e.g. params; default: the best")
-    parser.add_argument("--hparam", action="append", default=[], metavar="NAME=VALUE", help="what the file cannot tell")
-    parser.add_argument("--json", type=Path, help="also write the results, by image, to this file")
-    options = parser.parse_args()
-    if (options.sigma is None) == (options.lq is None):
-        parser.error("give either --sigma or --lq")
-    if options.sigma is not None and not 0 <= options.sigma <= 255:
-        parser.error(f"--sigma {options.sigma:g} must be from 0 to 255")
+    add = parser.add_argument
+    add("--model", required=True, action="extend", nargs="+", metavar="[NAME=]FILE",
+        help='.pth or .safetensors files, or "embedded"')  # fmt: skip
+    add("--data", default=[], action="extend", nargs="+", metavar="[NAME=]DIR",
+        help='folders of clean images, or "embedded"')  # fmt: skip
+    add("--sigma", type=float, nargs="+", default=[], help="standard deviations of the noise to add, 0..255 scale")
+    add("--pairs", default=[], action="append", nargs=3, metavar=("NAME", "GT", "LQ"),
+        help="a set of clean and degraded images in two folders; can be given several times")  # fmt: skip
+    add("--lq", metavar="DIR", help="the degraded images of the one --data, in place of --sigma")
+    add("--filename-tmpl", default="{}", help='lq file stem from the gt stem, e.g. "{}_noisy"')
+    add("--limit", type=int, default=0, help="images at most, spread over each folder; 0 takes all")
+    add("--metrics", nargs="+", default=["psnr", "ssim"], choices=list(METRICS), help="default: psnr ssim")
+    add("--crop-border", type=int, default=0, metavar="N", help="pixels that metrics leave out at each side")
+    add("--niqe", metavar="FILE|DIR", help="for niqe: BasicSR's niqe_pris_params.npz, or a folder of clean photographs")
+    add("--lpips", metavar="FILE", help="for lpips: the state dict of lpips.LPIPS")
+    add("--tile", type=int, default=0, help="side of the tiles to restore images in; 0, the default, takes them whole")
+    add("--tile-pad", type=int, default=16, help="pixels around a tile that the network sees as well; default: 16")
+    add("--x8", action="store_true", help="mean over the eight flips and rotations")
+    add("--bf16", action="store_true", help="compute in bfloat16")
+    add("--key", default="auto", help="which state dict of the files, e.g. params; default: the best")
+    add("--hparam", action="append", default=[], metavar="NAME=VALUE", help="what the files cannot tell")
+    add("--output", type=Path, metavar="DIR", help="writes results.json, results.md and report.html there")
+    add("--report-images", type=int, default=24, metavar="N", help="pictures in the report, the worst; default: 24")
+    add("--save-images", action="store_true", help="also writes every restored image, into DIR/images")
+    add("--json", type=Path, metavar="FILE", help="writes what results.json holds to this file")
+    return parser
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; ends the program with a message and code 2 where they do not fit together."""
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if not options.data and not options.pairs:
+        parser.error("no images are given: wanted --data DIR with --sigma, or --pairs NAME GT LQ")
+    if options.data and bool(options.sigma) == (options.lq is not None):
+        parser.error("give either --sigma or --lq with --data")
+    if not options.data and (options.sigma or options.lq is not None):
+        parser.error("--sigma and --lq are about the images of --data, and none are given")
+    if options.lq is not None and len(options.data) > 1:
+        parser.error(f"--lq is about one --data, and {len(options.data)} are given; use --pairs NAME GT LQ for each")
+    if wrong := [sigma for sigma in options.sigma if not 0 <= sigma <= 255]:
+        parser.error(f"--sigma {wrong[0]:g} must be from 0 to 255")
+    for name in ("niqe", "lpips"):
+        if name in options.metrics and getattr(options, name) is None:
+            parser.error(f"the metric {name} needs a file: --{name}")
+    for name in ("limit", "crop_border", "tile", "tile_pad", "report_images"):
+        if getattr(options, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be 0 or more")
+    if options.save_images and options.output is None:
+        parser.error("--save-images needs --output DIR")
+    return options
+
+
+def prepare(options: argparse.Namespace) -> Request:
+    """Reads models, images and the files of metrics, so that what cannot work fails before anything is computed.
+
+    Raises:
+      ValueError, OSError: what cannot be used.
+    """
+    hparams = parse_hparams(options.hparam)
+    loaded = {
+        name: load_weights(assets.locate(path, assets.TEACHER), key=options.key, **hparams)
+        for name, path in _by_name(options.model, "model").items()
+    }
+    channels, scale = _common_kind(loaded)
+    if scale != 1 and options.sigma:
+        raise ValueError(f"{options.model[0]} enlarges {scale} times; give its small images with --pairs or --lq")
+    if channels != 3 and (on_luma := [name for name in options.metrics if name.endswith("_y")]):
+        raise ValueError(f"the metric {on_luma[0]} needs RGB, and the models are grey; use {on_luma[0][:-2]}")
+    dtype = jnp.bfloat16 if options.bf16 else jnp.float32
+    engine = dict(tile=options.tile, tile_pad=options.tile_pad, x8=options.x8, dtype=dtype)
+    entries = {
+        name: Entry(one, make_restore(one.model, **engine), _macs_per_pixel(one.model)) for name, one in loaded.items()
+    }
+    context, sources = _context(options)
+    datasets = _datasets(options, channels, scale)
+    settings = {f"model {name}": f"{one.path}, sha256 {one.sha256}" for name, one in loaded.items()}
+    settings |= {f"images {one.name}": f"{one.gt}, {one.lq}" if one.lq else one.gt for one in datasets}
+    return Request(
+        models=entries,
+        datasets=datasets,
+        sigmas=list(dict.fromkeys(options.sigma)),
+        metrics=list(dict.fromkeys(options.metrics)),
+        context=context,
+        settings=settings | _settings(options) | sources,
+    )
+
+
+def _by_name(texts: Sequence[str], what: str) -> dict[str, str]:
+    """Name -> path, from NAME=PATH or PATH, whose name is that of the file without suffix, or of the folder.
+
+    Where that repeats, as student.pth does, the name of the folder it is in goes before it.
+    """
+    # Of a path like C:\a=b or runs/a=b, what is before "=" is no name.
+    matches = [re.fullmatch(rf"({_NAME})=(.+)", text) for text in texts]
+    pairs = zip(matches, texts, strict=True)
+    given = [match.groups() if match and not Path(text).exists() else (None, text) for match, text in pairs]
+    places = [Path(os.path.abspath(path)) for _, path in given]
+    defaults = [place.stem if what == "model" else place.name for place in places]
+    paths: dict[str, str] = {}
+    for (name, path), place, default in zip(given, places, defaults, strict=True):
+        name = name or (default if defaults.count(default) == 1 else f"{place.parent.name}_{default}")
+        if name in paths or name in (report.INPUT, report.CLEAN):
+            taken = f"is also the name of {paths[name]}" if name in paths else "is a column of the report"
+            raise ValueError(f"{path}: {name!r} {taken}; give it another name: --{what} NAME={path}")
+        paths[name] = path
+    return paths
+
+
+def _common_kind(loaded: Mapping[str, Loaded]) -> tuple[int, int]:
+    """The channels and the scale that all models share."""
+    kinds = {name: (models.num_channels(one.model), models.scale_of(one.model)) for name, one in loaded.items()}
+    if len(set(kinds.values())) > 1:
+        listed = "; ".join(f"{name}: {channels} channels, scale {scale}" for name, (channels, scale) in kinds.items())
+        raise ValueError(f"the models do not read and write the same images ({listed}); measure them in separate runs")
+    return next(iter(kinds.values()))
+
+
+def _macs_per_pixel(model: models.Model) -> float:
+    side = 64
+    return models.count_macs(model.arch, model.hparams, (1, side, side, models.num_channels(model))) / side**2
+
+
+def _datasets(options: argparse.Namespace, channels: int, scale: int) -> list[Dataset]:
+    folders = [(name, path, options.lq) for name, path in _by_name(options.data, "data").items()]
+    folders += [tuple(pair) for pair in options.pairs]
+    names = [name for name, _, _ in folders]
+    if wrong := [name for name, _, _ in options.pairs if not re.fullmatch(_NAME, name)]:
+        raise ValueError(f"--pairs {wrong[0]}: wanted NAME GT LQ, with a name of letters, digits and . + - _ only")
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"two sets of images are called {repeated[0]!r}; give them different names")
+    datasets = []
+    for name, gt, lq in folders:
+        pairs = data.find_pairs(
+            gt=assets.locate(gt, assets.VAL_PHOTOGRAPHS), lq=lq, filename_tmpl=options.filename_tmpl, what="evaluation"
+        )
+        images = data.load_images(pairs, channels=channels, scale=scale, limit=options.limit)
+        datasets.append(Dataset(name, gt, lq, images))
+    return datasets
+
+
+def _context(options: argparse.Namespace) -> tuple[named.Context, dict[str, str]]:
+    """What the metrics need, and where that came from."""
+    pristine = network = None
+    sources = {}
+    if "niqe" in options.metrics:
+        path = Path(assets.locate(options.niqe, assets.TRAIN_PHOTOGRAPHS))
+        if path.suffix == ".npz":
+            pristine, sources["niqe"] = _read_pristine(path), f"{path}, sha256 {_sha256(path)}"
+        else:
+            pristine, sources["niqe"] = _fit_pristine(path), f"fitted to the photographs in {options.niqe}"
+    if "lpips" in options.metrics:
+        network = load_lpips(options.lpips)
+        sources["lpips"] = f"{network.kind}, {options.lpips}, sha256 {_sha256(options.lpips)}"
+    return named.Context(options.crop_border, pristine, network), sources
+
+
+def _fit_pristine(folder: Path) -> niqe.Pristine:
+    clean = data.find_pairs(gt=str(folder), what="clean")
+    try:
+        return niqe.fit(data.read_image(pair.gt) for pair in clean)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _read_pristine(path: Path) -> niqe.Pristine:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            mean, covariance = arrays["mu_pris_param"].reshape(-1), arrays["cov_pris_param"]
+    except (KeyError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: not a file with mu_pris_param and cov_pris_param: {error}") from None
+    if mean.shape != (niqe.NUM_FEATURES,) or covariance.shape != 2 * mean.shape:
+        raise ValueError(f"{path}: mean {mean.shape} and covariance {covariance.shape}; wanted (36,) and (36, 36)")
+    return niqe.Pristine(np.float64(mean), np.float64(covariance))
+
+
+def _sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _settings(options: argparse.Namespace) -> dict[str, str]:
+    whole = f"tiles of {options.tile} pixels, {options.tile_pad} around them" if options.tile else "whole images"
+    ensemble = ", mean over eight flips and rotations" if options.x8 else ""
+    noise = {"noise": "Gaussian, seed 0 for every image, not clipped"} if options.sigma else {}
+    limit = {"limit": f"{options.limit} images of each set, spread over it"} if options.limit else {}
+    return (
+        noise
+        | limit
+        | {
+            "restored": f"{whole}{ensemble}, {'bfloat16' if options.bf16 else 'float32'}",
+            "measured": f"on 8 bit, {options.crop_border} pixels left out at each side, mean over the images",
+            "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
+        }
+    )
+
+
+# ---- measuring and writing -------------------------------------------------------------------------------------
+
+
+class Gallery:
+    """The images of one set and level that the first model restored worst, as every model restored them.
+
+    Args:
+      count: how many to keep.
+      metric: what decides.
+    """
+
+    def __init__(self, count: int, metric: str) -> None:
+        self._count, self._metric = count, metric
+        self._first: str | None = None
+        self._quality: dict[int, float] = {}
+        self.outputs: dict[int, dict[str, np.ndarray]] = {}  # position -> model -> image
+
+    def add(self, model: str, position: int, output: np.ndarray, values: Values) -> None:
+        """Takes an output; those of the first model choose the images, and come before those of all others."""
+        self._first = self._first or model
+        if model != self._first:
+            if position in self.outputs:
+                self.outputs[position][model] = output
+            return
+        quality = values[self._metric] if METRICS[self._metric].higher_is_better else -values[self._metric]
+        self._quality[position] = math.inf if math.isnan(quality) else quality
+        self.outputs[position] = {model: output}
+        if len(self.outputs) > self._count:
+            del self.outputs[max(self.outputs, key=self._quality.__getitem__)]
+
+
+def run(request: Request, options: argparse.Namespace) -> None:
+    """Measures everything, prints rows as they come, writes the table after every set and level, the report at last."""
+    conditions = request.conditions()
+    images = [image for dataset, _ in conditions for image in dataset.images]
+    macs = sum(entry.macs for entry in request.models.values())
+    progress = Progress(len(images) * len(request.models), sum(image.gt.size for image in images) * macs)
+    pictures_each = -(-options.report_images // len(conditions)) if options.output else 0
+    rows: list[dict[str, Any]] = []
+    pictures: list[report.Restored] = []
+    for dataset, sigma in conditions:
+        degraded = "pairs" if sigma is None else f"sigma {sigma:g}"
+        samples = [validation.make_sample(image.name, image.gt, image.lq, sigma or 0.0) for image in dataset.images]
+        number = f"{len(samples)} image{'' if len(samples) == 1 else 's'}"
+        print(f"{dataset.name}, {degraded}, {number}", flush=True)
+        gallery = Gallery(pictures_each, request.metrics[0])
+        folder = options.output / "images" / dataset.name / degraded.replace(" ", "_") if options.save_images else None
+        measured: dict[str, list[Values]] = {}
+        if samples[0].lq.shape == samples[0].gt.shape:
+            measured[report.INPUT] = [
+                validation.values(validation.input_picture(sample), sample.gt, request.metrics, request.context)
+                for sample in samples
+            ]
+            print(f"  {_line(_means(measured[report.INPUT]))}   {report.INPUT}", flush=True)
+        for name in request.models:
+            started = time.monotonic()
+            measured[name] = _measure_model(request, name, samples, gallery, progress, folder)
+            seconds = f"{time.monotonic() - started:.0f} s"
+            print(f"  {_line(_means(measured[name]))}   {name}, {seconds}", flush=True)
+        for name, values in measured.items():
+            row = {"model": name, "data": dataset.name, "degraded": degraded, "images": len(samples)} | _means(values)
+            by_image = {sample.name: one for sample, one in zip(samples, values, strict=True)}
+            rows.append(row | {"by_image": by_image})
+        for position, outputs in sorted(gallery.outputs.items()):
+            sample, scores = samples[position], {name: values[position] for name, values in measured.items()}
+            lq = validation.input_picture(sample)
+            pictures.append(report.Restored(sample.name, dataset.name, degraded, lq, sample.gt, outputs, scores))
+        _write_table(request, rows, options)
+    if options.output:
+        table = [{name: value for name, value in row.items() if name != "by_image"} for row in rows]
+        path = options.output / "report.html"
+        report.write_report(path, title="Evaluation", table=table, images=pictures, settings=request.settings)
+        print(f"{options.output}: results.json, results.md, report.html")
+
+
+def _measure_model(
+    request: Request, name: str, samples: list[Sample], gallery: Gallery, progress: Progress, folder: Path | None
+) -> list[Values]:
+    """The metrics of one model on every sample; the outputs go to the gallery and, if there is one, into the folder."""
+    entry = request.models[name]
+
+    def take(position: int, output: np.ndarray, values: Values) -> None:
+        sample = samples[position]
+        gallery.add(name, position, output, values)
+        progress.advance(sample.gt.size * entry.macs)
+        if folder is not None:
+            # a.jpg becomes a.jpg.png, since there may be an a.png.
+            path = folder / name / (sample.name + ("" if sample.name.lower().endswith(".png") else ".png"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data.write_image(path, output)
+
+    return validation.measure(entry.restore, samples, request.metrics, request.context, each=take)
+
+
+def _means(values: list[Values]) -> Values:
+    return {metric: named.mean([one[metric] for one in values]) for metric in values[0]}
+
+
+def _line(means: Values) -> str:
+    """PSNR 31.33 dB   SSIM 0.8852"""
+    parts = [f"{METRICS[name].title} {METRICS[name].text(value)} {METRICS[name].unit}" for name, value in means.items()]
+    return "   ".join(part.rstrip() for part in parts)
+
+
+def _write_table(request: Request, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """results.json and results.md, whole, with the rows there are so far."""
+    entries = {
+        name: {
+            "file": entry.loaded.path,
+            "sha256": entry.loaded.sha256,
+            "key": entry.loaded.key,
+            "arch": entry.loaded.model.arch,
+            "hparams": entry.loaded.model.hparams,
+            "parameters": models.count_params(entry.loaded.model.params),
+            "macs_per_pixel": entry.macs,
+        }
+        for name, entry in request.models.items()
+    }
+    content = {"settings": request.settings, "models": entries, "results": [finite(row) for row in rows]}
+    for path in filter(None, [options.json, options.output and options.output / "results.json"]):
+        write_json(path, content)
+    if options.output:
+        write_text(options.output / "results.md", markdown(rows, request.metrics, request.settings))
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], settings: Mapping[str, str]) -> str:
+    """The table, the best model of every set and level in bold, and what the numbers depend on."""
+    headings = ["data", "degraded", "images", "model", *(METRICS[name].heading for name in metrics)]
+    lines = [f"| {' | '.join(headings)} |"]
+    lines.append(f"| --- | --- | ---: | --- |{' ---: |' * len(metrics)}")
+    for row in rows:
+        rivals = [
+            other for other in rows
+            if (other["data"], other["degraded"]) == (row["data"], row["degraded"]) and other["model"] != report.INPUT
+        ]  # fmt: skip
+        cells = [row["data"], row["degraded"], str(row["images"]), row["model"]]
+        for name in metrics:
+            text, sign = METRICS[name].text(row[name]), 1 if METRICS[name].higher_is_better else -1
+            best = max((sign * other[name] for other in rivals if not math.isnan(other[name])), default=None)
+            wins = len(rivals) > 1 and row["model"] != report.INPUT and sign * row[name] == best
+            cells.append(f"**{text}**" if wins else text)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in settings.items())]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:
-        loaded = load_weights(
-            assets.locate(options.model, assets.TEACHER), **({"key": options.key} | parse_hparams(options.hparam))
-        )
-        model = loaded.model
-        if options.lq is None and models.scale_of(model) != 1:
-            raise ValueError(f"{loaded.path} enlarges {models.scale_of(model)} times; give its small images with --lq")
-        pairs = data.find_pairs(
-            gt=assets.locate(options.data, assets.VAL_PHOTOGRAPHS),
-            lq=options.lq,
-            filename_tmpl=options.filename_tmpl,
-            what="evaluation",
-        )
-        images = data.load_images(
-            pairs, channels=models.num_channels(model), scale=models.scale_of(model), limit=options.limit
-        )
+        request = prepare(options)
+        for folder in filter(None, [options.output, options.json and options.json.parent]):
+            folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         sys.exit(f"error: {error}")
-    samples = [validation.make_sample(image.name, image.gt, image.lq, options.sigma or 0.0) for image in images]
-    print(f"{loaded.path}: {model.arch}, {models.count_params(model.params):,} parameters, {loaded.layout} layout,")
-    print(f"  weights under {loaded.key!r}, sha256 {loaded.sha256}")
-    started = time.monotonic()
-    mean, by_name = evaluate(model, samples, show_progress=True)
-    degraded = f"sigma {options.sigma:g}" if options.lq is None else options.lq
-    result = {
-        "model": loaded.path,
-        "sha256": loaded.sha256,
-        "data": options.data,
-        "degraded": degraded,
-        "images": len(samples),
-        **dataclasses.asdict(mean),
-    }
-    print(f"{options.data}, {len(samples)} images, {degraded}, {time.monotonic() - started:.0f} s")
-    print(f"  PSNR {mean.psnr:.2f} dB   SSIM {mean.ssim:.4f}")
-    if models.scale_of(model) == 1:
-        before = validation.input_score(samples)
-        result["input"] = dataclasses.asdict(before)
-        print(f"  input {before.psnr:.2f} dB        {before.ssim:.4f}")
-    if options.json:
-        result["by_image"] = {name: dataclasses.asdict(score) for name, score in by_name.items()}
-        write_json(options.json, finite(result))
+    for name, entry in request.models.items():
+        one, size = entry.loaded, models.count_params(entry.loaded.model.params)
+        print(f"{name}: {one.path}, {one.model.arch}, {size:,} parameters, {one.layout} layout,")
+        print(f"  weights under {one.key!r}, sha256 {one.sha256}")
+    try:
+        run(request, options)
+    except (data.ImageError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

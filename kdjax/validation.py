@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,10 +16,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import metrics, sharding
+from kdjax import sharding
 from kdjax.degradations import make_degrade
 from kdjax.distill import eval_step
+from kdjax.metrics import named
 from kdjax.models import Apply, Params
+
+Values = dict[str, float]  # metric -> value
+# From float32 (h, w, c) images to (position, restored uint8 image), in any order.
+Restore = Callable[[Sequence[np.ndarray]], Iterator[tuple[int, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,10 +100,30 @@ def restore(
             yield from zip(chunk, outputs, strict=False)
 
 
+def values(image: np.ndarray, gt: np.ndarray, names: Sequence[str], context: named.Context) -> Values:
+    """The metrics of those names (`kdjax.metrics.named`) of a uint8 (h, w, c) image; nan where it is too small."""
+    return {name: named.measure(name, image, gt, context) for name in names}
+
+
 def score(output: np.ndarray, gt: np.ndarray) -> Score:
     """PSNR and SSIM of uint8 (h, w, c) images: RGB, no border left out. SSIM is nan below 11x11 pixels."""
-    large_enough = min(gt.shape[:2]) >= 11
-    return Score(metrics.psnr(output, gt), metrics.ssim(output, gt) if large_enough else math.nan)
+    return Score(**values(output, gt, ("psnr", "ssim"), named.Context()))
+
+
+def measure(
+    restore: Restore,
+    samples: Sequence[Sample],
+    names: Sequence[str],
+    context: named.Context,
+    *,
+    each: Callable[[int, np.ndarray, Values], object] = lambda position, output, values: None,
+) -> list[Values]:
+    """As `values`, of every sample once it is restored; `each` is told (position, output, values) as they come."""
+    measured: dict[int, Values] = {}
+    for position, output in restore([sample.lq for sample in samples]):
+        measured[position] = values(output, samples[position].gt, names, context)
+        each(position, output, measured[position])
+    return [measured[position] for position in range(len(samples))]
 
 
 def input_picture(sample: Sample) -> np.ndarray:
@@ -116,10 +140,9 @@ def input_score(samples: Sequence[Sample]) -> Score:
 
 def mean_score(scores: Sequence[Score]) -> Score:
     """The mean over images, as benchmarks report it; of SSIM over those it is defined for."""
-    ssims = [s.ssim for s in scores if not math.isnan(s.ssim)]
-    return Score(float(np.mean([s.psnr for s in scores])), float(np.mean(ssims)) if ssims else math.nan)
+    return Score(named.mean([s.psnr for s in scores]), named.mean([s.ssim for s in scores]))
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def _jitted_eval_step(apply: Apply) -> Callable[[Params, jax.Array], jax.Array]:
     return jax.jit(functools.partial(eval_step, apply))

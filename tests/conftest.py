@@ -1,7 +1,12 @@
-"""Where the reference vectors are, and one thread and four virtual devices for every test process."""
+"""One thread and four virtual devices for every test process; the reference vectors; a browser."""
+
+from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
@@ -11,6 +16,9 @@ os.environ["XLA_FLAGS"] = (
 
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from selenium import webdriver
 
 # Reference vectors computed with BasicSR. Another folder of the same form can be tried through KDJAX_GOLDEN:
 # tests take every name and size from the files.
@@ -26,3 +34,22 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a file, which is closed again."""
     with np.load(path) as archive:
         return dict(archive)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[webdriver.Chrome]:
+    """Headless Chromium, which keeps what pages write to the console and what they fetch."""
+    from selenium import webdriver
+
+    binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not binary or not driver:
+        message = "chromium (or google-chrome) and chromedriver are not both on the PATH"
+        pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
+    options = webdriver.ChromeOptions()
+    options.binary_location = binary
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    started = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    yield started
+    started.quit()

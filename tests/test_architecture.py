@@ -12,16 +12,16 @@ FLOORS = [
     {"names", "config", "signals", "assets", "ops", "schedules", "sharding"},  # the ground
     {"models", "losses", "perceptual", "metrics", "degradations"},  # the maths
     {"data", "weights", "checkpoint", "logbook", "ladder", "basicsr"},  # the world outside
-    {"terms", "teachers"},  # the losses of a config, and its teacher
-    {"distill"},  # the step
+    {"terms", "teachers", "cost"},  # the losses of a config, and its teacher; what a model costs
+    {"distill", "tiles"},  # the step; a trained model over images of any size
     {"validation"},  # measuring
-    {"monitor"},
-    {"train", "evaluate"},  # programs
-    {"study", "show"},  # programs over programs
+    {"monitor", "report", "tradeoff"},  # what was measured, written down
+    {"train", "evaluate", "restore", "export", "demo"},  # programs
+    {"study", "show", "compare"},  # programs over programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-# Ground-floor modules that others of that floor may use.
-FOUNDATION = {"names"}
+# Modules that others of their floor may use: how names are looked up, and the VGG of losses and of LPIPS.
+FOUNDATION = {"names", "perceptual"}
 
 
 def imported_modules(path: Path) -> set[str]:

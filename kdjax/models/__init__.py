@@ -127,7 +127,7 @@ def make_apply(arch: str, hparams: Mapping[str, Any], *, remat: bool = False, dt
     if _is_linen(arch):
         run = lambda params, x: custom.linen_apply(architecture(arch), hparams, params, x)  # noqa: E731
     else:
-        graphdef, variables = _cached_abstract(arch, tuple(hparams.items()), remat)
+        graphdef, variables, _ = _cached_abstract(arch, tuple(hparams.items()), remat)
 
         def run(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
             flat = traverse_util.flatten_dict(params)
@@ -198,6 +198,35 @@ def scale_of(model: Model) -> int:
     return model.hparams.get("scale", model.hparams.get("upscale", 1))
 
 
+def multiple_of(model: Model) -> int:
+    """What the model pads the height and width of an image to a multiple of; 1 if it takes them as they are.
+
+    A part of an image that begins at such multiples is seen as it is seen within the image: the factor of `unshuffle`,
+    2^levels of a U-Net. The attribute `multiple` of the network, 1 for a network of the user's that has none.
+
+    Raises:
+      ValueError: the attribute of a network of the user's is no positive whole number.
+    """
+    return _padding(model).multiple
+
+
+def pad_mode_of(model: Model) -> str:
+    """How the model pads at the bottom and right, in `np.pad`'s words: "reflect", or "constant" for zeros (NAFNet).
+
+    The attribute `pad_mode` of the network, "reflect" where it has none.
+
+    Raises:
+      ValueError: the attribute of a network of the user's is neither.
+    """
+    return _padding(model).mode
+
+
+def _padding(model: Model) -> custom.Padding:
+    if _is_linen(model.arch):
+        return custom.padding(model.arch, architecture(model.arch)(**model.hparams))
+    return _cached_abstract(model.arch, tuple(model.hparams.items()), False)[2]
+
+
 @functools.cache
 def _jitted_apply(arch: str, hparams: tuple[tuple[str, Any], ...]) -> Apply:
     return jax.jit(make_apply(arch, dict(hparams)))
@@ -212,12 +241,15 @@ def _is_linen(arch: str) -> bool:
 
 
 @functools.lru_cache(maxsize=32)  # takes seconds for the 351 convolutions of an RRDBNet
-def _cached_abstract(arch: str, hparams: tuple[tuple[str, Any], ...], remat: bool) -> tuple[nnx.GraphDef, Any]:
-    """The module's structure, and its parameters as shapes only, by path."""
+def _cached_abstract(
+    arch: str, hparams: tuple[tuple[str, Any], ...], remat: bool
+) -> tuple[nnx.GraphDef, Any, custom.Padding]:
+    """The module's structure, its parameters as shapes only, by path, and how it pads images."""
     build = lambda: custom.build(architecture(arch), dict(hparams), remat=remat, rngs=nnx.Rngs(0))  # noqa: E731
-    graphdef, state = nnx.split(nnx.eval_shape(build))
+    module = nnx.eval_shape(build)
+    graphdef, state = nnx.split(module)
     custom.check_state(arch, state)
-    return graphdef, nnx.to_flat_state(state)
+    return graphdef, nnx.to_flat_state(state), custom.padding(arch, module)
 
 
 def _pure_dict(variables: Iterable[tuple[tuple[str | int, ...], nnx.Variable]]) -> Params:

@@ -2,7 +2,8 @@
 
 The class is a Flax NNX module, built as `MyNet(**hparams, rngs=rngs)` (with `remat=` if it takes that), or a Linen
 module, built as `MyNet(**hparams)`. Called with a float NHWC image it returns `(output, features)`. It may have
-trained parameters only. `docs/your_own_student.md` is the guide.
+trained parameters only. Attributes `multiple` and `pad_mode` say how it pads images, if it does.
+`docs/your_own_student.md` is the guide.
 """
 
 from __future__ import annotations
@@ -12,13 +13,20 @@ import functools
 import importlib
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen, nnx, traverse_util
 
 Params = dict[str, Any]
+
+
+class Padding(NamedTuple):
+    """How a network fills images at the bottom and right: to a `multiple`, with `np.pad`'s `mode`."""
+
+    multiple: int
+    mode: str
 
 
 def is_custom(arch: str) -> bool:
@@ -105,6 +113,20 @@ def check_state(arch: str, state: nnx.State) -> None:
         raise ValueError(
             f"{arch} has variables of type {', '.join(others)}; only trained parameters (nnx.Param) are supported"
         )
+
+
+def padding(arch: str, module: nnx.Module | linen.Module) -> Padding:
+    """What the attributes `multiple` and `pad_mode` of a network say; 1 and "reflect" where it has none.
+
+    Raises:
+      ValueError: they say something else.
+    """
+    found = Padding(getattr(module, "multiple", 1), getattr(module, "pad_mode", "reflect"))
+    if type(found.multiple) is not int or found.multiple < 1:
+        raise ValueError(f"{arch}: its attribute multiple={found.multiple!r} must be a positive whole number")
+    if found.mode not in ("reflect", "constant"):
+        raise ValueError(f'{arch}: its attribute pad_mode={found.mode!r} must be "reflect" or "constant" (zeros)')
+    return found
 
 
 def check_result(arch: str, result: Any, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -37,6 +37,7 @@ class DnCNN(nnx.Module):
         if depth < 2:
             raise ValueError(f"depth={depth}: DnCNN needs a first and a last convolution, so at least 2")
         self.remat, self.unshuffle = remat, unshuffle
+        self.multiple = unshuffle
         num_image = num_in_ch * unshuffle**2
         layers: list[nnx.Module] = []
         for i in range(depth - 1):

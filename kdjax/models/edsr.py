@@ -53,6 +53,7 @@ class EDSR(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.remat, self.img_range, self.upscale, self.unshuffle = remat, img_range, upscale, unshuffle
+        self.multiple = unshuffle
         self.mean = RGB_MEAN if num_in_ch == num_out_ch == 3 else (0.0,)
         self.conv_first = conv3x3(num_in_ch * unshuffle**2, num_feat, rngs=rngs)
         self.body = nnx.List(

@@ -49,14 +49,20 @@ def conv(
     )
 
 
+@jax.jit  # one call in the jaxpr, which `kdjax.export` knows by its name
+def prelu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """max(x, 0) + weight * min(x, 0) for (b, h, w, c) and one slope for each of the c channels."""
+    return jnp.where(x >= 0, x, weight * x)
+
+
 class PReLU(nnx.Module):
-    """max(x, 0) + weight * min(x, 0) with one learnt slope per channel (torch's; Flax's has a single slope)."""
+    """`prelu` with one learnt slope per channel, as torch has it; Flax's has a single slope."""
 
     def __init__(self, num_channels: int) -> None:
         self.weight = nnx.Param(jnp.full((num_channels,), 0.25, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.where(x >= 0, x, self.weight[...].astype(x.dtype) * x)
+        return prelu(x, self.weight[...].astype(x.dtype))
 
 
 class Activation(nnx.Module):

@@ -9,7 +9,6 @@ height and width.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from kdjax import ops
@@ -56,7 +55,6 @@ class MSRResNet(nnx.Module):
         self.conv_last = conv3x3(num_feat, num_out_ch, rngs=rngs, residual_init=True)
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        b, height, width, channels = image.shape
         features = {}
         x = features["conv_first"] = _lrelu(self.conv_first(image))
         for i, block in enumerate(self.body):
@@ -64,6 +62,4 @@ class MSRResNet(nnx.Module):
         for i, factor in enumerate(self.factors, start=1):
             x = _lrelu(ops.pixel_shuffle(getattr(self, f"upconv{i}")(x), factor))
         x = self.conv_last(_lrelu(self.conv_hr(x)))
-        size = (b, height * self.upscale, width * self.upscale, channels)
-        # torch's bilinear interpolation with align_corners=False; equal to the image at upscale 1.
-        return x + jax.image.resize(image.astype(jnp.float32), size, "bilinear").astype(x.dtype), features
+        return x + ops.upsample_bilinear(image, self.upscale), features

@@ -70,6 +70,8 @@ class NAFNet(nnx.Module):
       ValueError: encoder and decoder have different numbers of levels.
     """
 
+    pad_mode = "constant"
+
     def __init__(
         self,
         img_channel: int = 3,
@@ -107,8 +109,8 @@ class NAFNet(nnx.Module):
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         _, height, width, _ = image.shape
-        pad = ((0, 0), (0, -height % self.multiple), (0, -width % self.multiple), (0, 0))
-        padded = jnp.pad(image, pad)
+        pads = [(0, ops.round_up(size, self.multiple) - size) for size in (height, width)]
+        padded = jnp.pad(image, ((0, 0), *pads, (0, 0)))
         features = {}
         x = features["intro"] = self.intro(padded)
         skips = []

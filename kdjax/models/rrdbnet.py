@@ -76,7 +76,7 @@ class RRDBNet(nnx.Module):
                 f" scale={scale} does not divide that; use scale 1, 2 or 4 with num_upsample=2"
             )
         self.scale, self.remat = scale, remat
-        self.unshuffle = 2**num_upsample // scale
+        self.unshuffle = self.multiple = 2**num_upsample // scale
         self.conv_first = conv3x3(num_in_ch * self.unshuffle**2, num_feat, rngs=rngs)
         self.body = nnx.List([RRDB(num_feat, num_grow_ch, rngs=rngs) for _ in range(num_block)])
         self.conv_body = conv3x3(num_feat, num_feat, rngs=rngs)

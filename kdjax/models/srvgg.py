@@ -53,6 +53,7 @@ class SRVGGNetCompact(nnx.Module):
                 " must be equal"
             )
         self.upscale, self.unshuffle, self.remat = upscale, unshuffle, remat
+        self.multiple = unshuffle
         body: list[nnx.Module] = []
         for i in range(num_conv + 1):
             body.append(conv3x3(num_feat if i else num_in_ch * unshuffle**2, num_feat, rngs=rngs))

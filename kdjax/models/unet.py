@@ -41,7 +41,7 @@ class UNet(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        self.remat, self.num_level = remat, num_level
+        self.remat, self.num_level, self.multiple = remat, num_level, 2**num_level
         widths = [num_feat * 2**level for level in range(num_level + 1)]
         self.conv_first = conv3x3(num_in_ch, num_feat, rngs=rngs)
         self.encoder = nnx.List([Stage(width, num_conv, rngs=rngs) for width in widths])
@@ -52,7 +52,7 @@ class UNet(nnx.Module):
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         _, height, width, _ = image.shape
-        padded = ops.pad_to_multiple(image, 2**self.num_level)
+        padded = ops.pad_to_multiple(image, self.multiple)
         x, features, skips = self.conv_first(padded), {}, []
         for level, stage in enumerate(self.encoder):
             if level:

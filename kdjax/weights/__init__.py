@@ -22,17 +22,28 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.metrics.lpips import Network
 from kdjax.models import MODELS, Model, canonical_arch
 from kdjax.models.custom import is_custom
 from kdjax.perceptual import needed_layers
 from kdjax.weights.convert import to_model, to_state_dict
 from kdjax.weights.layouts import unwrap
+from kdjax.weights.lpips_file import lpips_network
 from kdjax.weights.safetensors_file import is_safetensors_file, read_safetensors_file, safetensors_file_bytes
 from kdjax.weights.tensors import WeightsError
 from kdjax.weights.torch_file import is_torch_file, read_torch_file, torch_file_bytes
 from kdjax.weights.vgg_file import vgg_params
 
-__all__ = ["Loaded", "WeightsError", "load_model", "load_vgg", "load_weights", "parse_hparams", "save_model"]
+__all__ = [
+    "Loaded",
+    "WeightsError",
+    "load_lpips",
+    "load_model",
+    "load_vgg",
+    "load_weights",
+    "parse_hparams",
+    "save_model",
+]
 
 MAX_FILE_BYTES = 8 << 30
 
@@ -89,7 +100,13 @@ def load_weights(
 def load_model(
     path: str | os.PathLike[str], /, *, key: str = "auto", arch: str | None = None, **hparams_overrides: Any
 ) -> Model:
-    """The model in a weight file; see `load_weights`."""
+    """The model in a weight file; see `load_weights`.
+
+    >>> from kdjax import assets
+    >>> model = load_model(assets.TEACHER)
+    >>> model.arch, model.hparams["num_block"]
+    ('rrdbnet', 2)
+    """
     return load_weights(path, key=key, arch=arch, **hparams_overrides).model
 
 
@@ -108,6 +125,17 @@ def load_vgg(
         return vgg_params(unwrap(_parse(data)[0], "auto")[0], vgg_type=vgg_type, layers=layers)
 
 
+def load_lpips(path: str | os.PathLike[str], /) -> Network:
+    """The weights of LPIPS in a file with the state dict of `lpips.LPIPS(net="alex" or "vgg")`.
+
+    Raises:
+      WeightsError: the file cannot be read or holds something else.
+    """
+    data = _read(path)
+    with _blaming(path):
+        return lpips_network(unwrap(_parse(data)[0], "auto")[0])
+
+
 def parse_hparams(pairs: Iterable[str]) -> dict[str, int | str]:
     """{"act_type": "relu", "scale": 4} from ["act_type=relu", "scale=4"], as command lines give it."""
     hparams: dict[str, int | str] = {}
@@ -124,6 +152,13 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> None:
 
     The same weights always give the same bytes. The file appears whole or not at all: on any failure an existing file
     of that name stays as it was.
+
+    >>> import tempfile
+    >>> from kdjax import assets
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_model(load_model(assets.TEACHER), f"{folder}/copy.safetensors")
+    ...     load_model(f"{folder}/copy.safetensors").hparams["num_block"]
+    2
 
     Raises:
       WeightsError: unknown suffix, parameters that do not fit the architecture or are not finite, or no such folder.

@@ -36,17 +36,31 @@ def vgg_params(state: Mapping[str, Any], *, vgg_type: str, layers: Sequence[str]
     for name in needed_layers(vgg_type, layers):
         if not name.startswith("conv"):
             continue
-        index, _, num_out = wanted[name]
-        weight, bias = state.get(f"{index}.weight"), state.get(f"{index}.bias")
-        if weight is None or bias is None or bias.shape != (num_out,):
-            raise WeightsError(
-                f"{name} of {vgg_type} should be features.{index} with weight and bias; it is incomplete"
-            )
-        arrays = {"kernel": weight.array().transpose(2, 3, 1, 0), "bias": bias.array()}
-        params[name] = {part: np.ascontiguousarray(array, np.float32) for part, array in arrays.items()}
-        if not all(np.isfinite(array).all() for array in params[name].values()):
-            raise WeightsError(f"{name} has NaN or infinite values; the file is damaged")
+        index, num_in, num_out = wanted[name]
+        params[name] = read_convolution(state, f"{name} of {vgg_type}", index, (num_out, num_in, 3, 3))
     return params
+
+
+def read_convolution(
+    state: Mapping[str, Tensor], name: str, index: int, shape: tuple[int, int, int, int]
+) -> dict[str, np.ndarray]:
+    """{"kernel": HWIO, "bias": (c,)} of the convolution that has this number in torchvision's `features`.
+
+    Args:
+      name: what messages call it.
+      shape: of its weight, OIHW.
+
+    Raises:
+      WeightsError: it is missing, has another shape or is damaged.
+    """
+    weight, bias = state.get(f"{index}.weight"), state.get(f"{index}.bias")
+    if weight is None or bias is None or weight.shape != shape or bias.shape != shape[:1]:
+        raise WeightsError(f"{name} should be features.{index} with weight and bias; it is incomplete")
+    arrays = {"kernel": weight.array().transpose(2, 3, 1, 0), "bias": bias.array()}
+    arrays = {part: np.ascontiguousarray(array, np.float32) for part, array in arrays.items()}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise WeightsError(f"{name} has NaN or infinite values; the file is damaged")
+    return arrays
 
 
 def _convolutions(vgg_type: str) -> dict[str, tuple[int, int, int]]:

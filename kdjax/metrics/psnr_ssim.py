@@ -9,11 +9,21 @@ import numpy as np
 from scipy.ndimage import correlate1d
 
 # ITU-R BT.601 luma in studio swing (16..235) from RGB in [0, 1].
-_LUMA = np.array([65.481, 128.553, 24.966])
+_LUMA = np.array([65.481, 128.553, 24.966], np.float32)
+
+
+class TooSmallError(ValueError):
+    """The image does not hold what a metric looks at, such as the window of SSIM."""
 
 
 def psnr(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool = False) -> float:
     """Peak signal-to-noise ratio in dB: 10 log10(255^2 / MSE); infinite for equal images.
+
+    >>> grey, lighter = np.full((16, 16, 3), 100, np.uint8), np.full((16, 16, 3), 105, np.uint8)
+    >>> round(psnr(grey, lighter), 2)  # 10 log10(255^2 / 5^2)
+    34.15
+    >>> psnr(grey, grey)
+    inf
 
     Args:
       a, b: uint8 (h, w, c), the same shape.
@@ -22,6 +32,7 @@ def psnr(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool 
 
     Raises:
       ValueError: other types or shapes.
+      TooSmallError: the border leaves nothing of the image.
     """
     a, b = _prepare(a, b, crop_border, y_channel)
     mse = np.mean((a - b) ** 2)
@@ -32,10 +43,16 @@ def ssim(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool 
     """Structural similarity (Wang et al., 2004): Gaussian window 11x11 of sigma 1.5, only where it fits whole.
 
     Mean over pixels and channels; at most 1. Arguments and errors as `psnr`, and the image must hold the window.
+
+    >>> waves = np.uint8(np.indices((16, 16, 1))[1] % 4 * 60)
+    >>> ssim(waves, waves)
+    1.0
+    >>> round(ssim(waves, waves // 2), 2)  # half the contrast
+    0.64
     """
     a, b = _prepare(a, b, crop_border, y_channel)
     if min(a.shape[:2]) < 11:
-        raise ValueError(f"SSIM needs at least 11x11 pixels inside the crop border, got {a.shape[0]}x{a.shape[1]}")
+        raise TooSmallError(f"SSIM needs at least 11x11 pixels inside the crop border, got {a.shape[0]}x{a.shape[1]}")
     offsets = np.arange(-5, 6)
     window = np.exp(-(offsets**2) / (2 * 1.5**2))
     window /= window.sum()
@@ -53,18 +70,41 @@ def ssim(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool 
     return float(np.mean(luminance * structure))
 
 
+def luma(image: np.ndarray) -> np.ndarray:
+    """The BT.601 luma (h, w, 1) of a uint8 RGB image, 16..235, not rounded.
+
+    In float32, as BasicSR computes it; the difference shows in the sixth digit of a PSNR.
+    """
+    return ((image.astype(np.float32) / 255) @ _LUMA + 16)[..., None]
+
+
+def crop(image: np.ndarray, border: int) -> np.ndarray:
+    """The image without `border` pixels at each side.
+
+    Raises:
+      TooSmallError: nothing is left.
+    """
+    inside = image[border : image.shape[0] - border, border : image.shape[1] - border]
+    if inside.size == 0:
+        raise TooSmallError(f"crop_border={border} leaves nothing of an image of {image.shape[0]}x{image.shape[1]}")
+    return inside
+
+
+def check(*images: np.ndarray) -> None:
+    """Refuses images that are not uint8 (h, w, c) of one shape, with a `ValueError`."""
+    shapes = [image.shape for image in images]
+    if any(len(shape) != 3 or shape != shapes[0] for shape in shapes):
+        raise ValueError(f"wanted (h, w, c) images of one shape, got {' and '.join(map(str, shapes))}")
+    if any(image.dtype != np.uint8 for image in images):
+        given = " and ".join(str(image.dtype) for image in images)
+        raise ValueError(f"wanted uint8 images, got {given}; clip, times 255 and round first")
+
+
 def _prepare(a: np.ndarray, b: np.ndarray, crop_border: int, y_channel: bool) -> tuple[np.ndarray, np.ndarray]:
-    if a.shape != b.shape or a.ndim != 3:
-        raise ValueError(f"wanted two (h, w, c) images of one shape, got {a.shape} and {b.shape}")
-    if a.dtype != np.uint8 or b.dtype != np.uint8:
-        raise ValueError(f"wanted uint8 images, got {a.dtype} and {b.dtype}; clip, times 255 and round first")
-    if crop_border:
-        a, b = (image[crop_border:-crop_border, crop_border:-crop_border] for image in (a, b))
-        if a.size == 0:
-            raise ValueError(f"crop_border={crop_border} leaves nothing of the image")
+    check(a, b)
+    a, b = crop(a, crop_border), crop(b, crop_border)
     if y_channel:
         if a.shape[2] != 3:
             raise ValueError(f"y_channel needs RGB images, got {a.shape[2]} channels")
-        # BasicSR computes luma in float32; the difference shows in the sixth digit.
-        a, b = (((image.astype(np.float32) / 255) @ _LUMA.astype(np.float32) + 16)[..., None] for image in (a, b))
+        a, b = luma(a), luma(b)
     return a.astype(np.float64), b.astype(np.float64)

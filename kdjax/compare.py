@@ -1,0 +1,267 @@
+"""Compares what models cost and what they reach: a teacher, and the students that are to replace it.
+
+    python -m kdjax.compare --teacher teacher.pth --student runs/denoise/student.pth
+    python -m kdjax.compare --teacher teacher.pth --student small=a.pth tiny=b.pth --size 256 720x1280 --batch 1 4 \\
+        --bf16 --data photographs/test --sigma 25 --output comparison
+
+Parameters, multiply-accumulates, memory, latency, throughput and speed-up (`kdjax.cost`) at every size and batch size;
+with --data also PSNR, SSIM and the gap to the teacher (`kdjax.evaluate`). With --output the numbers are written as
+compare.json, compare.md and compare.png. `docs/comparing.md` explains them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdjax import assets, cost, data, metrics, models, tradeoff, validation
+from kdjax.data.writing import whole_file
+from kdjax.logbook import finite, write_json, write_text
+from kdjax.models import Model
+from kdjax.names import pick
+from kdjax.tradeoff import Comparison, Quality, Subject
+from kdjax.validation import Sample
+from kdjax.weights import Loaded, load_weights, parse_hparams
+
+
+def load_files(paths: Sequence[str], keys: Sequence[str], hparams: Sequence[str]) -> dict[str, Loaded]:
+    """The files of a command line, by short name.
+
+    Args:
+      paths: PATH or NAME=PATH.
+      keys: KEY, or MODEL:KEY for one model only; what `load_weights` calls `key`.
+      hparams: NAME=VALUE, or MODEL:NAME=VALUE for one model only.
+
+    Raises:
+      ValueError, OSError: a file cannot be read, two have the same short name, or an option names no model.
+    """
+    named = _by_name(paths)
+    options: dict[str, dict[str, Any]] = {name: {} for name in named}
+    for text in keys:
+        owner, _, key = text.rpartition(":")
+        for each in _of_owner(options, owner):
+            each["key"] = key
+    for text in hparams:
+        left, equals, value = text.partition("=")  # the value may have a colon: arch=my_package.my_net:MyNet
+        owner, _, name = left.rpartition(":")
+        for each in _of_owner(options, owner):
+            each.update(parse_hparams([f"{name}{equals}{value}"]))
+    return {name: load_weights(assets.locate(path, assets.TEACHER), **options[name]) for name, path in named.items()}
+
+
+def describe(name: str, loaded: Loaded, *, is_teacher: bool) -> Subject:
+    """What the tables say about a model."""
+    model = loaded.model
+    return Subject(
+        name=name,
+        is_teacher=is_teacher,
+        path=loaded.path,
+        sha256=loaded.sha256,
+        key=loaded.key,
+        arch=model.arch,
+        hparams=model.hparams,
+        parameters=models.count_params(model.params),
+        scale=models.scale_of(model),
+        channels=models.num_channels(model),
+    )
+
+
+def check_same_task(networks: dict[str, Model]) -> None:
+    """Quality can be compared only between models that do the same to the same images.
+
+    Raises:
+      ValueError: they differ in scale or in colour channels.
+    """
+    for what, of in (("scale", models.scale_of), ("colour channels", models.num_channels)):
+        values = {name: of(model) for name, model in networks.items()}
+        if len(set(values.values())) > 1:
+            raise ValueError(
+                f"the quality of these models cannot be compared, since they differ in {what} "
+                f"({', '.join(f'{name}: {value}' for name, value in values.items())}); without --data the costs are"
+            )
+
+
+def measure_quality(networks: dict[str, Model], samples: list[Sample]) -> list[Quality]:
+    """What every model reaches in float32, as `kdjax.evaluate` measures it; the first one is the teacher."""
+    rows: list[Quality] = []
+    teacher_outputs: list[np.ndarray] = []
+    for name, model in networks.items():
+        apply = models.make_apply(model.arch, model.hparams)
+        restored = dict(validation.restore(apply, model.params, [sample.lq for sample in samples]))
+        outputs = [restored[position] for position in range(len(samples))]
+        teacher_outputs = teacher_outputs or outputs
+        pairs = zip(outputs, samples, strict=True)
+        score = validation.mean_score([validation.score(output, sample.gt) for output, sample in pairs])
+        like = statistics.fmean(map(metrics.psnr, outputs, teacher_outputs))
+        gap = rows[0].psnr - score.psnr if rows else 0.0
+        rows.append(Quality(name, score.psnr, score.ssim, gap, like))
+    return rows
+
+
+def main() -> None:
+    options = _parse_options()
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    jax.config.update("jax_enable_compilation_cache", False)  # the time of compiling is measured, not that of reading
+    try:
+        files = load_files([*options.teacher, *options.student], options.key, options.hparam)
+        networks = {name: loaded.model for name, loaded in files.items()}
+        samples = []
+        if options.data is not None:
+            check_same_task(networks)
+            samples = _load_samples(options, next(iter(networks.values())))
+        if options.output:
+            options.output.mkdir(parents=True, exist_ok=True)
+        comparison = _compare(options, files, networks, samples)
+        text = tradeoff.markdown(comparison)
+        print(text, end="")
+        if options.output:
+            write_all(comparison, text, options.output)
+    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+        sys.exit(f"error: {error}")
+
+
+def write_all(comparison: Comparison, text: str, folder: Path) -> None:
+    """Writes compare.json, compare.md and, if matplotlib is there, compare.png."""
+    values = dataclasses.asdict(comparison)
+    values["quality"] = [finite(row) for row in values["quality"]]
+    write_json(folder / "compare.json", values)
+    write_text(folder / "compare.md", text)
+    try:
+        with whole_file(folder / "compare.png") as temporary:
+            tradeoff.plot(comparison, temporary)
+    except ImportError:
+        print("no picture: matplotlib is not installed (pip install 'kdjax[plot]')", file=sys.stderr)
+    except ValueError as error:
+        print(f"no picture: {error}", file=sys.stderr)
+    print(f"\nwritten to {folder}")
+
+
+def _compare(
+    options: argparse.Namespace, files: dict[str, Loaded], networks: dict[str, Model], samples: list[Sample]
+) -> Comparison:
+    machine = cost.describe_machine()
+    dtypes = ["float32", "bfloat16"] if options.bf16 else ["float32"]
+    sizes, batches = dict.fromkeys(options.size), dict.fromkeys(options.batch)  # each once
+    settings = [(size, batch, dtype) for size in sizes for batch in batches for dtype in dtypes]
+    costs = []
+    for number, (size, batch, dtype) in enumerate(settings, 1):
+        print(f"{number}/{len(settings)}: {size[0]}x{size[1]}, batch {batch}, {dtype}", file=sys.stderr, flush=True)
+        costs += cost.measure(networks, size=size, batch=batch, dtype=dtype, repeats=options.repeats)
+    peak = cost.allocator_peak()
+    images, quality = "", []
+    if samples:
+        degraded = f"sigma {options.sigma:g}" if options.lq is None else f"degraded in {options.lq}"
+        images = f"{options.data}, {len(samples)} images, {degraded}"
+        print(images, file=sys.stderr, flush=True)
+        try:
+            with cost.telling_out_of_memory():
+                quality = measure_quality(networks, samples)
+        except cost.OutOfMemory as error:  # keep what has been measured
+            print(f"no quality: out of memory: {error}", file=sys.stderr)
+    subjects = [
+        describe(name, loaded, is_teacher=place < len(options.teacher))
+        for place, (name, loaded) in enumerate(files.items())
+    ]
+    return Comparison(machine, subjects, options.repeats, costs, images, quality, peak)
+
+
+def _load_samples(options: argparse.Namespace, model: Model) -> list[Sample]:
+    """The images of --data, as `kdjax.evaluate` reads them."""
+    scale = models.scale_of(model)
+    if options.lq is None and scale != 1:
+        raise ValueError(f"these models enlarge {scale} times; give the small images with --lq")
+    pairs = data.find_pairs(
+        gt=assets.locate(options.data, assets.VAL_PHOTOGRAPHS),
+        lq=options.lq,
+        filename_tmpl=options.filename_tmpl,
+        what="comparison",
+    )
+    images = data.load_images(pairs, channels=models.num_channels(model), scale=scale, limit=options.limit)
+    return [validation.make_sample(image.name, image.gt, image.lq, options.sigma or 0.0) for image in images]
+
+
+def _by_name(texts: Sequence[str]) -> dict[str, str]:
+    """Short name -> path, from PATH or NAME=PATH; by default the file's, after its folder's if that repeats."""
+    # Of a path such as runs/lr=1/student.pth, what is before "=" is no name.
+    matches = [None if Path(text).exists() else re.fullmatch(r"([\w.+-]+)=(.+)", text) for text in texts]
+    given = [match.groups() if match else ("", text) for match, text in zip(matches, texts, strict=True)]
+    stems = [Path(path).stem for _, path in given]
+    paths: dict[str, str] = {}
+    for (name, path), stem in zip(given, stems, strict=True):
+        name = name or (stem if stems.count(stem) == 1 else f"{Path(path).absolute().parent.name}_{stem}")
+        if name in paths:
+            raise ValueError(f"{paths[name]} and {path} would both be called {name!r}; name them: NAME={path}")
+        paths[name] = path
+    return paths
+
+
+def _of_owner(options: dict[str, dict[str, Any]], owner: str) -> list[dict[str, Any]]:
+    """The options of the model `owner`, or of all models when it is ""."""
+    return [pick(options, owner, "model in front of the colon")] if owner else list(options.values())
+
+
+def _parse_size(text: str) -> tuple[int, int]:
+    """Height and width of "256" or "720x1280"."""
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted a side, 256, or HEIGHTxWIDTH, 720x1280")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _parse_count(text: str) -> int:
+    if not re.fullmatch(r"[1-9]\d{0,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 99999")
+    return int(text)
+
+
+def _parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kdjax.compare", description="Cost and quality of a teacher and of its students."
+    )
+    what = '[NAME=]PATH of a .pth or .safetensors file, or "embedded"'
+    add = parser.add_argument
+    add("--teacher", nargs="+", required=True, metavar="MODEL", help=f"{what}; the first is what all are compared with")
+    add("--student", nargs="+", required=True, metavar="MODEL", help=what)
+    add("--key", action="append", default=[], metavar="[MODEL:]KEY", help="which state dict of a file, e.g. params")
+    add("--hparam", action="append", default=[], metavar="[MODEL:]NAME=VALUE", help="what a file cannot tell")
+    add(
+        "--size",
+        nargs="+",
+        type=_parse_size,
+        default=[(64, 64), (256, 256)],
+        help="of inputs, 256 or HEIGHTxWIDTH; default: 64 256",
+    )
+    add("--batch", nargs="+", type=_parse_count, default=[1], help="images in one pass; default: 1")
+    add("--repeats", type=_parse_count, default=20, help="timed passes of each model; default: 20")
+    add("--bf16", action="store_true", help="also measure the costs in bfloat16")
+    add("--data", help='folder of clean images to measure quality on, or "embedded"')
+    add("--sigma", type=float, help="standard deviation of the noise to add to them, 0..255 scale")
+    add("--lq", help="folder of the degraded images, in place of --sigma")
+    add("--filename-tmpl", default="{}", help='lq file stem from the gt stem, e.g. "{}_noisy"')
+    add("--limit", type=int, default=0, help="images at most, spread over the folder; 0 takes all")
+    add("--output", type=Path, help="folder for compare.json, compare.md and compare.png")
+    options = parser.parse_args()
+    degraded = (options.sigma is not None) + (options.lq is not None)
+    if options.data is not None and degraded != 1:
+        parser.error("--data needs either --sigma or --lq")
+    if options.data is None and degraded:
+        parser.error("--sigma and --lq are for the images of --data")
+    if options.sigma is not None and not 0 <= options.sigma <= 255:
+        parser.error(f"--sigma {options.sigma:g} must be from 0 to 255")
+    if options.limit < 0:
+        parser.error(f"--limit {options.limit} must be 0 or more")
+    return options
+
+
+if __name__ == "__main__":
+    main()

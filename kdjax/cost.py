@@ -1,0 +1,277 @@
+"""What a model costs to run: compiling it, the memory it takes, the time of a pass, and the machine that was measured.
+
+A pass is one call of the compiled model that returns its image only, so that XLA drops the features nobody asked for.
+Weights and input are on the device before the clock starts, and it stops when the result is ready there. Machines are
+noisy: models that are to be compared are run in turns, and times are given as quartiles.
+
+`measure` is the whole account of several models at one size. Multiply-accumulates come from `kdjax.models.count_macs`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax import models
+
+WARM_UP = 3  # runs before the first that counts: caches, thread pools, clocks of a GPU
+
+
+class OutOfMemory(Exception):
+    """A model does not fit into the memory of the device at this size."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quartiles:
+    """The median of some measurements, and the values that a quarter of them lie below and above."""
+
+    low: float
+    median: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that a compiled model takes in one pass, as XLA plans them.
+
+    Attributes:
+      arguments: weights and input.
+      outputs: the image.
+      temporaries: everything in between that is there at one time. Scratch that a library takes for itself while it
+        runs is not known to XLA: on a CPU that of convolutions is not in here.
+      peak: all three.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A model compiled for one shape of input.
+
+    Attributes:
+      run: one pass; returns the float32 image when it is ready. Raises `OutOfMemory`.
+      seconds: how long tracing and compiling took.
+      memory: None where the backend does not tell.
+    """
+
+    run: Callable[[], jax.Array]
+    seconds: float
+    memory: Memory | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """The passes of a model: `seconds` of each, and what follows from them.
+
+    Attributes:
+      milliseconds: of a pass, which is one batch.
+      images_per_second, megapixels_per_second: from the median; the pixels are those of the input.
+      speed_up: the first model's time over this one's, turn by turn; None where the first did not fit into memory.
+    """
+
+    seconds: list[float]
+    milliseconds: Quartiles
+    images_per_second: float
+    megapixels_per_second: float
+    speed_up: Quartiles | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a model costs at one size, batch size and precision.
+
+    What is None could not be measured, and `problem` says why. `macs` are of one image.
+    """
+
+    model: str
+    height: int
+    width: int
+    batch: int
+    dtype: str
+    macs: int
+    compile_seconds: float | None = None
+    memory: Memory | None = None
+    timing: Timing | None = None
+    problem: str = ""
+
+
+def measure(
+    networks: Mapping[str, models.Model],
+    *,
+    size: tuple[int, int],
+    batch: int = 1,
+    dtype: str = "float32",
+    repeats: int = 20,
+) -> list[Cost]:
+    """The costs of all models, by their names, on `batch` images of `size` (height, width), run in turns.
+
+    One that does not fit into memory has a `problem`, and the others are measured all the same.
+
+    Raises:
+      ValueError: a network does not take images of this size.
+    """
+    rows: dict[str, Cost] = {}
+    runs: dict[str, Callable[[], object]] = {}
+    for name, model in networks.items():
+        image = (*size, models.num_channels(model))
+        try:
+            macs = models.count_macs(model.arch, model.hparams, (1, *image))
+            rows[name] = Cost(name, *size, batch, dtype, macs)
+            compiled = compile_model(model, (batch, *image), dtype=jnp.dtype(dtype))
+        except OutOfMemory as error:
+            rows[name] = dataclasses.replace(rows[name], problem=f"out of memory: {error}")
+            continue
+        except (ValueError, TypeError) as error:  # whatever the network makes of an image that it does not take
+            raise ValueError(f"{name} cannot be run on an image of {size[0]}x{size[1]}: {error}") from error
+        rows[name] = dataclasses.replace(rows[name], compile_seconds=compiled.seconds, memory=compiled.memory)
+        runs[name] = compiled.run
+    seconds = time_in_turns(runs, repeats=repeats)
+    first = seconds.get(next(iter(networks)))
+    for name in runs:
+        if name in seconds:
+            change = {"timing": _timing(seconds[name], first, batch, size)}
+        else:
+            change = {"problem": "out of memory: while running"}
+        rows[name] = dataclasses.replace(rows[name], **change)
+    return list(rows.values())
+
+
+def compile_model(model: models.Model, shape: tuple[int, int, int, int], *, dtype: jnp.dtype = jnp.float32) -> Compiled:
+    """Compiles a model for an NHWC shape on the default device, with an image of random pixels to run it on.
+
+    Args:
+      dtype: of weights and activations inside; input and output are float32.
+
+    Raises:
+      OutOfMemory: it does not fit.
+      ValueError: the network does not take this shape.
+    """
+    apply = models.make_apply(model.arch, model.hparams, dtype=dtype)
+    image_only = jax.jit(lambda params, x: apply(params, x)[0])
+    with telling_out_of_memory():
+        params = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), model.params))
+        started = time.perf_counter()
+        executable = image_only.lower(params, jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
+        seconds = time.perf_counter() - started
+        memory = _planned_memory(executable)
+        _check_it_fits(memory)
+        image = jax.block_until_ready(jax.random.uniform(jax.random.key(0), shape))
+
+    def run() -> jax.Array:
+        with telling_out_of_memory():
+            return jax.block_until_ready(executable(params, image))
+
+    return Compiled(run, seconds, memory)
+
+
+def time_in_turns(
+    runs: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = WARM_UP
+) -> dict[str, list[float]]:
+    """Seconds of every run, `repeats` of each, in turns: A B A B ... after `warm_up` turns that do not count.
+
+    So whatever else the machine does falls on all of them, and the ratios of one turn say more than those of medians.
+    A run that raises `OutOfMemory` is left out from then on, and is not in the result.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warm_up + repeats):
+        for name in list(seconds):
+            started = time.perf_counter()
+            try:
+                runs[name]()
+            except OutOfMemory:
+                del seconds[name]
+                continue
+            if turn >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+@contextmanager
+def telling_out_of_memory() -> Iterator[None]:
+    """Turns what JAX and NumPy raise for want of memory into `OutOfMemory`."""
+    try:
+        yield
+    except MemoryError as error:
+        raise OutOfMemory(str(error)) from None
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OutOfMemory(str(error).splitlines()[0]) from None
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Of at least one value, interpolated linearly between neighbours."""
+    return Quartiles(*np.percentile(values, (25, 50, 75)).tolist())
+
+
+def describe_machine() -> dict[str, Any]:
+    """The conditions of a measurement: the device, its surroundings, how busy they were, versions, date."""
+    device = jax.devices()[0]
+    return {
+        "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
+        "platform": device.platform,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the last minute, all processes
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def allocator_peak() -> int | None:
+    """The most bytes that were in use on an accelerator since the process began; None on a CPU, which does not count.
+
+    It cannot be set back, so it belongs to the most demanding model of all that ran, and to XLA's trials of kernels
+    while compiling.
+    """
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _timing(seconds: list[float], first: list[float] | None, batch: int, size: tuple[int, int]) -> Timing:
+    milliseconds = quartiles([1000 * value for value in seconds])
+    rate = 1000 * batch / milliseconds.median
+    ratios = first and quartiles([theirs / ours for theirs, ours in zip(first, seconds, strict=True)])
+    return Timing(seconds, milliseconds, rate, rate * math.prod(size) / 1e6, ratios)
+
+
+def _planned_memory(executable: jax.stages.Compiled) -> Memory | None:
+    plan = executable.memory_analysis()
+    if plan is None:
+        return None
+    parts = plan.argument_size_in_bytes, plan.output_size_in_bytes, plan.temp_size_in_bytes
+    return Memory(*parts, peak=sum(parts))
+
+
+def _check_it_fits(memory: Memory | None) -> None:
+    """On a CPU, refuses what is larger than the machine: Linux would hand it out, and kill the process for using it."""
+    if memory is None or jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if memory.peak > there:
+        raise OutOfMemory(f"a pass takes {memory.peak / 2**30:,.1f} GiB, the machine has {there / 2**30:,.1f}")
+
+
+def _cpu_name() -> str:
+    """The processor's name; JAX only says "cpu"."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

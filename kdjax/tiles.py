@@ -1,0 +1,343 @@
+"""A trained model over images of any size: tiles of one shape, run on all devices, blended where they meet.
+
+    restored = restore_image("student.pth", photograph)             # uint8 in, uint8 out
+    restorer = Restorer(model, tile=256, tile_pad=16)               # for many images
+    for top, rows in restorer.bands(np.memmap(...)): ...            # for those that do not fit into memory
+
+The network sees squares of tile + 2 x tile_pad pixels: a tile and what is around it. Of what it makes of them a rim of
+tile_pad pixels is thrown away, because the network did not see there that the image goes on. Tiles overlap by a few
+pixels, over which one fades into the next. The outermost squares end where the image ends, so that the network pads
+there as it pads a whole image. A side of the image that fits into one square is not divided.
+
+Where tile_pad covers what an output pixel depends on (the receptive field), the result is that of the whole image up to
+float rounding. Deep networks reach further, with little weight. Measured: the PSNR between the image in tiles and the
+whole one, both unclipped, in dB, and the largest difference in levels of 8 bits, 2026-11-25, float32 on two CPU cores:
+
+    tile / tile_pad                  128/8     128/16    128/32    256/8     256/16    256/32
+    embedded RRDBNet 64x2, x1        59  5.7   65  5.7   82  0.7   66  5.7   74  2.7   91  0.3
+    KAIR's DnCNN of depth 20, x1     75  1.1   101 0.1   163 0.0   84  0.6   109 0.0   168 0.0
+    RealESRGAN_x4plus_anime_6B, x4   51  37    57  26    74  2.1   65  9.8   69  3.5   91  0.4
+
+The first two: the embedded astronaut, 512x512, noise of sigma 25. The last: 200x321 pixels of CBSD68's 101085.
+So a network as deep as the last one wants a tile_pad of 32. Of a large image the network sees
+((tile + 2 tile_pad) / (tile - 8))^2 times the pixels: 1.35 with 256/16, 1.66 with 256/32, 1.78 with 128/16.
+
+NAFNet is another case: its blocks average over all that they see, and at no tile_pad are its tiles the whole image.
+Which of the two is closer to what it learnt depends on its crops in training; the published weights saw 256 pixels
+(Chu et al., 2022, "Improving image restoration by revisiting global information aggregation", arXiv:2112.04491).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax import assets, models, ops, sharding
+from kdjax.teachers import self_ensemble
+from kdjax.weights import load_model
+
+FEATHER = 8  # input pixels over which neighbouring tiles fade into each other, at least
+_LARGEST_FLOAT = 16.0  # of images meant to be in [0, 1]: noise reaches 2 or 3, an image in [0, 255] is beyond
+
+Progress = Callable[[int, int], None]
+
+
+class Restorer:
+    """A model ready for images of any size; it keeps the weights on the devices.
+
+    The first image of at least tile + 2 x tile_pad pixels a side compiles the model, for all larger ones. Smaller sides
+    compile once for each size.
+
+    Attributes:
+      scale: output pixels per input pixel, along each side.
+      channels: of the images that it takes: 3 for RGB, 1 for grey.
+
+    Args:
+      tile: side of a tile in input pixels, or 0 for the whole image at once, which compiles once for each size.
+      tile_pad: context on each side of a tile, in input pixels. Both are rounded up to what the sides of an image are
+        padded to by the model (`kdjax.models.multiple_of`).
+      x8: the mean over the eight flips and quarter turns of every tile, at eight times the cost
+        (`kdjax.teachers.self_ensemble`).
+      dtype: of weights and activations inside; images are float32.
+      devices: those of this process by default.
+      tiles_per_device: how many tiles one device takes at a time.
+
+    Raises:
+      ValueError: a tile, tile_pad or tiles_per_device that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: models.Model,
+        *,
+        tile: int = 256,
+        tile_pad: int = 16,
+        x8: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        devices: Sequence[jax.Device] | None = None,
+        tiles_per_device: int = 1,
+    ) -> None:
+        sizes = {"tile": (tile, 0), "tile_pad": (tile_pad, 0), "tiles_per_device": (tiles_per_device, 1)}
+        for name, (value, least) in sizes.items():
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        self.scale, self.channels = models.scale_of(model), models.num_channels(model)
+        self._multiple, self._pad_mode = models.multiple_of(model), models.pad_mode_of(model)
+        self._tile, self._tile_pad = (ops.round_up(int(size), self._multiple) for size in (tile, tile_pad))
+        self._step = _compiled_step(model.arch, tuple(model.hparams.items()), x8, jnp.dtype(dtype))
+        devices = list(jax.local_devices() if devices is None else devices)
+        every, first = sharding.data_mesh(devices), sharding.data_mesh(devices[:1])
+        params = sharding.replicate(model.params, every)
+        self._every, self._first = (every, params), (first, sharding.replicate(params, first))  # the same memory
+        self._tiles_per_device = int(tiles_per_device)
+
+    def __call__(self, image: np.ndarray, *, progress: Progress | None = None) -> np.ndarray:
+        """Restores one image.
+
+        Args:
+          image: (h, w, channels), float in about [0, 1], or uint8 or uint16, which are divided by 255 or 65535.
+          progress: called with the number of tiles that are done, and of all, after each batch.
+
+        Returns:
+          float32 (h x scale, w x scale, channels), not clipped.
+
+        Raises:
+          ValueError: an image of another shape or type, or with nan or inf.
+        """
+        output = None
+        for top, rows in self.bands(image, progress=progress):
+            if output is None:
+                output = np.empty((image.shape[0] * self.scale, *rows.shape[1:]), np.float32)
+            output[top : top + len(rows)] = rows
+        return output
+
+    def bands(self, image: np.ndarray, *, progress: Progress | None = None) -> Iterator[tuple[int, np.ndarray]]:
+        """Restores one image from top to bottom, holding no more of it than two rows of tiles.
+
+        Args:
+          image: as for a call; anything with a shape, a dtype and slices, such as a np.memmap. It is read in squares.
+          progress: as for a call.
+
+        Returns:
+          An iterator over (top, rows): the finished rows of the output from `top` on, float32 (n, w x scale, channels),
+          not clipped. Together they are the whole image, in order.
+
+        Raises:
+          ValueError: as a call; nan and inf only once the iterator meets them.
+        """
+        self._check(image)
+        return self._bands(image, progress)
+
+    def _bands(self, image: np.ndarray, progress: Progress | None) -> Iterator[tuple[int, np.ndarray]]:
+        height, width = (self._divide(size) for size in image.shape[:2])
+        outputs = self._run(image, height, width, progress)
+        scale, unfinished = self.scale, None
+        for i, top in enumerate(height.starts):
+            band = None
+            for j, left in enumerate(width.starts):
+                output = next(outputs)
+                if band is None:
+                    columns = width.starts[-1] + width.window
+                    band = np.zeros((height.window * scale, columns * scale, output.shape[-1]), np.float32)
+                weights = height.weights[i][:, None, None] * width.weights[j][:, None]
+                band[:, left * scale : (left + width.window) * scale] += weights * output
+            if unfinished is not None:
+                band[: len(unfinished)] += unfinished
+            end = image.shape[0] if i + 1 == len(height.starts) else height.starts[i + 1]
+            finished = (end - top) * scale
+            yield top * scale, band[:finished, : image.shape[1] * scale]
+            unfinished = band[finished:]
+
+    def _run(self, image: np.ndarray, height: _Side, width: _Side, progress: Progress | None) -> Iterator[np.ndarray]:
+        """What the model makes of each window, row by row."""
+        places = list(itertools.product(height.starts, width.starts))
+        dispatched = self._dispatch(image, places, (height.window, width.window))
+        done = 0
+        # pairwise asks for the next batch before it gives this one: the host cuts tiles while the devices compute.
+        for (output, count), _ in itertools.pairwise(itertools.chain(dispatched, [None])):
+            tiles = np.asarray(output)[:count]
+            done += count
+            if progress:
+                progress(done, len(places))
+            yield from tiles
+
+    def _dispatch(
+        self, image: np.ndarray, places: Sequence[tuple[int, int]], window: tuple[int, int]
+    ) -> Iterator[tuple[jax.Array, int]]:
+        """Batches of outputs that the devices may still be working on, and how many windows each one holds."""
+        alone = len(places) == 1  # other devices would only compute it again
+        mesh, params = self._first if alone else self._every
+        batch_size = 1 if alone else mesh.size * self._tiles_per_device
+        for first in range(0, len(places), batch_size):
+            chunk = places[first : first + batch_size]
+            batch = np.zeros((batch_size, *window, self.channels), np.float32)  # the last one is filled with black
+            for position, place in enumerate(chunk):
+                batch[position] = self._cut(image, place, window)
+            output = self._step(params, jax.device_put(batch, sharding.split_batch(mesh)))
+            if output.shape[1:3] != (window[0] * self.scale, window[1] * self.scale):
+                raise ValueError(
+                    f"the model made {output.shape[1]}x{output.shape[2]} of {window[0]}x{window[1]} pixels, wanted"
+                    f" {self.scale} times as much; the hyper-parameter scale or upscale of a network says how much it"
+                    " enlarges"
+                )
+            yield output, len(chunk)
+
+    def _check(self, image: np.ndarray) -> None:
+        shape = tuple(image.shape)
+        if len(shape) != 3 or shape[2] != self.channels or 0 in shape:
+            raise ValueError(f"the image has the shape {shape}; this model takes (height, width, {self.channels})")
+        if _largest_value(image.dtype) is None:
+            raise ValueError(f"the image is {image.dtype}; wanted uint8, uint16, or float in [0, 1]")
+
+    def _cut(self, image: np.ndarray, place: tuple[int, int], window: tuple[int, int]) -> np.ndarray:
+        """One window as float32, padded as the model itself pads where it reaches beyond the image."""
+        top, left = place
+        pixels = np.asarray(image[top : top + window[0], left : left + window[1]])
+        pixels = pixels.astype(np.float32) / np.float32(_largest_value(pixels.dtype))
+        if not np.isfinite(pixels).all():
+            row, column, _ = np.argwhere(~np.isfinite(pixels))[0]
+            raise ValueError(f"the image has nan or inf at row {top + row}, column {left + column}; replace them first")
+        missing = [(0, size - there) for size, there in zip(window, pixels.shape, strict=False)]
+        return np.pad(pixels, [*missing, (0, 0)], mode=self._pad_mode)
+
+    def _divide(self, size: int) -> _Side:
+        """How `size` input pixels are divided into windows."""
+        window = self._tile + 2 * self._tile_pad
+        if self._tile == 0 or size <= window:
+            return _Side(size, (0,), np.ones((1, size * self.scale), np.float32))
+        # Aligned to the multiple: half a tile at most fades, so that a step is never less than the other half.
+        overlap = min(ops.round_up(FEATHER, self._multiple), self._tile // 2 // self._multiple * self._multiple)
+        padded = ops.round_up(size, self._multiple)
+        starts = (*range(0, padded - window, self._tile - overlap), padded - window)
+        inside = (np.arange(window * self.scale) + 1) / self.scale
+        rise = np.clip((inside - self._tile_pad) / (overlap + 1 / self.scale), 0, 1)
+        weights = np.tile(np.minimum(rise, rise[::-1]), (len(starts), 1))
+        # Nothing is missing at the border of the image.
+        weights[0] = rise[::-1]
+        weights[-1] = rise
+        total = np.zeros(padded * self.scale)
+        parts = [slice(start * self.scale, (start + window) * self.scale) for start in starts]
+        for part, weight in zip(parts, weights, strict=True):
+            total[part] += weight
+        return _Side(
+            window, starts, np.float32([weight / total[part] for part, weight in zip(parts, weights, strict=True)])
+        )
+
+
+class _Side(NamedTuple):
+    """How one side of an image is divided: windows of `window` pixels, at `starts`.
+
+    `weights` (windows, window x scale) is how much each output pixel of a window counts; they sum to 1.
+    """
+
+    window: int
+    starts: tuple[int, ...]
+    weights: np.ndarray
+
+
+def restore_image(
+    model: models.Model | str | os.PathLike[str],
+    image: np.ndarray,
+    *,
+    tile: int = 256,
+    tile_pad: int = 16,
+    x8: bool = False,
+    dtype: jnp.dtype = jnp.float32,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Restores an image as arrays from files usually are, and gives back the same kind.
+
+    Arguments that are not here are those of `Restorer`, which is better for many images.
+
+    >>> noisy = np.random.default_rng(0).normal(128, 25, (24, 32, 3)).astype(np.uint8)  # a grey wall
+    >>> restored = restore_image("embedded", noisy)
+    >>> restored.shape, restored.dtype, bool(restored.std() < noisy.std() / 4)
+    ((24, 32, 3), dtype('uint8'), True)
+
+    Args:
+      model: a model, or a weight file that `kdjax.load_model` reads; "embedded" is the teacher of the package.
+      image: (h, w) grey, or (h, w, c) with c of 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha); uint8,
+        uint16, or float in about [0, 1].
+
+    Returns:
+      The image of h x scale, w x scale pixels, with the dtype and the dimensions of `image`. Integers are clipped and
+      rounded, floats are neither. A model for RGB gets a grey image three times, and the mean of its colours is taken;
+      a model for grey restores each colour by itself. Alpha stays as it is, enlarged bilinearly where scale is above 1.
+
+    Raises:
+      ValueError: an image of another shape or type, with nan or inf, or with floats far beyond [0, 1].
+      WeightsError: the file cannot be read.
+    """
+    if not isinstance(model, models.Model):
+        model = load_model(assets.locate(os.fspath(model), assets.TEACHER))
+    restorer = Restorer(model, tile=tile, tile_pad=tile_pad, x8=x8, dtype=dtype)
+    image = np.asarray(image)
+    planes = image[..., None] if image.ndim == 2 else image
+    if planes.ndim != 3 or planes.shape[2] not in (1, 2, 3, 4) or 0 in planes.shape:
+        raise ValueError(f"the image has the shape {image.shape}; wanted (h, w), or (h, w, c) with c from 1 to 4")
+    if image.dtype.kind == "f" and np.max(np.abs(image)) > _LARGEST_FLOAT:
+        raise ValueError(
+            f"the image is {image.dtype} with values up to {np.max(np.abs(image)):g}; wanted [0, 1]: divide it, or give"
+            " uint8 or uint16"
+        )
+    number = planes.shape[2] - (planes.shape[2] in (2, 4))  # of colours, without alpha
+    inputs = _as_channels(planes[..., :number], restorer.channels)
+    height, width = (size * restorer.scale for size in planes.shape[:2])
+    restored = np.empty((height, width, planes.shape[2]), image.dtype)
+    for i, colours in enumerate(inputs):
+        into = slice(i, i + 1) if len(inputs) > 1 else slice(number)
+        told = progress and (lambda done, total, i=i: progress(i * total + done, len(inputs) * total))
+        for top, rows in restorer.bands(colours, progress=told):
+            rows = rows.mean(2, keepdims=True) if number == 1 else rows
+            restored[top : top + len(rows), :, into] = _as_dtype(rows, image.dtype)
+    if number < planes.shape[2]:
+        alpha = planes[..., number:].astype(np.float32) / np.float32(_largest_value(image.dtype))
+        enlarged = np.asarray(jax.image.resize(alpha, (height, width, 1), "bilinear"))
+        restored[..., number:] = _as_dtype(enlarged, image.dtype)
+    return restored[..., 0] if image.ndim == 2 else restored
+
+
+def _as_channels(colours: np.ndarray, channels: int) -> list[np.ndarray]:
+    """A grey or RGB image (h, w, c) as one image of `channels` channels, or as one for each colour."""
+    number = colours.shape[2]
+    if number == channels:
+        return [colours]
+    if channels == 1:
+        return [colours[..., i : i + 1] for i in range(number)]
+    if number == 1:
+        return [np.broadcast_to(colours, (*colours.shape[:2], channels))]
+    raise ValueError(
+        f"the image has {number} colours, and the model takes {channels} channels: give what it takes to Restorer"
+    )
+
+
+def _largest_value(dtype: np.dtype) -> int | None:
+    """What stands for 1.0 in an image of this type; None if it is no type of an image."""
+    if dtype.kind == "u" and dtype.itemsize <= 2:
+        return np.iinfo(dtype).max
+    return 1 if dtype.kind == "f" else None
+
+
+def _as_dtype(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """A float image in the type of an image file: integers are clipped and rounded."""
+    if dtype.kind == "f":
+        return image.astype(dtype)
+    return np.round(np.clip(image, 0, 1) * np.float32(_largest_value(dtype))).astype(dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled_step(
+    arch: str, hparams: tuple[tuple[str, object], ...], x8: bool, dtype: jnp.dtype
+) -> Callable[[models.Params, jax.Array], jax.Array]:
+    """The model as a jitted function of parameters and images, which every Restorer of such a model shares."""
+    apply = models.make_apply(arch, dict(hparams), dtype=dtype)
+    if x8:
+        apply = self_ensemble(apply)
+    return jax.jit(lambda params, x: apply(params, x)[0])
