@@ -28,7 +28,7 @@ from kdjax import assets, cost, data, metrics, models, tradeoff, validation
 from kdjax.data.writing import whole_file
 from kdjax.logbook import finite, write_json, write_text
 from kdjax.models import Model
-from kdjax.names import pick
+from kdjax.names import named_paths, pick
 from kdjax.tradeoff import Comparison, Quality, Subject
 from kdjax.validation import Sample
 from kdjax.weights import Loaded, load_weights, parse_hparams
@@ -45,7 +45,7 @@ def load_files(paths: Sequence[str], keys: Sequence[str], hparams: Sequence[str]
     Raises:
       ValueError, OSError: a file cannot be read, two have the same short name, or an option names no model.
     """
-    named = _by_name(paths)
+    named = named_paths(paths, "--student")
     options: dict[str, dict[str, Any]] = {name: {} for name in named}
     for text in keys:
         owner, _, key = text.rpartition(":")
@@ -188,21 +188,6 @@ def _load_samples(options: argparse.Namespace, model: Model) -> list[Sample]:
     )
     images = data.load_images(pairs, channels=models.num_channels(model), scale=scale, limit=options.limit)
     return [validation.make_sample(image.name, image.gt, image.lq, options.sigma or 0.0) for image in images]
-
-
-def _by_name(texts: Sequence[str]) -> dict[str, str]:
-    """Short name -> path, from PATH or NAME=PATH; by default the file's, after its folder's if that repeats."""
-    # Of a path such as runs/lr=1/student.pth, what is before "=" is no name.
-    matches = [None if Path(text).exists() else re.fullmatch(r"([\w.+-]+)=(.+)", text) for text in texts]
-    given = [match.groups() if match else ("", text) for match, text in zip(matches, texts, strict=True)]
-    stems = [Path(path).stem for _, path in given]
-    paths: dict[str, str] = {}
-    for (name, path), stem in zip(given, stems, strict=True):
-        name = name or (stem if stems.count(stem) == 1 else f"{Path(path).absolute().parent.name}_{stem}")
-        if name in paths:
-            raise ValueError(f"{paths[name]} and {path} would both be called {name!r}; name them: NAME={path}")
-        paths[name] = path
-    return paths
 
 
 def _of_owner(options: dict[str, dict[str, Any]], owner: str) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Tries models in the browser, on this machine only:
 
     pip install "kdjax[demo]"
-    python -m kdjax.demo --model student.pth --model teacher.pth
+    python -m kdjax.demo --model student.pth teacher.pth
 
 The page takes an image, adds noise to it if asked to, and shows input and output with a slider between them, and how
 long that took. It listens on localhost; nothing is sent anywhere else.
@@ -21,6 +21,7 @@ from PIL import Image
 
 from kdjax import assets, models
 from kdjax.data import read_image
+from kdjax.names import named_paths
 from kdjax.tiles import restore_image
 from kdjax.weights import Loaded, load_weights, parse_hparams
 
@@ -115,7 +116,7 @@ def _photographs() -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kdjax.demo", description="A local page to try models on images.")
-    parser.add_argument("--model", action="append", required=True, metavar="FILE", help='weights, or "embedded"')
+    parser.add_argument("--model", nargs="+", required=True, metavar="[NAME=]FILE", help='weights, or "embedded"')
     parser.add_argument("--port", type=int, default=7860, help="port on localhost; 0 takes a free one (default: 7860)")
     parser.add_argument("--tile", type=int, default=256, help="side of a tile; 0 runs images whole (default: 256)")
     parser.add_argument("--tile-pad", type=int, default=16, help="context around a tile (default: 16)")
@@ -132,13 +133,15 @@ def main() -> None:
         sys.exit('error: the page needs Gradio; install it with pip install "kdjax[demo]"')
     try:
         hparams = parse_hparams(options.hparam)
-        files = [
-            load_weights(assets.locate(file, assets.TEACHER), key=options.key, **hparams) for file in options.model
-        ]
-        restore_image(files[0].model, np.zeros((8, 8), np.float32), tile=options.tile, tile_pad=options.tile_pad)
+        paths = named_paths(options.model, "--model")
+        loaded = {
+            name: load_weights(assets.locate(path, assets.TEACHER), key=options.key, **hparams)
+            for name, path in paths.items()
+        }
+        first = next(iter(loaded.values())).model
+        restore_image(first, np.zeros((8, 8), np.float32), tile=options.tile, tile_pad=options.tile_pad)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         sys.exit(f"error: {error}")
-    loaded = dict(zip(_names(options.model), files, strict=True))
     page = build_page(loaded, tile=options.tile, tile_pad=options.tile_pad)
     fonts = ["system-ui", "sans-serif"]  # Gradio's own would be fetched
     try:
@@ -158,12 +161,6 @@ def main() -> None:
         )
     print(f"{url}  (Ctrl-C ends)", flush=True)
     page.block_thread()
-
-
-def _names(files: list[str]) -> list[str]:
-    """Short names that tell the files apart."""
-    stems = [Path(file).stem for file in files]
-    return [stem if stems.count(stem) == 1 else file for stem, file in zip(stems, files, strict=True)]
 
 
 def _free_port() -> int:

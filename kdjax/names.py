@@ -1,9 +1,12 @@
-"""Choosing by name: an unknown name fails with the nearest valid one and the list of all."""
+"""Choosing by name, and naming files: an unknown name fails with the nearest valid one and the list of all."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -24,3 +27,32 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """'; did you mean X?' for the known name most like `name`, or '' when none is."""
     near = get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def named_paths(
+    texts: Sequence[str], option: str, *, folders: bool = False, reserved: Collection[str] = ()
+) -> dict[str, str]:
+    """Name -> path, of NAME=PATH or PATH, which is named as the file without its suffix, or as the folder.
+
+    Where that repeats, as "student" does, the folder it is in goes before it: "run1_student".
+
+    Args:
+      option: what the texts were given to, for the message.
+      reserved: what nothing may be called.
+
+    Raises:
+      ValueError: two of one name, or a reserved one.
+    """
+    # Of a path such as runs/lr=1/student.pth, or of one that exists, what is before "=" is no name.
+    matches = [None if Path(text).exists() else re.fullmatch(r"(\w[\w.+-]*)=(.+)", text) for text in texts]
+    given = [match.groups() if match else ("", text) for match, text in zip(matches, texts, strict=True)]
+    places = [Path(os.path.abspath(path)) for _, path in given]
+    defaults = [place.name if folders else place.stem for place in places]
+    paths: dict[str, str] = {}
+    for (name, path), place, default in zip(given, places, defaults, strict=True):
+        name = name or (default if defaults.count(default) == 1 else f"{place.parent.name}_{default}")
+        if name in paths or name in reserved:
+            taken = f"is also the name of {paths[name]}" if name in paths else "stands for something else"
+            raise ValueError(f"{path}: {name!r} {taken}; give it another name: {option} NAME={path}")
+        paths[name] = path
+    return paths

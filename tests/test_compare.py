@@ -128,8 +128,8 @@ def test_a_path_with_an_equals_sign_is_a_path(folder: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "message", "code"),
     [
-        (["--student", "teacher.pth"], "would both be called 'compare", 1),
-        (["--student", "a=student.pth", "a=grey.pth"], "student.pth and grey.pth would both be called 'a'", 1),
+        (["--student", "teacher.pth"], "is also the name of teacher.pth", 1),
+        (["--student", "a=student.pth", "a=grey.pth"], "grey.pth: 'a' is also the name of student.pth", 1),
         (["--student", "missing.pth"], "missing.pth: does not exist", 1),
         (["--student", "=student.pth"], "=student.pth: does not exist", 1),
         (["--student", "student.pth", "--hparam", "studnet:act_type=relu"], "did you mean 'student'", 1),

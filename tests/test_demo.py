@@ -86,7 +86,7 @@ def test_bad_arguments(
 
 @pytest.fixture(scope="module")
 def url(folder: Path) -> Iterator[str]:
-    command = [sys.executable, "-m", "kdjax.demo", "--model", "twice.pth", "--model", "embedded", "--port", "0"]
+    command = [sys.executable, "-m", "kdjax.demo", "--model", "twice.pth", "embedded", "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:

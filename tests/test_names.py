@@ -1,0 +1,35 @@
+"""Names of files on a command line."""
+
+from pathlib import Path
+
+import pytest
+
+from kdjax.names import named_paths
+
+
+def test_files_are_named_without_suffix_and_folders_as_they_are() -> None:
+    assert named_paths(["a/x.pth", "b/x.pth", "y.v2.pth", "z=c/x.pth", r"C:\a=b"], "--model") == {
+        "a_x": "a/x.pth",
+        "b_x": "b/x.pth",
+        "y.v2": "y.v2.pth",
+        "z": "c/x.pth",
+        r"C:\a=b": r"C:\a=b",
+    }
+    assert named_paths([".", "kodak.v2", "embedded"], "--data", folders=True) == {
+        Path.cwd().name: ".",
+        "kodak.v2": "kodak.v2",
+        "embedded": "embedded",
+    }
+
+
+def test_a_path_that_exists_has_no_name_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("lr=1").mkdir()
+    assert named_paths(["lr=1"], "--data", folders=True) == {"lr=1": "lr=1"}
+
+
+def test_names_are_given_once() -> None:
+    with pytest.raises(ValueError, match=r"^y.pth: 'a' is also the name of x.pth; .* --model NAME=y.pth$"):
+        named_paths(["a=x.pth", "a=y.pth"], "--model")
+    with pytest.raises(ValueError, match=r"^x/input.pth: 'input' stands for something else"):
+        named_paths(["x/input.pth"], "--model", reserved=("input",))
