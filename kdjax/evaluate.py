@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import logging
 import math
-import os
 import re
 import sys
 import time
@@ -32,6 +31,7 @@ from kdjax import assets, data, models, report, validation
 from kdjax.logbook import finite, write_json, write_text
 from kdjax.metrics import named, niqe
 from kdjax.metrics.named import METRICS
+from kdjax.names import named_paths
 from kdjax.ops import to_uint8
 from kdjax.teachers import self_ensemble
 from kdjax.tiles import Restorer
@@ -205,7 +205,7 @@ def prepare(options: argparse.Namespace) -> Request:
     hparams = parse_hparams(options.hparam)
     loaded = {
         name: load_weights(assets.locate(path, assets.TEACHER), key=options.key, **hparams)
-        for name, path in _by_name(options.model, "model").items()
+        for name, path in named_paths(options.model, "--model", reserved=(report.INPUT, report.CLEAN)).items()
     }
     channels, scale = _common_kind(loaded)
     if scale != 1 and options.sigma:
@@ -231,27 +231,6 @@ def prepare(options: argparse.Namespace) -> Request:
     )
 
 
-def _by_name(texts: Sequence[str], what: str) -> dict[str, str]:
-    """Name -> path, from NAME=PATH or PATH, whose name is that of the file without suffix, or of the folder.
-
-    Where that repeats, as student.pth does, the name of the folder it is in goes before it.
-    """
-    # Of a path like C:\a=b or runs/a=b, what is before "=" is no name.
-    matches = [re.fullmatch(rf"({_NAME})=(.+)", text) for text in texts]
-    pairs = zip(matches, texts, strict=True)
-    given = [match.groups() if match and not Path(text).exists() else (None, text) for match, text in pairs]
-    places = [Path(os.path.abspath(path)) for _, path in given]
-    defaults = [place.stem if what == "model" else place.name for place in places]
-    paths: dict[str, str] = {}
-    for (name, path), place, default in zip(given, places, defaults, strict=True):
-        name = name or (default if defaults.count(default) == 1 else f"{place.parent.name}_{default}")
-        if name in paths or name in (report.INPUT, report.CLEAN):
-            taken = f"is also the name of {paths[name]}" if name in paths else "is a column of the report"
-            raise ValueError(f"{path}: {name!r} {taken}; give it another name: --{what} NAME={path}")
-        paths[name] = path
-    return paths
-
-
 def _common_kind(loaded: Mapping[str, Loaded]) -> tuple[int, int]:
     """The channels and the scale that all models share."""
     kinds = {name: (models.num_channels(one.model), models.scale_of(one.model)) for name, one in loaded.items()}
@@ -267,7 +246,7 @@ def _macs_per_pixel(model: models.Model) -> float:
 
 
 def _datasets(options: argparse.Namespace, channels: int, scale: int) -> list[Dataset]:
-    folders = [(name, path, options.lq) for name, path in _by_name(options.data, "data").items()]
+    folders = [(name, path, options.lq) for name, path in named_paths(options.data, "--data", folders=True).items()]
     folders += [tuple(pair) for pair in options.pairs]
     names = [name for name, _, _ in folders]
     if wrong := [name for name, _, _ in options.pairs if not re.fullmatch(_NAME, name)]:

@@ -14,7 +14,7 @@ import pytest
 from test_metrics import lpips_state, write_lpips
 
 from kdjax import data, metrics, models, validation
-from kdjax.evaluate import Gallery, Progress, _by_name, evaluate, main, make_restore, markdown
+from kdjax.evaluate import Gallery, Progress, evaluate, main, make_restore, markdown
 from kdjax.metrics import niqe
 from kdjax.metrics.named import METRICS
 from kdjax.weights import save_model
@@ -236,16 +236,6 @@ def test_progress_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch, 
     assert capsys.readouterr().err == "2 of 4 images, 0:01:20 left\n"
 
 
-def test_default_names() -> None:
-    assert _by_name(["a/x.pth", "b/x.pth", "y.v2.pth", "z=c/x.pth"], "model") == {
-        "a_x": "a/x.pth", "b_x": "b/x.pth", "y.v2": "y.v2.pth", "z": "c/x.pth"
-    }  # fmt: skip
-    assert _by_name([".", "..", "kodak.v2", r"C:\a=b", "embedded"], "data") == {
-        Path.cwd().name: ".", Path.cwd().parent.name: "..", "kodak.v2": "kodak.v2", r"C:\a=b": r"C:\a=b",
-        "embedded": "embedded",
-    }  # fmt: skip
-
-
 MODEL, CLEAN = ("--model", "embedded"), ("--data", "embedded")
 NOISY = (*MODEL, *CLEAN, "--sigma", "25")
 
@@ -260,7 +250,7 @@ NOISY = (*MODEL, *CLEAN, "--sigma", "25")
         ((*MODEL, "--pairs", "a/b", "x", "y"), 1, "--pairs a/b: wanted NAME GT LQ"),
         ((*NOISY, "--pairs", "embedded", "a", "b"), 1, "two sets of images are called 'embedded'"),
         (("--model", "a=embedded", "a=embedded", *NOISY[2:]), 1, "'a' is also the name of embedded"),
-        (("--model", "input=embedded", *NOISY[2:]), 1, "'input' is a column of the report"),
+        (("--model", "input=embedded", *NOISY[2:]), 1, "'input' stands for something else"),
         ((*NOISY, "--hparam", "x"), 1, "NAME=VALUE"),
         ((*NOISY, "--metrics", "niqe", "--niqe", "nowhere"), 1, "nowhere"),
         ((*NOISY, "--metrics", "niqe", "--niqe", "nowhere.npz"), 1, "nowhere.npz"),
