@@ -137,7 +137,7 @@ _MEAN = only("mean", why="losses are means; write `mean` and adapt loss_weight")
 _MEAN_COLOUR = only([0.4488, 0.4371, 0.4040], why="EDSR's mean is that of DIV2K, [0.4488, 0.4371, 0.4040]")
 _RAW = "images stay in [0, 1]; networks here subtract their own mean"
 STRICT = "weights fit as a whole or not at all"
-_WHOLE_RGB = "PSNR and SSIM of the whole RGB image in training; kdjax.evaluate has crop_border, psnr_y, ssim_y, niqe, lpips"
+_WHOLE_RGB = "PSNR and SSIM of the whole RGB image; kdjax.evaluate has crop_border, psnr_y, ssim_y, niqe, lpips"
 _CRITERIA = {"l1": "l1", "l2": "mse", "smooth_l1": "smooth_l1"}
 
 
