@@ -7,7 +7,7 @@ becomes grey by the ITU-R 601 luma.
 
 Samples of 16 bits become 8 by round(v / 257), so 0 stays 0 and 65535 becomes 255. That holds for grey; of
 16-bit colour Pillow hands out only the high byte, which is at most one level away. Floating-point and 32-bit
-integer images have no agreed range and are refused.
+integer images have no agreed range and are refused. `kdjax.data.pictures` keeps all 16 bits, alpha and metadata.
 
 A path may also lead into a pack (`kdjax.data.shards`), which holds the pixels that its files gave.
 
@@ -17,10 +17,13 @@ JPEG data.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -36,7 +39,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".p
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 
 _ORIENTATION_TAG = 0x0112
-_UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
     4: lambda pixels: pixels[::-1],
@@ -44,7 +47,10 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     6: lambda pixels: np.rot90(pixels, -1),  # clockwise
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: np.rot90(pixels),
-}
+}  # by EXIF orientation; all give views
+
+_TIFF_BITS, _TIFF_PLANAR = 258, 284
+_pillows_limit = threading.Lock()  # it is one for the whole process
 
 _SAVE_OPTIONS = {
     ".jpg": {"quality": 95, "subsampling": 0},
@@ -84,12 +90,26 @@ def inspect_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
         except shards.PackError as error:
             raise ImageError(f"{path}: {error}") from None
         return pixels, "L" if pixels.shape[2] == 1 else "RGB"
+    with opened(path) as image:
+        mode = f"16-bit {image.mode}" if is_deep_colour(image) else image.mode
+        if mode.startswith("16-bit") and image.format == "TIFF" and image.tag_v2.get(_TIFF_PLANAR) == 2:
+            raise ImageError("16-bit colour in separate planes cannot be read; save it interleaved or with 8 bits")
+        image.load()
+        upright = UPRIGHT.get(orientation_of(image))
+        pixels = _to_uint8(image)
+    return pixels if upright is None else np.ascontiguousarray(upright(pixels)), mode
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str], max_pixels: int | None = None) -> Iterator[Image.Image]:
+    """The image in a file, not decoded yet; whatever goes wrong with it in the `with` block ends in an `ImageError`.
+
+    Args:
+      max_pixels: images that claim more are refused; by default Pillow's limit for the process holds.
+    """
     try:
-        with open(path, "rb", opener=_open_regular) as file, Image.open(file, formats=_FORMATS) as image:
-            mode = f"16-bit {image.mode}" if _is_deep_colour(image) else image.mode
-            image.load()
-            upright = _UPRIGHT.get(_orientation(image))
-            pixels = _to_uint8(image)
+        with open(path, "rb", opener=_open_regular) as file, _identified(file, max_pixels) as image:
+            yield image
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from None
     except UnidentifiedImageError:
@@ -102,7 +122,22 @@ def inspect_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
         raise ImageError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly every kind of exception
         raise ImageError(f"{path}: cannot be decoded ({type(error).__name__}: {error})") from error
-    return pixels if upright is None else np.ascontiguousarray(upright(pixels)), mode
+
+
+def _identified(file: BinaryIO, max_pixels: int | None) -> Image.Image:
+    if max_pixels is None:
+        return Image.open(file, formats=_FORMATS)
+    with _pillows_limit:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file, formats=_FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+    if image.width * image.height > max_pixels:
+        raise ImageError(
+            f"too many pixels: {image.width}x{image.height}, the limit is {max_pixels / 1e6:.0f} megapixels"
+        )
+    return image
 
 
 def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
@@ -139,7 +174,7 @@ def _open_regular(path: str, flags: int) -> int:
     return os.open(path, flags)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation of a loaded image: 1 when there is none, or when Pillow has applied it (TIFF)."""
     try:
         return image.getexif().get(_ORIENTATION_TAG, 1)
@@ -147,23 +182,39 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _is_deep_colour(image: Image.Image) -> bool:
+def is_deep_colour(image: Image.Image) -> bool:
     """Whether an image that is not loaded yet has 16 bits a sample, which the mode that Pillow gives it hides."""
     if image.mode.startswith("I"):
         return False
+    if image.format == "TIFF":
+        return image.mode != "F" and max(image.tag_v2.get(_TIFF_BITS, (1,))) > 8
     if image.format == "PPM":  # args: mode and the largest value
         return any(isinstance(value, int) and value > 255 for tile in image.tile for value in tile[3])
     return ";16" in str(getattr(image, "tile", ""))
 
 
-def _to_uint8(image: Image.Image) -> np.ndarray:
-    """The pixels of a loaded image as uint8 (height, width, 1 if it is grey and else 3)."""
+def is_deep_grey(image: Image.Image) -> bool:
+    """Whether a loaded image is grey with 16 bits.
+
+    Raises:
+      ImageError: it has floats or 32-bit integers.
+    """
     sixteen_bit = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if image.mode == "F" or (image.mode == "I" and not sixteen_bit):
         kind = "floating-point" if image.mode == "F" else "32-bit integer"
         raise ImageError(f"{kind} images have no agreed range; convert the file to 8 or 16 bits")
-    if sixteen_bit:
-        return ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)[:, :, None]
+    return sixteen_bit
+
+
+def to_8_bits(samples: np.ndarray) -> np.ndarray:
+    """uint8 from integers in 0..65535: round(v / 257)."""
+    return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def _to_uint8(image: Image.Image) -> np.ndarray:
+    """The pixels of a loaded image as uint8 (height, width, 1 if it is grey and else 3)."""
+    if is_deep_grey(image):
+        return to_8_bits(np.asarray(image))[:, :, None]
     # Otherwise convert() would blend a transparent palette entry, or warn about it.
     image.info.pop("transparency", None)
     if image.mode in ("RGBa", "La"):  # colour was multiplied by alpha: undo that before dropping alpha

@@ -1,0 +1,213 @@
+"""Writes a model in the formats that others run, and checks every file against the model before it gets its name.
+
+    .pth, .safetensors   the weights alone, in torch's names and layouts: BasicSR, spandrel, chaiNNer
+    .onnx                the network, NCHW, any batch, height and width: ONNX Runtime, also on phones and in browsers
+    .stablehlo           the network as `jax.export` serialises it, NHWC, any sizes, for cpu, cuda and tpu
+
+`python -m kdjax.export` is the program; docs/exporting.md has a way to load each of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from kdjax import models
+from kdjax.data.writing import whole_file
+from kdjax.weights import load_weights, save_model
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+# Images (batch, height, width) on which a file has to give what the model gives: an odd size, another shape, a batch.
+CHECKED_SIZES = ((1, 48, 48), (1, 37, 21), (2, 24, 40))
+BOUND = 1e-4  # of the largest difference, for outputs in [-1, 1]; in proportion for larger ones
+
+
+class ExportError(ValueError):
+    """A file cannot be written, or does not give what the model gives; the message is for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """One file that was written and found to be right.
+
+    Attributes:
+      checks: what it was compared on, in words and numbers, as the report has it.
+      versions: of the packages that wrote or ran it.
+    """
+
+    path: Path
+    sha256: str
+    num_bytes: int
+    checks: dict[str, Any]
+    versions: dict[str, str]
+
+
+def export_model(model: models.Model, path: Path, *, about: Mapping[str, str] | None = None) -> Artefact:
+    """Writes a model to `path`, in the format of its suffix; the file appears whole and verified, or not at all.
+
+    Args:
+      about: strings for the metadata of formats that have it (ONNX), such as the sha256 of the model's file.
+
+    Raises:
+      ExportError: an unknown suffix, a package that is not installed, an operation that the format does not have, a
+        folder that cannot be written, or a file that differs from the model.
+    """
+    if path.suffix not in FORMATS:
+        raise ExportError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise ExportError(f"{path}: the folder {path.parent} does not exist; create it first")
+    write, verify = FORMATS[path.suffix]
+    try:
+        with whole_file(path) as temporary:
+            versions = write(model, temporary, dict(about or {}))
+            checks = verify(model, temporary)
+            content = temporary.read_bytes()
+    except ValueError as error:
+        raise ExportError(f"{path}: {error}") from error
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return Artefact(path, hashlib.sha256(content).hexdigest(), len(content), checks, versions)
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------
+
+
+def _write_weights(model: models.Model, path: Path, about: dict[str, str]) -> dict[str, str]:
+    save_model(model, path)
+    return {}
+
+
+def verify_weights(model: models.Model, path: Path) -> dict[str, Any]:
+    """Reads the file back: architecture, hyper-parameters and every bit of every parameter.
+
+    Raises:
+      ExportError: something differs.
+    """
+    back = load_weights(path, arch=model.arch).model
+    bits = [[np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)] for params in (model.params, back.params)]
+    if (back.arch, back.hparams) != (model.arch, model.hparams) or bits[0] != bits[1]:
+        raise ExportError("what was written reads back as another model; nothing was kept")
+    return {"read_back": "equal, bit for bit"}
+
+
+# ---- ONNX --------------------------------------------------------------------------------------------------------
+
+
+def _write_onnx(model: models.Model, path: Path, about: dict[str, str]) -> dict[str, str]:
+    try:
+        import onnx
+        import onnxruntime
+
+        from kdjax.export.onnx_file import OPSET, onnx_model
+    except ImportError as error:
+        raise ExportError(
+            f"ONNX needs the packages onnx and onnxruntime ({error}): pip install 'kdjax[onnx]'"
+        ) from error
+    path.write_bytes(onnx_model(model, _any_image(model), about).SerializeToString(deterministic=True))
+    return {"opset": str(OPSET), "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+
+
+def verify_onnx(model: models.Model, path: Path) -> dict[str, Any]:
+    """Checks the file against the ONNX specification and runs it in ONNX Runtime, on the CPU.
+
+    Raises:
+      ExportError: it cannot be run, or differs from the model.
+    """
+    import onnx
+    import onnxruntime
+
+    try:
+        onnx.checker.check_model(path, full_check=True)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        run = lambda x: session.run(["output"], {"input": x.transpose(0, 3, 1, 2)})[0].transpose(0, 2, 3, 1)  # noqa: E731
+        return _compare(model, run)
+    except ExportError:
+        raise
+    except Exception as error:  # of a dozen classes without a common base
+        raise ExportError(f"ONNX Runtime cannot run it: {error}") from error
+
+
+# ---- StableHLO ---------------------------------------------------------------------------------------------------
+
+
+def _write_stablehlo(model: models.Model, path: Path, about: dict[str, str]) -> dict[str, str]:
+    apply = models.make_apply(model.arch, model.hparams)
+
+    def restore(x: jax.Array) -> jax.Array:
+        return apply(model.params, x)[0]
+
+    image = _any_image(model)
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # else the file names the source files of this machine
+    try:
+        exported = export.export(jax.jit(restore), platforms=PLATFORMS)(image)
+        path.write_bytes(exported.serialize())
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
+    return {"jax": jax.__version__, "calling_convention": str(exported.calling_convention_version)}
+
+
+def verify_stablehlo(model: models.Model, path: Path) -> dict[str, Any]:
+    """Reads the file back and calls it, on the CPU.
+
+    Raises:
+      ExportError: it differs from the model.
+    """
+    return _compare(model, export.deserialize(bytearray(path.read_bytes())).call)
+
+
+# ---- for both ----------------------------------------------------------------------------------------------------
+
+
+def _any_image(model: models.Model) -> jax.ShapeDtypeStruct:
+    """An NHWC image of symbolic batch, height and width.
+
+    Raises:
+      ExportError: the network cannot be traced with it.
+    """
+    image = jax.ShapeDtypeStruct((*export.symbolic_shape("b, h, w"), models.num_channels(model)), jnp.float32)
+    try:
+        jax.eval_shape(models.make_apply(model.arch, model.hparams), model.params, image)
+    except Exception as error:  # whatever a network of the user's does with a size that is no number
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ExportError(f"the network cannot be traced for all sizes of image at once: {reason}") from error
+    return image
+
+
+def _compare(model: models.Model, run: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    """How far `run` is from the model on images of CHECKED_SIZES, both on the CPU in float32."""
+    rng = np.random.default_rng(0)
+    differences, bound = [], BOUND
+    with jax.default_device(jax.devices("cpu")[0]):
+        for batch, height, width in CHECKED_SIZES:
+            image = rng.random((batch, height, width, models.num_channels(model)), np.float32)
+            wanted, found = np.asarray(model(image)[0]), np.asarray(run(image))
+            if found.shape != wanted.shape:
+                raise ExportError(f"of an image {image.shape} it makes {found.shape}, the model {wanted.shape}")
+            differences.append(float(np.abs(found - wanted).max()))
+            bound = max(bound, BOUND * float(np.abs(wanted).max()))
+    if not max(differences) <= bound:  # nan is not
+        raise ExportError(
+            f"it differs from the model by up to {max(differences):.3g}, more than {bound:.3g}; nothing was kept"
+        )
+    return {
+        "sizes": [list(size) for size in CHECKED_SIZES],
+        "largest_differences": differences,
+        "bound": bound,
+    }
+
+
+FORMATS: dict[str, tuple[Callable[..., dict[str, str]], Callable[..., dict[str, Any]]]] = {
+    ".pth": (_write_weights, verify_weights),
+    ".safetensors": (_write_weights, verify_weights),
+    ".stablehlo": (_write_stablehlo, verify_stablehlo),
+    ".onnx": (_write_onnx, verify_onnx),
+}

@@ -1,0 +1,122 @@
+"""Exports a model:
+
+    python -m kdjax.export --model FILE --output DIR [--format pth safetensors stablehlo onnx]
+
+Beside the files go NAME.md, the model card, and NAME.export.json, the report of what was written and checked. With a
+file in place of DIR only that file is written. Exit code 1 when a file could not be written or was not right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import re
+import sys
+from pathlib import Path
+
+import kdjax
+from kdjax import assets, models
+from kdjax.export import FORMATS, Artefact, ExportError, export_model
+from kdjax.export.card import describe_checks, find_run, model_card
+from kdjax.logbook import write_json, write_text
+from kdjax.weights import Loaded, load_weights, parse_hparams
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m kdjax.export", description="Writes a model in other formats, and checks every file."
+    )
+    names = [suffix.removeprefix(".") for suffix in FORMATS]
+    parser.add_argument("--model", required=True, help='.pth or .safetensors file, or "embedded"')
+    parser.add_argument("--output", required=True, type=Path, help="a folder, or one file that ends in its format")
+    parser.add_argument("--format", nargs="+", choices=names, help="what to write into the folder; default: all")
+    parser.add_argument(
+        "--run", type=Path, help="folder of the run that trained the model; default: where the model is"
+    )
+    parser.add_argument("--license", default="unknown", help="what the card says, such as apache-2.0")
+    parser.add_argument("--key", default="auto", help="which state dict of the file, e.g. params; default: the best")
+    parser.add_argument("--hparam", action="append", default=[], metavar="NAME=VALUE", help="what the file cannot tell")
+    options = parser.parse_args(arguments)
+    is_file = options.output.suffix in FORMATS and not options.output.is_dir()
+    if is_file and options.format:
+        parser.error(f"--output {options.output} is a file, whose ending is its format; leave out --format")
+    if not re.fullmatch(r"[\w.+-]+", options.license):
+        parser.error(f"--license {options.license!r} must be an identifier, such as apache-2.0")
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    try:
+        folder = options.output.parent if is_file else options.output
+        if not folder.is_dir():
+            raise ExportError(f"--output {options.output}: {folder} is no folder; create it first")
+        loaded = load_weights(
+            assets.locate(options.model, assets.TEACHER), **({"key": options.key} | parse_hparams(options.hparam))
+        )
+        run = find_run(loaded, options.run)
+        name = options.output.stem if is_file else Path(loaded.path).stem
+        suffixes = [options.output.suffix] if is_file else [f".{format}" for format in options.format or names]
+        print(f"{loaded.path}: {loaded.model.arch}, {models.count_params(loaded.model.params):,} parameters")
+        artefacts, failed = export_all(loaded, [folder / f"{name}{suffix}" for suffix in dict.fromkeys(suffixes)])
+        write_text(folder / f"{name}.md", model_card(name, loaded, artefacts, run, license=options.license))
+        write_json(folder / f"{name}.export.json", report(loaded, artefacts, failed))
+    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+        sys.exit(f"error: {error}")
+    print(f"{folder / name}.md, {folder / name}.export.json")
+    if failed:
+        sys.exit("\n".join(f"error: {message}" for message in failed.values()))
+
+
+def export_all(loaded: Loaded, paths: list[Path]) -> tuple[list[Artefact], dict[str, str]]:
+    """Writes what can be written: the files that were, and the messages of those that were not by file name."""
+    artefacts, failed = [], {}
+    for path in paths:
+        try:
+            if path.exists() and path.samefile(loaded.path):
+                artefact = _the_model_itself(path)
+            else:
+                artefact = export_model(loaded.model, path, about={"source_sha256": loaded.sha256})
+        except ExportError as error:
+            failed[path.name] = str(error)
+        else:
+            artefacts.append(artefact)
+            print(f"{path}: {artefact.num_bytes:,} bytes, {describe_checks(artefact)}", flush=True)
+    return artefacts, failed
+
+
+def report(loaded: Loaded, artefacts: list[Artefact], failed: dict[str, str]) -> dict[str, object]:
+    """What was exported, as JSON."""
+    model = loaded.model
+    return {
+        "model": {
+            "file": Path(loaded.path).name,
+            "sha256": loaded.sha256,
+            "key": loaded.key,
+            "arch": model.arch,
+            "hparams": model.hparams,
+            "parameters": models.count_params(model.params),
+            "scale": models.scale_of(model),
+            "channels": models.num_channels(model),
+        },
+        "kdjax": kdjax.__version__,
+        "files": [
+            {
+                "file": artefact.path.name,
+                "bytes": artefact.num_bytes,
+                "sha256": artefact.sha256,
+                "checks": artefact.checks,
+                "versions": artefact.versions,
+            }
+            for artefact in artefacts
+        ],
+        "failed": failed,
+    }
+
+
+def _the_model_itself(path: Path) -> Artefact:
+    """The file that is exported: never overwritten, since it may hold more than the weights that were taken from it."""
+    content = path.read_bytes()
+    checks = {"source": "the file that was exported, left as it is"}
+    return Artefact(path, hashlib.sha256(content).hexdigest(), len(content), checks, {})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""The model card beside exported files: what the model is, where it comes from as far as that is known, and the files.
+
+What a card says of teacher, data, recipe and numbers is read from the folder of the run that trained the model, after
+its `student.pth` was found to be that model. Without one it says "not known".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdjax import assets, models
+from kdjax import config as config_lib
+from kdjax.export import Artefact, ExportError
+from kdjax.logbook import read_json
+from kdjax.weights import Loaded, load_model
+
+UNKNOWN = "not known"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the folder of a finished run says.
+
+    Attributes:
+      config: the whole config, as this version of kdjax understands it.
+      teacher: "files" and "identity", or None where no loss needed one.
+      step: the last one.
+      numbers: what its last validation measured, by name.
+    """
+
+    config: config_lib.Config
+    teacher: dict[str, Any] | None
+    step: int
+    numbers: dict[str, float | None]
+
+
+def find_run(loaded: Loaded, given: Path | None) -> Run | None:
+    """The run that trained a model: the folder that is `given`, or else that of the model's file.
+
+    Raises:
+      ExportError: the given folder is no finished run, or its student is another model.
+    """
+    folder = given or Path(loaded.path).parent
+    try:
+        run = _read_run(folder, loaded.model)
+    except (OSError, ValueError, KeyError) as error:
+        if given is None:
+            return None
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ExportError(f"--run {folder}: is not the folder of the finished run of this model: {reason}") from error
+    return run
+
+
+def _read_run(folder: Path, model: models.Model) -> Run:
+    student = load_model(folder / "student.pth", arch=model.arch)
+    same = (student.arch, student.hparams) == (model.arch, model.hparams) and all(
+        np.array_equal(ours, theirs)
+        for ours, theirs in zip(jax.tree.leaves(model.params), jax.tree.leaves(student.params), strict=True)
+    )
+    if not same:
+        raise ValueError("its student.pth is another model")
+    config = config_lib.parse(read_json(folder / "config.json"))
+    step = read_json(folder / "result.json")["step"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    numbers = {
+        name.removeprefix("val/"): value
+        for row in rows
+        if row["step"] == step
+        for name, value in row.items()
+        if name.startswith("val/")
+    }
+    return Run(config, read_json(folder / "run.json")["teacher"], step, numbers)
+
+
+def model_card(name: str, loaded: Loaded, artefacts: Sequence[Artefact], run: Run | None, *, license: str) -> str:
+    """The card as Markdown, with the front matter that model hubs read.
+
+    Args:
+      license: its identifier, such as "apache-2.0", or "unknown".
+    """
+    model = loaded.model
+    channels, scale = models.num_channels(model), models.scale_of(model)
+    macs = models.count_macs(model.arch, model.hparams, (1, 256, 256, channels))
+    colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
+    entry = "weights at its top level" if loaded.key == "bare" else f"weights under `{loaded.key}`"
+    size = "of the same size" if scale == 1 else f"{scale} times as high and wide"
+    lines = [
+        "---",
+        f"license: {license}",
+        "library_name: kdjax",
+        "pipeline_tag: image-to-image",
+        f"tags: [image-restoration, {model.arch.rpartition(':')[2].lower()}]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"An image restoration network: {colours} images in, images {size} out.",
+        "",
+        *_table(
+            {
+                "architecture": f"`{model.arch}({', '.join(f'{k}={v!r}' for k, v in model.hparams.items())})`",
+                "parameters": f"{models.count_params(model.params):,}",
+                "cost": f"{macs / 1e9:.2f} GMAC for an input of 256x256",
+                "scale": str(scale),
+                "channels": f"{channels} ({colours})",
+                "input": "float32, about 0 to 1 (a noisy image may leave that range), any height and width",
+                "output": "float32, not clipped: clip to 0 to 1 before rounding to 8 bit",
+                "exported from": f"`{Path(loaded.path).name}`, {entry}, sha256 `{loaded.sha256}`",
+            }
+        ),
+        "",
+        "## Training",
+        "",
+        *_table(_training(loaded, run)),
+        "",
+        "## Numbers",
+        "",
+        *_numbers(run),
+        "",
+        "## Files",
+        "",
+        "| file | bytes | sha256 | checked |",
+        "| --- | --- | --- | --- |",
+        *(f"| `{a.path.name}` | {a.num_bytes:,} | `{a.sha256}` | {describe_checks(a)} |" for a in artefacts),
+        "",
+    ]
+    if run:
+        lines += [
+            "## Config of the run",
+            "",
+            "```json",
+            json.dumps(config_lib.to_dict(run.config), indent=2),
+            "```",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def describe_checks(artefact: Artefact) -> str:
+    """What was checked of a file, in a few words."""
+    if "largest_differences" in artefact.checks:
+        sizes, differences = artefact.checks["sizes"], artefact.checks["largest_differences"]
+        return f"differs from the model by at most {max(differences):.1e} on {len(sizes)} sizes"
+    return next(iter(artefact.checks.values()))
+
+
+def _table(rows: dict[str, str]) -> list[str]:
+    return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+
+
+def _training(loaded: Loaded, run: Run | None) -> dict[str, str]:
+    if run is None:
+        known = "see `MODEL_CARD.md` in `kdjax/assets`" if loaded.path == str(assets.TEACHER) else UNKNOWN
+        return dict.fromkeys(("teacher", "data", "recipe"), known)
+    data, train = run.config.data, run.config.train
+    teacher = "none"
+    if run.teacher:
+        files = ", ".join(f"`{Path(file).name}`" for file in run.teacher["files"])
+        teacher = f"{files}, {run.teacher['identity']}"
+    made = f"degraded by {_inline(run.config.degrade)}"
+    source = f"`{data.gt}`, " + (f"inputs from `{data.lq}`" if data.lq else made)
+    if data.unpaired:
+        source += f", and `{data.unpaired}`, {made}"
+    return {
+        "teacher": teacher,
+        "data": source,
+        "losses": "<br>".join(f"{name}: {_inline(options)}" for name, options in run.config.terms.items()),
+        "recipe": (
+            f"{run.step:,} steps of {data.batch_size} crops of {data.crop} pixels, {train.optimizer}, learning rate"
+            f" {_inline(train.lr)}, EMA {train.ema_decay:g}, seed {run.config.seed}"
+        ),
+        "started from": f"`{run.config.student.weights}`" if run.config.student.weights else "random weights",
+    }
+
+
+def _numbers(run: Run | None) -> list[str]:
+    if run is None or not run.numbers:
+        return [f"{UNKNOWN.capitalize()}."]
+    val = run.config.val
+    degraded = f"noise of sigma {val.sigma:g}"
+    if val.lq:
+        degraded = f"inputs from `{val.lq}`"
+    elif val.degrade:
+        degraded = f"degraded by {_inline(val.degrade)}"
+    part = f", centre crops of {val.crop}" if val.crop else ""
+    part += f", at most {val.limit} images" if val.limit else ""
+    values = {name: "not defined" if value is None else f"{value:.4f}" for name, value in run.numbers.items()}
+    return [
+        f"The last validation of the run, at step {run.step:,}: `{val.gt}`, {degraded}{part}. PSNR in dB.",
+        "",
+        *_table(values),
+    ]
+
+
+def _inline(value: Any) -> str:
+    return f"`{json.dumps(value)}`"
