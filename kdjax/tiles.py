@@ -163,6 +163,8 @@ class Restorer:
         # pairwise asks for the next batch before it gives this one: the host cuts tiles while the devices compute.
         for (output, count), _ in itertools.pairwise(itertools.chain(dispatched, [None])):
             tiles = np.asarray(output)[:count]
+            if not np.isfinite(tiles).all():  # it would become a white or black picture
+                raise ValueError("the model makes nan or inf of this image; in bfloat16, try float32")
             done += count
             if progress:
                 progress(done, len(places))
@@ -272,7 +274,8 @@ def restore_image(
       a model for grey restores each colour by itself. Alpha stays as it is, enlarged bilinearly where scale is above 1.
 
     Raises:
-      ValueError: an image of another shape or type, with nan or inf, or with floats far beyond [0, 1].
+      ValueError: an image of another shape or type, with nan or inf, or with floats far beyond [0, 1]; or a model that
+        makes nan or inf of it.
       WeightsError: the file cannot be read.
     """
     if not isinstance(model, models.Model):
@@ -298,9 +301,12 @@ def restore_image(
             rows = rows.mean(2, keepdims=True) if number == 1 else rows
             restored[top : top + len(rows), :, into] = _as_dtype(rows, image.dtype)
     if number < planes.shape[2]:
-        alpha = planes[..., number:].astype(np.float32) / np.float32(_largest_value(image.dtype))
-        enlarged = np.asarray(jax.image.resize(alpha, (height, width, 1), "bilinear"))
-        restored[..., number:] = _as_dtype(enlarged, image.dtype)
+        alpha = planes[..., number:]
+        if restorer.scale > 1:
+            largest = np.float32(_largest_value(image.dtype))
+            enlarged = jax.image.resize(alpha.astype(np.float32) / largest, (height, width, 1), "bilinear")
+            alpha = _as_dtype(np.asarray(enlarged), image.dtype)
+        restored[..., number:] = alpha
     return restored[..., 0] if image.ndim == 2 else restored
 
 

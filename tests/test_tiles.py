@@ -305,6 +305,13 @@ def test_bad_images_are_refused(image: np.ndarray, message: str) -> None:
         restore_image(network(DNCNN[0], **DNCNN[1]), image)
 
 
+def test_a_model_that_overflows_is_told() -> None:
+    model = network(DNCNN[0], **DNCNN[1])
+    huge = Model(model.arch, model.hparams, jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), model.params))
+    with pytest.raises(ValueError, match="the model makes nan or inf of this image"):
+        restore_image(huge, noise(8, 8, 3))
+
+
 def test_a_restorer_takes_the_channels_of_its_model() -> None:
     restorer = Restorer(network(DNCNN[0], **DNCNN[1]), tile=16, tile_pad=3)
     for shape in ((8, 8), (8, 8, 1), (8, 8, 4), (8, 0, 3)):

@@ -1,9 +1,9 @@
 """Images from disk: finding them, reading them, and batches of crops for training.
 
 Images are uint8 (height, width, channels), RGB or one grey channel; `gt` is the clean image and `lq` the
-degraded one, and sizes are `scale` times apart. Only NumPy, Pillow, Grain and ArrayRecord are used here, so that
-worker processes can import this package without touching an accelerator. Degrading images and converting them to
-float happen on the device, elsewhere.
+degraded one, and sizes are `scale` times apart. Only NumPy, Pillow, Grain, ArrayRecord and, for 16-bit colour
+pictures, libvips are used here, so that worker processes can import this package without touching an accelerator.
+Degrading images and converting them to float happen on the device, elsewhere.
 
 Two programs belong to it: `kdjax.data.check` looks at a data set before a run does, and `kdjax.data.pack` makes a
 folder fast to read.
