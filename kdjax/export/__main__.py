@@ -46,12 +46,11 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         folder = options.output.parent if is_file else options.output
-        if not folder.is_dir():
-            raise ExportError(f"--output {options.output}: {folder} is no folder; create it first")
         loaded = load_weights(
             assets.locate(options.model, assets.TEACHER), **({"key": options.key} | parse_hparams(options.hparam))
         )
         run = find_run(loaded, options.run)
+        folder.mkdir(parents=True, exist_ok=True)
         name = options.output.stem if is_file else Path(loaded.path).stem
         suffixes = [options.output.suffix] if is_file else [f".{format}" for format in options.format or names]
         print(f"{loaded.path}: {loaded.model.arch}, {models.count_params(loaded.model.params):,} parameters")
