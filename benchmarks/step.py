@@ -17,6 +17,7 @@ L1 to the teacher's output, Adam, EMA. Both sides start from clean images on the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import distill, models
+from kdjax import distill, models, sharding
 from kdjax.data.writing import whole_file
 from kdjax.degradations import make_degrade
 from kdjax.schedules import make_schedule
@@ -167,12 +168,14 @@ def kdjax_sides(gt: np.ndarray, parts: tuple[str, ...]) -> dict[str, Run]:
     student = models.init_model("srvggnetcompact", STUDENT, jax.random.key(1))
     apply = models.make_apply(student.arch, student.hparams, dtype=teacher_dtype)
     teach = models.make_apply(teacher.arch, teacher.hparams, dtype=teacher_dtype)
-    batch = {"gt": jnp.asarray(gt), "index": jnp.arange(len(gt))}
-    images = jnp.asarray(gt, jnp.float32) / 255
+    mesh = sharding.data_mesh()
+    batch = sharding.shard_batch({"gt": gt, "index": np.arange(len(gt))}, mesh)
+    images = jax.device_put(np.float32(gt) / 255, sharding.split_batch(mesh))
+    teacher, student = (dataclasses.replace(m, params=sharding.replicate(m.params, mesh)) for m in (teacher, student))
 
     def train(with_teacher: bool) -> Run:
         recipe = recipe_of(apply, student, teach if with_teacher else None, teacher, gt.shape)
-        state = distill.init_state(recipe, jax.tree.map(jnp.copy, student.params))
+        state = sharding.replicate(distill.init_state(recipe, jax.tree.map(jnp.copy, student.params)), mesh)
         frozen = distill.make_frozen(recipe.terms, teacher.params if with_teacher else None)
         step = jax.jit(functools.partial(distill.train_step, recipe), donate_argnums=0)
 
@@ -244,6 +247,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile on the side of PyTorch")
     parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
     options = parser.parse_args()
+    sharding.use_all_cores(options.batch_size)
     shape = (options.batch_size, options.crop, options.crop, 3)
     gt = np.random.default_rng(0).integers(0, 256, shape, np.uint8)  # time does not depend on what is in an image
     parts = tuple(options.parts)

@@ -5,12 +5,29 @@ The axis type is Auto: under JAX's default Explicit type, per-sample crops, flip
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+
+def use_all_cores(batch_size: int = 0) -> None:
+    """Makes every core of a CPU a device, of which each computes its part of the batch, as accelerators do.
+
+    XLA keeps the cores busier so than with threads inside of each operation (`docs/performance.md`). To be called
+    before anything else asks JAX for its devices; on other platforms it changes nothing, and a number of devices that
+    the user has set (JAX_NUM_CPU_DEVICES) stays.
+
+    Args:
+      batch_size: what the number of devices must divide; 0 for nothing.
+    """
+    if jax.config.jax_num_cpu_devices > 0:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -182,10 +182,25 @@ class Graph:
             results = results if equation.primitive.multiple_results else [results]
             name = inputs[0].name if len(inputs) == 1 else ""  # a parameter in another shape
             return [Constant(np.asarray(result), name) for result in results]
+        if name == "scan":
+            return self._unroll(params, inputs)
         if name not in self._primitives:
             raise UnsupportedOperation(f"there is no rule for the JAX operation {name!r}")
         result = self._primitives[name](self, equation, *inputs)
         return result if isinstance(result, list) else [result]
+
+    def _unroll(self, params: Mapping[str, Any], inputs: list[Value]) -> list[Value]:
+        """A loop over known arrays, its passes one after another; its results are those of the last pass."""
+        count, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+        if len(params["jaxpr"].out_avals) > params["num_carry"] or not all(
+            isinstance(value, Constant) for value in inputs[carried:]
+        ):
+            raise UnsupportedOperation("a scan is supported over weights only, and without a result of each step")
+        state = inputs[count:carried]
+        for i in range(params["length"]):
+            given = [Constant(value.array[i]) for value in inputs[carried:]]
+            state = self.run(params["jaxpr"].jaxpr, params["jaxpr"].consts, [*inputs[:count], *state, *given])
+        return state
 
     def _evaluate(self, expression: ast.expr) -> str:
         text = ast.unparse(expression)

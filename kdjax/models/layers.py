@@ -9,21 +9,43 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kdjax.models.winograd import narrow_conv3x3
+
 # torch's default for a convolution: weight and bias uniform in +-1/sqrt(fan_in).
 TORCH_KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # BasicSR's `default_init_weights(scale=0.1)`: 0.1 x Kaiming normal (gain sqrt 2), for residual branches.
 RESIDUAL_KERNEL_INIT = nnx.initializers.variance_scaling(0.02, "fan_in", "normal")
 
 
-def conv3x3(num_in: int, num_out: int, *, rngs: nnx.Rngs, residual_init: bool = False) -> nnx.Conv:
-    """A zero-padded 3x3 convolution with bias, initialised as torch does, or as BasicSR's residual branches."""
+def conv3x3(
+    num_in: int, num_out: int, *, rngs: nnx.Rngs, residual_init: bool = False, narrow: bool = False
+) -> nnx.Conv:
+    """A zero-padded 3x3 convolution with bias, initialised as torch does, or as BasicSR's residual branches.
+
+    `narrow` is for many input channels and few output channels (`kdjax.models.winograd`).
+    """
     bound = 0.0 if residual_init else 1 / math.sqrt(9 * num_in)
 
     def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     kernel_init = RESIDUAL_KERNEL_INIT if residual_init else TORCH_KERNEL_INIT
-    return nnx.Conv(num_in, num_out, (3, 3), padding=1, kernel_init=kernel_init, bias_init=bias_init, rngs=rngs)
+    convolve = _narrow if narrow else jax.lax.conv_general_dilated
+    return nnx.Conv(
+        num_in,
+        num_out,
+        (3, 3),
+        padding=1,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        conv_general_dilated=convolve,
+        rngs=rngs,
+    )
+
+
+def _narrow(x: jax.Array, kernel: jax.Array, *_: object, **__: object) -> jax.Array:
+    """In place of `jax.lax.conv_general_dilated`, with the arguments that `conv3x3` always has."""
+    return narrow_conv3x3(x, kernel)
 
 
 def conv(

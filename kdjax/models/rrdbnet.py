@@ -28,7 +28,7 @@ class ResidualDenseBlock(nnx.Module):
     def __init__(self, num_feat: int, num_grow_ch: int, *, rngs: nnx.Rngs) -> None:
         for i in range(1, 6):
             num_out = num_grow_ch if i < 5 else num_feat
-            conv = conv3x3(num_feat + (i - 1) * num_grow_ch, num_out, rngs=rngs, residual_init=True)
+            conv = conv3x3(num_feat + (i - 1) * num_grow_ch, num_out, rngs=rngs, residual_init=True, narrow=True)
             setattr(self, f"conv{i}", conv)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -91,11 +91,25 @@ class RRDBNet(nnx.Module):
         x = ops.pixel_unshuffle(ops.pad_to_multiple(image, self.unshuffle), self.unshuffle)
         features = {}
         x = first = features["conv_first"] = self.conv_first(x)
-        for i, block in enumerate(self.body):
-            x = features[f"body.{i}"] = call(block, x, remat=self.remat)
+        x, blocks = self._run_body(x)
+        features |= {f"body.{i}": block for i, block in enumerate(blocks)}
         features["conv_body"] = self.conv_body(x)
         x = first + features["conv_body"]
         for name in self.upsample_names:
             x = _lrelu(getattr(self, name)(ops.upsample_nearest(x, 2)))
         x = self.conv_last(_lrelu(self.conv_hr(x)))
         return x[:, : height * self.scale, : width * self.scale], features
+
+    def _run_body(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The output of the last block, and those of all of them: (num_block, b, h, w, num_feat).
+
+        A loop: 23 blocks of 15 convolutions take ten times as long to compile one after another.
+        """
+        graphdef, _ = nnx.split(self.body[0])
+        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(block) for block in self.body))
+
+        def step(x: jax.Array, params: nnx.State) -> tuple[jax.Array, jax.Array]:
+            x = call(nnx.merge(graphdef, params), x, remat=self.remat)
+            return x, x
+
+        return jax.lax.scan(step, x, params)
