@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import assets, data, models, report, validation
+from kdjax import assets, data, models, report, sharding, validation
 from kdjax.logbook import finite, write_json, write_text
 from kdjax.metrics import named, niqe
 from kdjax.metrics.named import METRICS
@@ -466,6 +466,7 @@ def markdown(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], settings
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.getLogger("jax").setLevel(logging.WARNING)
+    sharding.use_all_cores()
     try:
         request = prepare(options)
         for folder in filter(None, [options.output, options.json and options.json.parent]):

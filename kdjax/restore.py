@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import assets, cost, data, models
+from kdjax import assets, cost, data, models, sharding
 from kdjax.data import pictures, videos
 from kdjax.data.sources import shortened
 from kdjax.signals import StopSignals
@@ -293,6 +293,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
     logging.getLogger("jax").setLevel(logging.WARNING)
+    sharding.use_all_cores()
     with StopSignals() as stop:
         try:
             failures = restore_all(options, stop)

@@ -13,6 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+_MOST_CPU_DEVICES = 16  # each holds weights and activations of its own
+
 
 def use_all_cores(batch_size: int = 0) -> None:
     """Makes every core of a CPU a device, of which each computes its part of the batch, as accelerators do.
@@ -27,7 +29,8 @@ def use_all_cores(batch_size: int = 0) -> None:
     if jax.config.jax_num_cpu_devices > 0:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, cores + 1) if batch_size % n == 0))
+    most = min(cores, _MOST_CPU_DEVICES)
+    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

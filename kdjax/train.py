@@ -448,6 +448,7 @@ def main(argv: list[str]) -> None:
     start_logging()  # without a file: nothing is written for a config that is refused
     try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
+        sharding.use_all_cores(config.data.batch_size)
         setup = prepare(config)
         monitor = Monitor(config.val, setup.student, setup.teacher)
         workdir = Path(flags.FLAGS.workdir or Path("runs") / config.name).absolute()
