@@ -2,7 +2,8 @@
 
 A checkpoint is the whole state of the step. The data pipeline needs none of its own: it is a pure function of the
 seed and the sample number, and the next sample follows from the step. A checkpoint appears whole or not at all, so a
-killed run finds its last complete one. Orbax types stay inside this file.
+killed run finds its last complete one. All processes of a run save and restore, in a folder that they share. Orbax
+types stay inside this file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
+
+from kdjax.sharding import AgreedError
 
 BEST_METRIC = "psnr"
 
@@ -50,8 +53,10 @@ class Checkpoints:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Closing waits for the other processes. After an error that they do not know of they would not come.
+        if kind is None or issubclass(kind, AgreedError) or jax.process_count() == 1:
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:

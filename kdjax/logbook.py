@@ -7,6 +7,7 @@ that the file of a run that was killed reads like that of one that was not.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -15,9 +16,11 @@ from typing import Any, Self
 
 import numpy as np
 
+from kdjax import sharding
+
 
 class Logbook:
-    """Writes the numbers of a run; use it as a context manager.
+    """Writes the numbers of a run; use it as a context manager. Of several processes only the first one writes.
 
     Args:
       workdir: the run's folder.
@@ -27,12 +30,16 @@ class Logbook:
     """
 
     def __init__(self, workdir: Path, *, resume_step: int, name: str, tensorboard: bool, wandb: str) -> None:
+        self._tensorboard = self._wandb = None
+        self._kept: list[dict[str, Any]] = []
+        if not sharding.is_first():
+            self._file = None
+            return
         path = workdir / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step]
         write_text(path, "".join(kept if resume_step else []))
         self._kept = [json.loads(line) for line in kept] if resume_step else []
         self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = self._wandb = None
         if tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -54,8 +61,8 @@ class Logbook:
             self._wandb.finish()
 
     def has(self, step: int, name: str) -> bool:
-        """Whether a number of this name and step was there when the run was continued."""
-        return any(row["step"] == step and name in row for row in self._kept)
+        """Whether a number of this name and step was there when the run was continued; all processes have to ask."""
+        return sharding.exchange(any(row["step"] == step and name in row for row in self._kept))[0]
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes numbers of one step; what is not finite is null in the JSON."""

@@ -1,6 +1,7 @@
 """Validation during training: the student beside its teacher and the input it started from.
 
-Input and teacher do not change during a run, so their scores are measured once and kept in `baseline.json`.
+Input and teacher do not change during a run, so their scores are measured once and kept in `baseline.json`. Several
+processes share the images among them; the first one writes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kdjax import assets, data, models, validation
+from kdjax import assets, data, models, sharding, validation
 from kdjax.config import ConfigError, Val
 from kdjax.logbook import Logbook, read_json, write_json
 from kdjax.teachers import Teacher
@@ -98,7 +99,7 @@ class Monitor:
         """Measures the student, logs it beside teacher and input, and saves pictures in `workdir/val/STEP`.
 
         Returns:
-          The student's PSNR, or None when `keep_going` ended the validation early.
+          The student's PSNR, or None when `keep_going` ended the validation early; the same on every process.
         """
         started = time.monotonic()
         self._measure_baseline(workdir, keep_going)
@@ -133,7 +134,7 @@ class Monitor:
         measured = ("gt", "lq", "filename_tmpl", "meta_info", "sigma", "degrade", "crop", "limit")
         of = json.loads(json.dumps({name: getattr(self._options, name) for name in measured}))  # as it is read back
         of["teacher"] = self._teacher and self._teacher.identity
-        known = read_json(path)
+        known = sharding.exchange(read_json(path) if sharding.is_first() else {})[0]
         if known.get("of") == of:
             self._scores = {who: Score(**values) for who, values in known["scores"].items()}
             return
@@ -145,24 +146,28 @@ class Monitor:
             scores["teacher"] = teacher[0]
         scores["input"] = validation.input_score(self.samples)
         self._scores = scores
-        write_json(path, {"of": of, "scores": {who: dataclasses.asdict(score) for who, score in scores.items()}})
+        if sharding.is_first():
+            write_json(path, {"of": of, "scores": {who: dataclasses.asdict(score) for who, score in scores.items()}})
 
     def _measure(
         self, apply: models.Apply, params: models.Params, keep_going: Callable[[], bool]
     ) -> tuple[Score, dict[int, np.ndarray]] | None:
         """The mean score over the set and the outputs that go into pictures; None when ended early."""
-        scores, outputs = [], {}
-        images = [sample.lq for sample in self.samples]
-        for position, output in validation.restore(apply, params, images, keep_going=keep_going):
-            scores.append(validation.score(output, self.samples[position].gt))
-            if position in self._pictures:
-                outputs[position] = output
-        if len(scores) < len(images):
+        here = sorted({*sharding.share(len(self.samples)), *(self._pictures if sharding.is_first() else ())})
+        rows, outputs = [], {}
+        images = [self.samples[position].lq for position in here]
+        for i, output in validation.restore(apply, params, images, keep_going=keep_going):
+            score = validation.score(output, self.samples[here[i]].gt)
+            rows.append([here[i], score.psnr, score.ssim])
+            if here[i] in self._pictures:
+                outputs[here[i]] = output
+        scores = {position: Score(*values) for part in sharding.exchange(rows) for position, *values in part}
+        if len(scores) < len(self.samples):
             return None
-        return validation.mean_score(scores), outputs
+        return validation.mean_score([scores[position] for position in sorted(scores)]), outputs
 
     def _save_pictures(self, step: int, outputs: dict[int, np.ndarray], workdir: Path, logbook: Logbook) -> None:
-        if not outputs or jax.process_index() != 0:
+        if not outputs or not sharding.is_first():
             return
         teacher_outputs = {}
         if self._teacher:

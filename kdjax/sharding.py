@@ -1,19 +1,185 @@
-"""One mesh, `("data",)`: the batch is split over it, everything else is replicated.
+"""Devices and processes: one mesh, `("data",)`, over which the batch is split; everything else is replicated.
 
 The axis type is Auto: under JAX's default Explicit type, per-sample crops, flips and blurs would raise.
+
+A run may be several processes, one a host or one a device, each with the same command. `connect` joins them; after
+it, `jax.devices()` are those of all. What every process must know, or decide alike, goes through `exchange`.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import logging
 import os
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+log = logging.getLogger("kdjax")
+
+# A process that gave no sign of life for so many seconds counts as dead, and JAX ends the others.
+_HEARTBEAT = 40
+# Steps until a flag is read: the loop has waited for the step before last anyway.
+_LATE = 2
 _MOST_CPU_DEVICES = 16  # each holds weights and activations of its own
+
+
+class ProcessError(ValueError):
+    """The processes of a run cannot be joined; the message says what to do."""
+
+
+class AgreedError(RuntimeError):
+    """An error that all processes raise at the same place, so that they may still wait for one another."""
+
+
+def connect(address: str = "", count: int | None = None, index: int | None = None) -> None:
+    """Joins the processes of a run; does nothing for one that was started alone. Call it before any use of a device.
+
+    Args:
+      address: host:port of process 0; JAX_COORDINATOR_ADDRESS if empty.
+      count: how many processes; JAX_NUM_PROCESSES if None. 1 stays alone, whatever launcher there is.
+      index: which of them this is, from 0; JAX_PROCESS_ID if None.
+
+    Without count and index, JAX asks the launcher: Slurm and Open MPI (with more than one task), Kubernetes (an indexed
+    Job or a JobSet) and Cloud TPU.
+
+    Raises:
+      ProcessError: something is missing or contradictory, or the others did not come.
+    """
+    address = address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    count = _number("JAX_NUM_PROCESSES") if count is None else count
+    index = _number("JAX_PROCESS_ID") if index is None else index
+    launcher = launcher_of(os.environ)
+    if count == 1 or (count is None and index is None and not launcher):
+        if address and count is None:
+            raise ProcessError(
+                f"a coordinator address is given ({address}), but not how many processes there are: give"
+                " --num_processes and --process_id too (or JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
+            )
+        return
+    options: dict[str, Any] = {}
+    if count is not None or index is not None:
+        if not address or count is None or index is None:
+            raise ProcessError(
+                f"a run of several processes needs all of coordinator address ({address or 'missing'}), number of"
+                f" processes ({'missing' if count is None else count}) and number of this process"
+                f" ({'missing' if index is None else index}): --coordinator_address=HOST:PORT of process 0,"
+                " --num_processes=N, --process_id=0 ... N-1"
+            )
+        if not 0 <= index < count:
+            raise ProcessError(f"process_id={index} is not one of 0 ... {count - 1}, with num_processes={count}")
+        if not address.rpartition(":")[2].isdigit() or ":" not in address:
+            raise ProcessError(f"coordinator_address={address!r} needs a port: HOST:PORT, the same for all processes")
+        options = dict(num_processes=count, process_id=index, cluster_detection_method="deactivate")
+        log.info(f"process {index} of {count}: waiting for the others at {address}")
+    else:
+        log.info(f"started by {launcher}: waiting for the other processes")
+    # Else JAX's own handler would keep SIGTERM from us.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            address or None, heartbeat_timeout_seconds=_HEARTBEAT, shutdown_timeout_seconds=_HEARTBEAT, **options
+        )
+    except ValueError as error:
+        if launcher == "Cloud TPU" and not options:
+            return  # libtpu is installed, but this is no TPU machine
+        raise ProcessError(
+            f"this process was started by {launcher}, but JAX could not find the others ({error}). Give"
+            " --coordinator_address=HOST:PORT, --num_processes and --process_id, or --num_processes=1 to train alone."
+            + (" Open MPI 5 does not tell its address." if launcher == "Open MPI" else "")
+            + (" JAX needs the package kubernetes: pip install 'jax[k8s]'." if launcher == "Kubernetes" else "")
+        ) from error
+    except RuntimeError as error:
+        raise ProcessError(
+            f"the processes did not find each other at {address or 'the address of the launcher'}: were all of them"
+            f" started, can they reach that host and port, and do proxy variables stand in the way? ({error})"
+        ) from error
+    per_process = Counter(device.process_index for device in jax.devices())
+    if len(set(per_process.values())) > 1:
+        raise ProcessError(f"every process needs as many devices as the others; they have {dict(per_process)}")
+
+
+def launcher_of(environ: Mapping[str, str]) -> str:
+    """What started this process as one of several, of what JAX can ask for the others; "" for nothing.
+
+    A step of one Slurm task, or an mpirun of one, is alone: JAX would hide all its devices but one.
+    """
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        return "Slurm"
+    if int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "Open MPI"
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        return "Kubernetes"
+    if "tpu" in environ.get("JAX_PLATFORMS", "tpu") and importlib.util.find_spec("libtpu"):
+        return "Cloud TPU"
+    return ""
+
+
+def _number(variable: str) -> int | None:
+    text = os.environ.get(variable, "")
+    if text and not text.isdigit():
+        raise ProcessError(f"{variable}={text!r} is not a whole number")
+    return int(text) if text else None
+
+
+def is_first() -> bool:
+    """Whether this process writes what a run writes once."""
+    return jax.process_index() == 0
+
+
+def exchange(value: Any) -> list[Any]:
+    """What the processes passed here, in their order. All of them have to call it; it waits for the slowest.
+
+    Args:
+      value: anything JSON can hold; floats come back exactly.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
+    padded = np.pad(text, (0, (1 << longest.bit_length()) - len(text)))  # few distinct sizes, each of which compiles
+    return [json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(padded)]
+
+
+def share(count: int) -> range:
+    """The part of `range(count)` that falls to this process; those of all processes are the whole."""
+    index, processes = jax.process_index(), jax.process_count()
+    return range(index * count // processes, (index + 1) * count // processes)
+
+
+class SharedFlag:
+    """A flag that every process may raise at any time and that all see at the same step."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._sharding = split_batch(mesh)
+        self._any = jax.jit(jnp.max, out_shardings=replicated(mesh))
+        self._votes: deque[jax.Array] = deque()
+
+    def update(self, here: bool) -> bool:
+        """Tells the others whether it is raised here, once a step; returns whether it was anywhere, two steps ago.
+
+        Alone, a process hears itself at once.
+        """
+        if jax.process_count() == 1:
+            return here
+        vote = np.full(jax.local_device_count(), here, np.int32)
+        self._votes.append(self._any(jax.make_array_from_process_local_data(self._sharding, vote)))
+        return len(self._votes) > _LATE and bool(self._votes.popleft())
+
+
+def lost_another(error: BaseException) -> bool:
+    """Whether the error means that another process is gone."""
+    if jax.process_count() == 1:
+        return False
+    signs = ("gloo", "nccl", "coordination service", "coordinationservice", "barrier", "heartbeat")
+    return any(sign in str(error).lower() for sign in signs)
 
 
 def use_all_cores(batch_size: int = 0) -> None:
@@ -34,9 +200,9 @@ def use_all_cores(batch_size: int = 0) -> None:
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A one-dimensional mesh over `devices` (all of them by default)."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    """A one-dimensional mesh over `devices` (all of them by default), those of a process side by side."""
+    devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -57,4 +223,12 @@ def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """Puts a tree of host arrays, equal on every process, onto every device."""
-    return jax.device_put(tree, replicated(mesh))
+    here = jax.device_put(tree, replicated(mesh.local_mesh))
+    if mesh.local_mesh.size == mesh.size:
+        return here
+
+    def joined(leaf: jax.Array) -> jax.Array:
+        parts = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, replicated(mesh), parts)
+
+    return jax.tree.map(joined, here)

@@ -17,8 +17,10 @@ import dataclasses
 import functools
 import importlib.util
 import logging
+import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,7 +29,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from kdjax import assets, data, distill, models, sharding
+from kdjax import agreement, assets, data, distill, models, sharding
 from kdjax import config as config_lib
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
@@ -44,7 +46,7 @@ from kdjax.weights import load_weights, save_model
 log = logging.getLogger("kdjax")
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(sharding.AgreedError):
     """The loss or its gradient is not a finite number; the message has the step and every value."""
 
 
@@ -186,11 +188,12 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
         if checkpoints.latest is not None:
             check_same_run(setup, workdir)
             state = checkpoints.restore(state)
-        write_json(workdir / "run.json", identity(setup))
-        write_json(workdir / "config.json", config_lib.to_dict(config))
         step = int(state.step)
-        report(setup)
-        monitor.report()
+        if sharding.is_first():
+            write_json(workdir / "run.json", identity(setup))
+            write_json(workdir / "config.json", config_lib.to_dict(config))
+            report(setup)
+            monitor.report()
         log.info(f"continuing at step {step:,}" if step else f"training {config.train.steps:,} steps")
         with (
             open_batches(setup, start_step=step) as batches,
@@ -206,17 +209,19 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
             def validate() -> float | None:
                 """The student's PSNR; at the last step also the files of the result. None when a signal came."""
                 psnr = monitor.validate(step, state.params_ema, workdir, logbook, keep_going=lambda: not stop.requested)
-                if psnr is not None and step >= config.train.steps:
+                if psnr is not None and step >= config.train.steps and sharding.is_first():
                     export(setup.student, state.params_ema, workdir)
                     summary = f"step {step:,}: {monitor.summary()} (PSNR / SSIM)"
                     write_json(workdir / "result.json", {"step": step, "summary": summary})
                 return psnr
 
+            ended = False  # in the middle of a validation, by a signal to one of the processes
             if step and is_validated(config, step) and not logbook.has(step, "val/student_psnr"):
-                validate()  # which a signal interrupted
+                ended = validate() is None  # which was ended before
             pending: list[tuple[int, distill.Metrics]] = []
             progress = Progress(step, config)
-            while step < config.train.steps and not stop.requested:
+            stop_all = sharding.SharedFlag(setup.mesh)
+            while step < config.train.steps and not ended and not stop_all.update(stop.requested):
                 batch = sharding.shard_batch(next(batches), setup.mesh)
                 logs = (step + 1) % config.log.every == 0
                 diagnosis = diagnose_fn(state, frozen, batch, key) if logs and config.log.diagnose else {}
@@ -236,10 +241,12 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
                     values = fetch(pending)
                 if logs:
                     log.info(progress.line(values))
-                    rate = {"images_per_second": progress.rate, "damaged_images": float(len(batches.damaged))}
+                    damaged = {name for names in sharding.exchange(list(batches.damaged)) for name in names}
+                    rate = {"images_per_second": progress.rate, "damaged_images": float(len(damaged))}
                     more = {name: float(value) for name, value in jax.device_get(diagnosis).items()}
                     logbook.write(step, values | more | rate)
                 psnr = validate() if validates else None
+                ended = validates and psnr is None
                 if saves:
                     checkpoints.save(state, psnr=psnr)
                 if logs or saves:
@@ -247,9 +254,10 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
             if pending:
                 fetch(pending)
             checkpoints.save(state)  # where a signal came between two checkpoints
-        result = read_json(workdir / "result.json")
+        result = sharding.exchange(read_json(workdir / "result.json"))[0]
+        signal_name = next(filter(None, sharding.exchange(stop.name)), "")
         if result.get("step") != step:
-            return f"stopped by {stop.name} at step {step:,} of {config.train.steps:,}; the same command continues"
+            return f"stopped by {signal_name} at step {step:,} of {config.train.steps:,}; the same command continues"
         return f"{result['summary']}; saved as {workdir / 'student.pth'} and .safetensors"
 
 
@@ -360,6 +368,23 @@ def identity(setup: Setup) -> dict[str, object]:
     }
 
 
+def shared_facts(setup: Setup, monitor: Monitor) -> dict[str, object]:
+    """What must be the same on all processes of a run: options, versions, and digests of what was read from files."""
+    names = {
+        what: f"{len(found)}, digest {agreement.digest(found)}"
+        for what, found in (
+            ("training images", [pair.name for pair in setup.pairs]),
+            ("unlabelled images", [pair.name for pair in setup.unlabelled]),
+            ("unpaired images", [pair.name for pair in setup.unpaired]),
+            ("validation images", [sample.name for sample in monitor.samples]),
+        )
+    }
+    terms = [(term.loss.frozen, term.loss.adapters) for term in setup.recipe.terms]
+    weights = {"initial weights": agreement.digest(jax.tree.leaves((setup.student.params, terms)))}
+    versions = {"jax": jax.__version__, "device": jax.local_devices()[0].device_kind}
+    return {"config": config_lib.to_dict(setup.config)} | identity(setup) | names | weights | versions
+
+
 def check_same_run(setup: Setup, workdir: Path) -> None:
     """Refuses to continue a run with another student or another teacher file."""
     before, now = read_json(workdir / "run.json"), identity(setup)
@@ -428,16 +453,20 @@ def describe(model: models.Model) -> str:
     )
 
 
-def start_logging(workdir: Path | None = None) -> None:
-    """Sends the log to standard output and, if there is one, to `workdir/train.log`, a plain line each."""
+def start_logging(workdir: Path | None = None, *, process: int = 0) -> None:
+    """Sends the log to standard output and, if there is one, to `workdir/train.log`, a plain line each.
+
+    Of the processes of a run only the first one says all; the others warn, with their number.
+    """
     log.handlers.clear()
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.WARNING if process else logging.INFO)
     log.propagate = False
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if workdir:
+    if workdir and not process:
         handlers.append(logging.FileHandler(workdir / "train.log"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        who = f"process {process}: " if process else ""
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
 
 
@@ -447,24 +476,50 @@ def main(argv: list[str]) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)  # at INFO it tells which accelerators it did not find
     start_logging()  # without a file: nothing is written for a config that is refused
     try:
+        sharding.connect(flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id)
+    except sharding.ProcessError as error:
+        fail(str(error))
+    process = jax.process_index()
+    start_logging(process=process)
+    workdir = Path(flags.FLAGS.workdir or Path("runs") / flags.FLAGS.config.name).absolute()
+    problem = ""
+    try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
         sharding.use_all_cores(config.data.batch_size)
         setup = prepare(config)
         monitor = Monitor(config.val, setup.student, setup.teacher)
-        workdir = Path(flags.FLAGS.workdir or Path("runs") / config.name).absolute()
-        workdir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
-        fail(str(error))
-    start_logging(workdir)
+        problem = str(error)
     try:
+        agreement.check(problem, lambda: shared_facts(setup, monitor), workdir)
+        start_logging(workdir, process=process)
         log.info(train(setup, monitor, workdir))
-    except (NonFiniteLoss, ConfigError, CheckpointError, data.DataError, OSError) as error:
+    except (sharding.AgreedError, ConfigError, CheckpointError) as error:  # which all processes meet
         fail(str(error))
+    except (data.DataError, OSError) as error:
+        fail(str(error), alone=jax.process_count() > 1)
+    except (Exception, KeyboardInterrupt) as error:
+        if jax.process_count() == 1:
+            raise
+        if sharding.lost_another(error):
+            fail(
+                "another process of this run has ended, or its host cannot be reached; look at what it printed. Start"
+                f" all of them again with the same command to continue from the last checkpoint. ({error})",
+                alone=True,
+            )
+        traceback.print_exc()
+        fail(f"{type(error).__name__}: {error}", alone=True)
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one message on standard error and exit code 1."""
-    print(f"error: {message}", file=sys.stderr)
+def fail(message: str, *, alone: bool = False) -> NoReturn:
+    """Ends the program with one message on standard error and exit code 1.
+
+    `alone` ends it at once, without waiting for processes that do not know of it: when this one is gone, they end too.
+    """
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if alone:
+        sys.stdout.flush()
+        os._exit(1)
     sys.exit(1)
 
 
@@ -494,5 +549,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT behind it if it has any.")
     flags.DEFINE_string("workdir", None, "Folder of the run; runs/NAME by default.")
+    flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, for several processes without a launcher.")
+    flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1 stays alone under any launcher.")
+    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
     flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_flags)

@@ -11,7 +11,7 @@ PACKAGE = Path(kdjax.__file__).parent
 FLOORS = [
     {"names", "config", "signals", "assets", "ops", "schedules", "sharding"},  # the ground
     {"models", "losses", "perceptual", "metrics", "degradations"},  # the maths
-    {"data", "weights", "checkpoint", "logbook", "ladder", "basicsr"},  # the world outside
+    {"data", "weights", "checkpoint", "logbook", "ladder", "basicsr", "agreement"},  # the world outside
     {"terms", "teachers", "cost"},  # the losses of a config, and its teacher; what a model costs
     {"distill", "tiles"},  # the step; a trained model over images of any size
     {"validation"},  # measuring

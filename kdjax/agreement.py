@@ -1,0 +1,87 @@
+"""What the processes of one run must have in common, compared once, before training starts.
+
+Else a run whose hosts have other files or other options would train on, or hang, and not say why. A process that is
+alone agrees with itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdjax import config as config_lib
+from kdjax.sharding import AgreedError, exchange, is_first
+
+_PATIENCE = 30.0  # seconds until what one host wrote must be seen by the others: network file systems cache
+
+
+def check(problem: str, facts: Callable[[], dict[str, Any]], workdir: Path) -> None:
+    """Waits for all processes and makes `workdir`, unless one of them has a problem or differs from the first.
+
+    Args:
+      problem: why this process cannot start; "" if it can.
+      facts: makes what must be the same on all, JSON values by name; not called with a problem.
+      workdir: the folder of the run, which all processes share.
+
+    Raises:
+      AgreedError: on every process, with the same message.
+    """
+    alone = jax.process_count() == 1
+    everyone = exchange([socket.gethostname(), problem, {} if problem or alone else facts()])
+    names = [f"process {number} ({host})" for number, (host, *_) in enumerate(everyone)]
+    for name, (_, reason, _) in zip(names, everyone, strict=True):
+        if reason:
+            raise AgreedError(reason if alone else f"{name}: {reason}")
+    for name, (_, _, theirs) in zip(names, everyone, strict=True):
+        if different := config_lib.changes(everyone[0][2], theirs):
+            raise AgreedError(
+                f"{name} is not as {names[0]}: {'; '.join(different)}. Start the same command with the same files and"
+                " versions everywhere"
+            )
+    _check_shared(workdir, names)
+
+
+def _check_shared(workdir: Path, names: list[str]) -> None:
+    """Makes the folder, on the first process, and looks whether the others see it."""
+    mark, reason = workdir / f".seen-by-all-{secrets.token_hex(8)}", ""
+    if is_first():
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            if len(names) > 1:
+                mark.touch()
+        except OSError as error:
+            reason = str(error)
+    mark_name, reason = exchange([mark.name, reason])[0]
+    if reason:
+        raise AgreedError(reason)
+    if len(names) == 1:
+        return
+    until = time.monotonic() + _PATIENCE
+    while not (seen := (workdir / mark_name).exists()) and time.monotonic() < until:
+        time.sleep(0.5)
+    sees = exchange(seen)
+    if is_first():
+        mark.unlink()
+    if not all(sees):
+        blind = names[sees.index(False)]
+        raise AgreedError(
+            f"{blind} does not see what {names[0]} writes in {workdir}: a run of several processes needs one folder"
+            " that all hosts share (NFS, Lustre, a mounted bucket); give it as --workdir"
+        )
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """A short hash of strings and arrays, in their order."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else np.asarray(part).tobytes())
+        found.update(b"\0")
+    return found.hexdigest()[:16]
