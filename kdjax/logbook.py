@@ -7,7 +7,6 @@ that the file of a run that was killed reads like that of one that was not.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -30,10 +29,9 @@ class Logbook:
     """
 
     def __init__(self, workdir: Path, *, resume_step: int, name: str, tensorboard: bool, wandb: str) -> None:
-        self._tensorboard = self._wandb = None
+        self._file = self._tensorboard = self._wandb = None
         self._kept: list[dict[str, Any]] = []
         if not sharding.is_first():
-            self._file = None
             return
         path = workdir / "metrics.jsonl"
         kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step]
@@ -54,7 +52,8 @@ class Logbook:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._tensorboard:
             self._tensorboard.close()
         if self._wandb:
@@ -66,8 +65,9 @@ class Logbook:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes numbers of one step; what is not finite is null in the JSON."""
-        self._file.write(json.dumps(finite({"step": step, **values})) + "\n")
-        self._file.flush()
+        if self._file:
+            self._file.write(json.dumps(finite({"step": step, **values})) + "\n")
+            self._file.flush()
         if self._tensorboard:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
