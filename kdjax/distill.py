@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kdjax import losses, ops
+from kdjax import losses, ops, sharding
 from kdjax.degradations import Degrade, Window, cut, usm_sharpen
 from kdjax.models import Apply, Params
 from kdjax.names import pick
@@ -312,7 +312,7 @@ def diagnose(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.
 def make_pair(recipe: Recipe, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The clean and the degraded images of a batch, as float [0, 1]."""
     samples = {name: batch[name] for name in ("gt", "lq", "is_paired") if name in batch}
-    return jax.vmap(functools.partial(_pair_of, recipe, key))(_sample_numbers(batch), samples)
+    return sharding.per_sample(jax.vmap(functools.partial(_pair_of, recipe, key)), _sample_numbers(batch), samples)
 
 
 def _pair_of(recipe: Recipe, key: jax.Array, index: jax.Array, sample: Batch) -> tuple[jax.Array, jax.Array]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from kdjax import sharding
 from kdjax.names import pick
 
 Criterion = Callable[[jax.Array, jax.Array], jax.Array]
@@ -217,7 +218,7 @@ def wavelet(
     compare = make_criterion(criterion)
     total = jnp.float32(0)
     for level in range(levels):
-        (prediction, *ours), (target, *theirs) = haar(prediction), haar(target)
+        (prediction, *ours), (target, *theirs) = (sharding.per_sample(haar, x) for x in (prediction, target))
         pairs = [*zip(bands[1:], ours, theirs, strict=True)]
         if level == levels - 1:
             pairs.append((bands[0], prediction, target))
@@ -232,7 +233,8 @@ def fft(prediction: jax.Array, target: jax.Array) -> jax.Array:
       ValueError: images of different shape.
     """
     _check_equal("shape", prediction.shape, target.shape)
-    spectrum = jnp.fft.rfft2(_difference(prediction, target), axes=(1, 2), norm="ortho")
+    transform = functools.partial(jnp.fft.rfft2, axes=(1, 2), norm="ortho")
+    spectrum = sharding.per_sample(transform, _difference(prediction, target))
     # Half of a real image's spectrum: the columns left out mirror the ones that count twice here.
     width = prediction.shape[2]
     columns = jnp.arange(spectrum.shape[2])

@@ -8,12 +8,13 @@ it, `jax.devices()` are those of all. What every process must know, or decide al
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import logging
 import os
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -203,6 +204,31 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A one-dimensional mesh over `devices` (all of them by default), those of a process side by side."""
     devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The jitted function, called where `per_sample` finds the mesh."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return call
+
+
+def per_sample(function: Callable[..., Any], *batches: Any) -> Any:
+    """`function(*batches)`, where no sample looks at another one: every device computes its own samples.
+
+    XLA splits most operations so by itself. Others, such as FFTs, gathers and conditions by sample, it would compute on
+    every device for the whole batch, and send the images around for it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*batches)
+    split = PartitionSpec("data")
+    # Unchecked: a loop inside may start from a constant, which is the same on every device, and go on with samples.
+    return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*batches)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

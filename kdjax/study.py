@@ -220,7 +220,7 @@ def train_group(group: Group, folder: Path, checkpoints: Checkpoints, curve_imag
     """The loop of `train.train` for several students at once; returns their states at the last step, or at a signal."""
     config, mesh = group.config, group.mesh
     recipes = {column: setup.recipe for column, setup in group.setups.items()}
-    step_fn = jax.jit(functools.partial(joint_step, recipes), donate_argnums=0)
+    step_fn = sharding.on_mesh(mesh, jax.jit(functools.partial(joint_step, recipes), donate_argnums=0))
     diagnose_fns = {column: jax.jit(functools.partial(distill.diagnose, recipe)) for column, recipe in recipes.items()}
     key = sharding.replicate(jax.random.key(config.seed), mesh)
     by_column = {column: distill.init_state(s.recipe, s.student.params) for column, s in group.setups.items()}

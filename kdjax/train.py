@@ -180,8 +180,9 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
     state = sharding.replicate(distill.init_state(recipe, setup.student.params), setup.mesh)
     teacher_params = setup.teacher and setup.teacher.params
     frozen = sharding.replicate(distill.make_frozen(recipe.terms, teacher_params), setup.mesh)
-    step_fn = jax.jit(functools.partial(distill.train_step, recipe), donate_argnums=0)
-    diagnose_fn = jax.jit(functools.partial(distill.diagnose, recipe))
+    on_mesh = functools.partial(sharding.on_mesh, setup.mesh)
+    step_fn = on_mesh(jax.jit(functools.partial(distill.train_step, recipe), donate_argnums=0))
+    diagnose_fn = on_mesh(jax.jit(functools.partial(distill.diagnose, recipe)))
     key = sharding.replicate(jax.random.key(config.seed), setup.mesh)
 
     with StopSignals() as stop, Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:

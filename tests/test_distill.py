@@ -131,13 +131,28 @@ class Tiny:
         )
         return distill.Recipe(**(parts | changes))
 
+    def compiled(self, recipe: distill.Recipe, num_devices: int, per_device: int = 2) -> jax.stages.Compiled:
+        """The compiled step for batches of `per_device` images a device."""
+        mesh = sharding.data_mesh(jax.devices()[:num_devices])
+        arguments = (
+            distill.init_state(recipe, self.student.params),
+            distill.make_frozen(recipe.terms, self.teacher.params),
+            jax.random.key(7),
+        )
+        state, frozen, key = sharding.replicate(arguments, mesh)
+        size = per_device * num_devices
+        batch = {"gt": np.resize(self.gt, (size, *self.gt.shape[1:])), "index": np.arange(size, dtype=np.int32)}
+        step = jax.jit(functools.partial(distill.train_step, recipe), donate_argnums=0)
+        with jax.set_mesh(mesh):
+            return step.lower(state, frozen, sharding.shard_batch(batch, mesh), key).compile()
+
     def run(self, recipe: distill.Recipe, *, steps: int = 3, num_devices: int = 1, order: np.ndarray | None = None):
         """The states after every step, the last metrics, and the teacher's parameters afterwards."""
         mesh = sharding.data_mesh(jax.devices()[:num_devices])
         state = sharding.replicate(distill.init_state(recipe, self.student.params), mesh)
         frozen = sharding.replicate(distill.make_frozen(recipe.terms, self.teacher.params), mesh)
         key = sharding.replicate(jax.random.key(7), mesh)
-        step = jax.jit(functools.partial(distill.train_step, recipe))
+        step = sharding.on_mesh(mesh, jax.jit(functools.partial(distill.train_step, recipe)))
         states = [state]
         for i in range(steps):
             batch = {"gt": self.gt, "index": np.arange(8, dtype=np.int32) + 8 * i}

@@ -1,0 +1,260 @@
+"""Many devices and many processes: the numbers of one, one all-reduce a step, and an end in order when one is lost.
+
+Run as a program, this file is what the tests start: `FOLDER ADDRESS COUNT INDEX` is one of several processes that try
+the ways of agreeing, `devices` compares the step on 1, 4 and 8 devices.
+"""
+
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdjax import sharding
+from kdjax.weights import load_model
+
+ROOT = Path(__file__).parent.parent
+GONE = ("another process of this run has ended", "another task died")  # ours, and JAX's when it is faster
+
+
+def free_port() -> int:
+    return random.SystemRandom().randint(20_000, 32_000)  # below those that the system hands out
+
+
+def environment(devices: int) -> dict[str, str]:
+    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
+
+
+def start(workdir: Path, count: int, *flags: str, devices: int = 1) -> list[subprocess.Popen]:
+    """Starts the debug recipe as `count` processes with so many devices each."""
+    command = [sys.executable, "-m", "kdjax.train", "--config", "configs/denoise.py:debug", "--workdir", str(workdir)]
+    command += ["--config.log.diagnose=False", "--config.val.limit=3", *flags]
+    variables = environment(devices)
+    if count > 1:
+        variables |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+    options = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return [
+        subprocess.Popen(command, env=variables | ({"JAX_PROCESS_ID": str(i)} if count > 1 else {}), **options)
+        for i in range(count)
+    ]
+
+
+def outputs(processes: list[subprocess.Popen], timeout: float = 200) -> list[str]:
+    """Waits for all of them and returns what each printed."""
+    try:
+        return [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Reads its output up to a line with this text."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return
+    pytest.fail(f"{text!r} never came:\n{seen}")
+
+
+def rows(workdir: Path) -> list[dict]:
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{name: v for name, v in json.loads(line).items() if name != "images_per_second"} for line in lines]
+
+
+def test_killed_stopped_and_continued_by_other_numbers_of_processes(tmp_path: Path) -> None:
+    """Four processes, one of which is killed; then two with two devices each, one of which is told to stop; then one:
+    the numbers and the student are those of a run that was never broken.
+    """
+    workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    long = ("--config.train.steps=100000", "--config.val.every=4")
+    processes = start(workdir, 4, *long)
+    wait_for(processes[0], "step 4/")
+    processes[2].kill()
+    killed = time.monotonic()
+    printed = outputs(processes)
+    assert time.monotonic() - killed < 60
+    assert all(process.returncode != 0 for process in processes)
+    assert GONE[0] in "".join(printed)
+    for i in (0, 1, 3):
+        assert any(text in printed[i] for text in GONE) and "Traceback" not in printed[i], printed[i]
+
+    processes = start(workdir, 2, *long, devices=2)
+    wait_for(processes[0], "continuing at step")
+    wait_for(processes[0], "loss ")
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = outputs(processes)
+    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert "stopped by SIGTERM at step " in first.splitlines()[-1] and "Traceback" not in first + second
+    assert "loss " not in second  # only the first process talks
+    step = int(first.splitlines()[-1].split("at step ")[1].split(" ")[0].replace(",", ""))
+    assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == step
+
+    steps = (f"--config.train.steps={step + 2}", "--config.val.every=4")
+    [output] = outputs(start(workdir, 1, *steps))
+    assert f"continuing at step {step}" in output and "saved as" in output, output
+    outputs(start(unbroken, 1, *steps))
+    for ours, theirs in zip(rows(workdir), rows(unbroken), strict=True):
+        for name, value in ours.items():
+            assert value == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (ours["step"], name)
+    for name, leaf in leaves(workdir).items():
+        np.testing.assert_allclose(leaf, leaves(unbroken)[name], atol=1e-5, err_msg=name)
+
+
+def leaves(workdir: Path) -> dict[str, np.ndarray]:
+    import jax
+
+    params = load_model(workdir / "student.pth").params
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def test_what_processes_must_agree_on(tmp_path: Path) -> None:
+    """See `as_one_of_several`, which two processes run."""
+    command = [sys.executable, __file__, str(tmp_path), f"localhost:{free_port()}", "2"]
+    options = dict(env=environment(2), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    processes = [subprocess.Popen([*command, str(i)], **options) for i in range(2)]
+    first, second = (json.loads(text.splitlines()[-1]) for text in outputs(processes))
+    assert first["exchanged"] == second["exchanged"] == [[0, 0.1 + 0.2], [1, 0.1 + 0.2]]
+    assert first["nan"] and [first["share"], second["share"]] == [[0, 1], [2, 3, 4]]
+    # Raised by the second process at its third step.
+    assert first["flags"] == second["flags"] == [False] * 4 + [True]
+    for name, wanted in {
+        "problem": r"process 1 \(.*\): no images here",
+        "facts": r"process 1 \(.*\) is not as process 0 \(.*\): config.data.crop: 128 -> 64\. Start the same command",
+        "unshared": r"process 1 \(.*\) does not see what process 0 \(.*\) writes in .*--workdir",
+    }.items():
+        assert re.match(wanted, first[name]) and re.match(wanted, second[name]), (first[name], second[name])
+    assert first["agreed"] == second["agreed"] == ""
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def as_one_of_several(folder: Path, address: str, count: int, index: int) -> dict[str, object]:
+    """Prints what this process learnt from the others."""
+    from kdjax import agreement
+
+    sharding.connect(address, count, index)
+
+    def failure(problem: str = "", facts: dict | None = None, workdir: Path = folder / "shared") -> str:
+        try:
+            agreement.check(problem, lambda: facts or {}, workdir)
+        except sharding.AgreedError as error:
+            return str(error)
+        return ""
+
+    agreement._PATIENCE = 0.0
+    flag = sharding.SharedFlag(sharding.data_mesh())
+    crops = {"config": {"data": {"crop": (128, 64)[index]}, "seed": 0}}
+    return {
+        "exchanged": sharding.exchange([index, 0.1 + 0.2]),
+        "nan": all(math.isnan(value) for value in sharding.exchange(float("nan"))),
+        "share": list(sharding.share(5)),
+        "flags": [flag.update(index == 1 and step >= 2) for step in range(5)],
+        "problem": failure(problem=("", "no images here")[index]),
+        "facts": failure(facts=crops),
+        "unshared": failure(workdir=folder / str(index)),
+        "agreed": failure(facts={"same": [1, 2]}),
+    }
+
+
+def test_the_step_on_many_devices() -> None:
+    """See `compare_devices`, which a process with eight devices runs."""
+    done = subprocess.run(
+        [sys.executable, __file__, "devices"], env=environment(8), text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0 and done.stdout.endswith("compared\n"), done.stdout + done.stderr
+
+
+def compare_devices() -> None:
+    """Equal numbers, one all-reduce and nothing else between devices, and the memory of one device."""
+    import jax
+    from test_config import load
+    from test_distill import PAIR, TASK, Tiny, assert_trees_close
+
+    from kdjax.degradations import make_degrade
+
+    tiny = Tiny()
+    recipe = tiny.recipe()
+    states, metrics, _ = tiny.run(recipe)
+    many_states, many_metrics, _ = tiny.run(recipe, num_devices=8)
+    assert_trees_close(many_states[-1].params, states[-1].params, 1e-5)
+    assert_trees_close(many_metrics, metrics, 1e-5)
+
+    # Noise and output loss; then all that XLA alone would send around: Real-ESRGAN's degradations, FFTs, bands.
+    specs = {"task": TASK, "fft": dict(weight=0.1), "wavelet": dict(weight=0.1), "hint": dict(pairs=PAIR, weight=0.1)}
+    degrade = make_degrade(load("realworld").degrade.to_dict(), scale=1)
+    real_world = tiny.recipe(specs, degrade=degrade, crop=8)
+    compiled = {name: tiny.compiled(tried, 8) for name, tried in (("noise", recipe), ("real world", real_world))}
+    trained = len(jax.tree.leaves(states[0].params["student"]))
+    for name, step in compiled.items():
+        sent = re.findall(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", step.as_text())
+        assert [kind for _, kind in sent] == ["all-reduce"], (name, sent)
+        assert len(re.findall(r"f32\[[\d,]+\]", sent[0][0])) >= trained, name  # beside the scalars of the losses
+    many, one = compiled["noise"].memory_analysis(), tiny.compiled(recipe, 1).memory_analysis()
+    for kind in ("temp_size_in_bytes", "argument_size_in_bytes", "output_size_in_bytes"):
+        assert getattr(many, kind) <= 1.02 * getattr(one, kind), kind
+    print("compared")
+
+
+@pytest.mark.parametrize(
+    ("variables", "launcher"),
+    [
+        ({}, ""),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, ""),  # a shell of an allocation
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, "Slurm"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, ""),  # a pod of its own
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, "Kubernetes"),
+    ],
+)
+def test_launchers(variables: dict[str, str], launcher: str) -> None:
+    assert sharding.launcher_of({"JAX_PLATFORMS": "cpu"} | variables) == launcher
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "message"),
+    [
+        (("", 2, 0), {}, "coordinator address (missing)"),
+        (("host:1", 2, None), {}, "number of this process (missing)"),
+        (("host:1", None, None), {}, "not how many processes"),
+        (("host:1", 2, 2), {}, "process_id=2 is not one of 0 ... 1"),
+        (("host", 2, 0), {}, "'host' needs a port"),
+        (("host:1", 2, None), {"JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID='first' is not a whole number"),
+        (("", None, None), {"OMPI_COMM_WORLD_SIZE": "2"}, "Open MPI 5 does not tell its address"),
+    ],
+)
+def test_what_cannot_be_joined_is_refused(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple, variables: dict[str, str], message: str
+) -> None:
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    # JAX itself refuses where a device was used before; so do these, before they get there.
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    with pytest.raises(sharding.ProcessError, match=re.escape(message)):
+        sharding.connect(*arguments)
+
+
+def test_alone_stays_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    sharding.connect(count=1)
+    assert sharding.is_first() and sharding.exchange({"a": 1}) == [{"a": 1}] and list(sharding.share(3)) == [0, 1, 2]
+    assert sharding.SharedFlag(sharding.data_mesh()).update(True)
+    assert not sharding.lost_another(ValueError("Gloo AllGather failed"))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "devices":
+        compare_devices()
+    else:
+        folder, address, count, index = sys.argv[1:]
+        print(json.dumps(as_one_of_several(Path(folder), address, int(count), int(index))))
