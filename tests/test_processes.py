@@ -1,7 +1,7 @@
 """Many devices and many processes: the numbers of one, one all-reduce a step, and an end in order when one is lost.
 
-Run as a program, this file is what the tests start: `FOLDER ADDRESS COUNT INDEX` is one of several processes that try
-the ways of agreeing, `devices` compares the step on 1, 4 and 8 devices.
+Run as a program, this file is what the tests start: with a folder it is one of several processes that try the ways of
+agreeing, with `devices` it compares the step on one and on eight devices.
 """
 
 import json
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,35 +26,44 @@ ROOT = Path(__file__).parent.parent
 GONE = ("another process of this run has ended", "another task died")  # ours, and JAX's when it is faster
 
 
-def free_port() -> int:
-    return random.SystemRandom().randint(20_000, 32_000)  # below those that the system hands out
-
-
 def environment(devices: int) -> dict[str, str]:
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
 
 
-def start(workdir: Path, count: int, *flags: str, devices: int = 1) -> list[subprocess.Popen]:
-    """Starts the debug recipe as `count` processes with so many devices each."""
+Start = Callable[..., list[subprocess.Popen]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a command as so many processes with so many devices each; none outlives the test."""
+    started: list[subprocess.Popen] = []
+
+    def start_all(command: list[str], count: int, *, devices: int = 1) -> list[subprocess.Popen]:
+        address = f"localhost:{random.SystemRandom().randint(20_000, 32_000)}"  # below the ports systems hand out
+        variables = environment(devices) | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+        options = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        together = [
+            subprocess.Popen(command, env=variables | {"JAX_PROCESS_ID": str(i)}, **options) for i in range(count)
+        ]
+        started.extend(together)
+        return together
+
+    yield start_all
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def training(workdir: Path, *flags: str) -> list[str]:
+    """The command for the debug recipe."""
     command = [sys.executable, "-m", "kdjax.train", "--config", "configs/denoise.py:debug", "--workdir", str(workdir)]
-    command += ["--config.log.diagnose=False", "--config.val.limit=3", *flags]
-    variables = environment(devices)
-    if count > 1:
-        variables |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
-    options = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return [
-        subprocess.Popen(command, env=variables | ({"JAX_PROCESS_ID": str(i)} if count > 1 else {}), **options)
-        for i in range(count)
-    ]
+    return [*command, "--config.log.diagnose=False", "--config.val.limit=3", "--config.val.every=4", *flags]
 
 
-def outputs(processes: list[subprocess.Popen], timeout: float = 200) -> list[str]:
+def outputs(processes: list[subprocess.Popen]) -> list[str]:
     """Waits for all of them and returns what each printed."""
-    try:
-        return [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    return [process.communicate(timeout=200)[0] for process in processes]
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:
@@ -71,13 +81,13 @@ def rows(workdir: Path) -> list[dict]:
     return [{name: v for name, v in json.loads(line).items() if name != "images_per_second"} for line in lines]
 
 
-def test_killed_stopped_and_continued_by_other_numbers_of_processes(tmp_path: Path) -> None:
+def test_killed_stopped_and_continued_by_other_numbers_of_processes(tmp_path: Path, start: Start) -> None:
     """Four processes, one of which is killed; then two with two devices each, one of which is told to stop; then one:
     the numbers and the student are those of a run that was never broken.
     """
     workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    long = ("--config.train.steps=100000", "--config.val.every=4")
-    processes = start(workdir, 4, *long)
+    long = training(workdir, "--config.train.steps=100000")
+    processes = start(long, 4)
     wait_for(processes[0], "step 4/")
     processes[2].kill()
     killed = time.monotonic()
@@ -88,7 +98,7 @@ def test_killed_stopped_and_continued_by_other_numbers_of_processes(tmp_path: Pa
     for i in (0, 1, 3):
         assert any(text in printed[i] for text in GONE) and "Traceback" not in printed[i], printed[i]
 
-    processes = start(workdir, 2, *long, devices=2)
+    processes = start(long, 2, devices=2)
     wait_for(processes[0], "continuing at step")
     wait_for(processes[0], "loss ")
     processes[1].send_signal(signal.SIGTERM)
@@ -99,10 +109,10 @@ def test_killed_stopped_and_continued_by_other_numbers_of_processes(tmp_path: Pa
     step = int(first.splitlines()[-1].split("at step ")[1].split(" ")[0].replace(",", ""))
     assert max(int(path.name) for path in (workdir / "checkpoints").iterdir()) == step
 
-    steps = (f"--config.train.steps={step + 2}", "--config.val.every=4")
-    [output] = outputs(start(workdir, 1, *steps))
+    steps = f"--config.train.steps={step + 2}"
+    [output] = outputs(start(training(workdir, steps), 1))
     assert f"continuing at step {step}" in output and "saved as" in output, output
-    outputs(start(unbroken, 1, *steps))
+    outputs(start(training(unbroken, steps), 1))
     for ours, theirs in zip(rows(workdir), rows(unbroken), strict=True):
         for name, value in ours.items():
             assert value == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (ours["step"], name)
@@ -117,11 +127,9 @@ def leaves(workdir: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def test_what_processes_must_agree_on(tmp_path: Path) -> None:
+def test_what_processes_must_agree_on(tmp_path: Path, start: Start) -> None:
     """See `as_one_of_several`, which two processes run."""
-    command = [sys.executable, __file__, str(tmp_path), f"localhost:{free_port()}", "2"]
-    options = dict(env=environment(2), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    processes = [subprocess.Popen([*command, str(i)], **options) for i in range(2)]
+    processes = start([sys.executable, __file__, str(tmp_path)], 2, devices=2)
     first, second = (json.loads(text.splitlines()[-1]) for text in outputs(processes))
     assert first["exchanged"] == second["exchanged"] == [[0, 0.1 + 0.2], [1, 0.1 + 0.2]]
     assert first["nan"] and [first["share"], second["share"]] == [[0, 1], [2, 3, 4]]
@@ -137,11 +145,14 @@ def test_what_processes_must_agree_on(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def as_one_of_several(folder: Path, address: str, count: int, index: int) -> dict[str, object]:
-    """Prints what this process learnt from the others."""
+def as_one_of_several(folder: Path) -> dict[str, object]:
+    """What this process learns from the others."""
+    import jax
+
     from kdjax import agreement
 
-    sharding.connect(address, count, index)
+    sharding.connect()
+    index = jax.process_index()
 
     def failure(problem: str = "", facts: dict | None = None, workdir: Path = folder / "shared") -> str:
         try:
@@ -256,5 +267,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "devices":
         compare_devices()
     else:
-        folder, address, count, index = sys.argv[1:]
-        print(json.dumps(as_one_of_several(Path(folder), address, int(count), int(index))))
+        print(json.dumps(as_one_of_several(Path(sys.argv[1]))))
