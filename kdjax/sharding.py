@@ -40,7 +40,7 @@ class AgreedError(RuntimeError):
     """An error that all processes raise at the same place, so that they may still wait for one another."""
 
 
-def connect(address: str = "", count: int | None = None, index: int | None = None) -> None:
+def connect(address: str = "", count: int | None = None, index: int | None = None) -> bool:
     """Joins the processes of a run; does nothing for one that was started alone. Call it before any use of a device.
 
     Args:
@@ -50,6 +50,9 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
 
     Without count and index, JAX asks the launcher: Slurm and Open MPI (with more than one task), Kubernetes (an indexed
     Job or a JobSet) and Cloud TPU.
+
+    Returns:
+      Whether there are others.
 
     Raises:
       ProcessError: something is missing or contradictory, or the others did not come.
@@ -64,7 +67,7 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
                 f"a coordinator address is given ({address}), but not how many processes there are: give"
                 " --num_processes and --process_id too (or JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
             )
-        return
+        return False
     options: dict[str, Any] = {}
     if count is not None or index is not None:
         if not address or count is None or index is None:
@@ -90,7 +93,7 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
         )
     except ValueError as error:
         if launcher == "Cloud TPU" and not options:
-            return  # libtpu is installed, but this is no TPU machine
+            return False  # libtpu is installed, but this is no TPU machine
         raise ProcessError(
             f"this process was started by {launcher}, but JAX could not find the others ({error}). Give"
             " --coordinator_address=HOST:PORT, --num_processes and --process_id, or --num_processes=1 to train alone."
@@ -105,6 +108,7 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
     per_process = Counter(device.process_index for device in jax.devices())
     if len(set(per_process.values())) > 1:
         raise ProcessError(f"every process needs as many devices as the others; they have {dict(per_process)}")
+    return len(per_process) > 1
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:

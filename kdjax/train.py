@@ -477,18 +477,19 @@ def main(argv: list[str]) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)  # at INFO it tells which accelerators it did not find
     start_logging()  # without a file: nothing is written for a config that is refused
     try:
-        sharding.connect(flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id)
+        joined = sharding.connect(flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id)
     except sharding.ProcessError as error:
         fail(str(error))
-    process = jax.process_index()
+    process = jax.process_index() if joined else 0
     start_logging(process=process)
-    workdir = Path(flags.FLAGS.workdir or Path("runs") / flags.FLAGS.config.name).absolute()
-    problem = ""
+    problem, workdir = "", Path()
     try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
-        sharding.use_all_cores(config.data.batch_size)
+        if not joined:  # several processes must have equal numbers of devices, whatever their hosts are
+            sharding.use_all_cores(config.data.batch_size)
         setup = prepare(config)
         monitor = Monitor(config.val, setup.student, setup.teacher)
+        workdir = Path(flags.FLAGS.workdir or Path("runs") / config.name).absolute()
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         problem = str(error)
     try:
