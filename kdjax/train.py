@@ -14,6 +14,7 @@ step, log, validate, save. The same command started again continues from the las
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import importlib.util
 import logging
@@ -39,7 +40,7 @@ from kdjax.schedules import make_schedule
 from kdjax.signals import StopSignals
 from kdjax.teachers import Teacher, load_teacher
 from kdjax.terms import make_terms, needs_teacher
-from kdjax.weights import load_weights, save_model
+from kdjax.weights import WeightsError, load_weights, save_model
 
 log = logging.getLogger("kdjax")
 
@@ -428,6 +429,13 @@ def describe(model: models.Model) -> str:
     )
 
 
+class LogFile(logging.FileHandler):
+    """A log file that ends the run when it cannot be written, as its other files do, and prints no tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # what `emit` caught
+
+
 def start_logging(workdir: Path | None = None) -> None:
     """Sends the log to standard output and, if there is one, to `workdir/train.log`, a plain line each."""
     log.handlers.clear()
@@ -435,7 +443,7 @@ def start_logging(workdir: Path | None = None) -> None:
     log.propagate = False
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if workdir:
-        handlers.append(logging.FileHandler(workdir / "train.log"))
+        handlers.append(LogFile(workdir / "train.log"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
@@ -454,11 +462,14 @@ def main(argv: list[str]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         fail(str(error))
-    start_logging(workdir)
     try:
+        start_logging(workdir)
         log.info(train(setup, monitor, workdir))
-    except (NonFiniteLoss, ConfigError, CheckpointError, data.DataError, OSError) as error:
+    except (NonFiniteLoss, ConfigError, CheckpointError, data.DataError, WeightsError) as error:
         fail(str(error))
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fail(f"{error}" + (f": make room for {workdir}; the same command continues" if full else ""))
 
 
 def fail(message: str) -> NoReturn:
