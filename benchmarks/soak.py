@@ -28,6 +28,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import runpy
 import shutil
 import signal
@@ -35,7 +36,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -75,12 +76,20 @@ class Outcome:
     violations: list[str]
 
 
-def schedule(seed: int, mean_delay: float) -> Iterator[Event]:
+def schedule(seed: int, mean_delay: float, kinds: Sequence[str] = KINDS) -> Iterator[Event]:
     """Endless events: every kind once in random order, then again; delays are uniform from 0 to twice their mean."""
     rng = np.random.default_rng(seed)
     while True:
-        for kind in rng.permutation(KINDS):
+        for kind in rng.permutation(kinds):
             yield Event(str(kind), float(rng.uniform(0, 2 * mean_delay)), int(rng.integers(2**31)))
+
+
+def patiently(seconds: float) -> Iterator[None]:
+    """Every so often until that time has passed; a time in which this program itself was stopped does not count."""
+    while seconds > 0:
+        yield
+        time.sleep(0.2)
+        seconds -= 0.2
 
 
 class Run:
@@ -119,19 +128,19 @@ class Run:
 
     def wait_to_train(self) -> bool:
         """Waits until it is past its start-up; false when it ended before."""
-        deadline = time.monotonic() + PATIENCE
-        while "first step after" not in self.output() and time.monotonic() < deadline:
+        for _ in patiently(PATIENCE):
+            if "first step after" in self.output():
+                return True
             if self.process.poll() is not None:
-                return False
-            time.sleep(0.2)
-        return True
+                break
+        return False
 
     def wait(self, seconds: float) -> int | None:
         """Its exit code, None when it is still there after that time."""
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return None
+        for _ in patiently(seconds):
+            if self.process.poll() is not None:
+                break
+        return self.process.returncode
 
     def kill(self) -> None:
         """Ends it, if it is still there."""
@@ -157,15 +166,13 @@ class Run:
 
     def left_over(self) -> str:
         """Which processes have outlived it, after some seconds to end; orphans are ours to collect when they have."""
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
+        for _ in patiently(30):
             for pid, state in self.members().items():
                 if state == "Z":
                     with contextlib.suppress(ChildProcessError):
                         os.waitpid(pid, os.WNOHANG)
             if not self.members():
                 return ""
-            time.sleep(0.2)
         return ", ".join(f"{pid} {state} {_command(pid).decode()[:60]}" for pid, state in self.members().items())
 
     def checkpoints(self) -> list[int]:
@@ -233,6 +240,7 @@ class Trouble:
 
     def __init__(self, run: Run, disk: Path | None, images: Path) -> None:
         self._run, self._disk, self._images = run, disk, images
+        self._shared: list[str] = []  # shared memory that was left before
         self._cut = 0  # the step of a checkpoint that was cut short since the last start
 
     def happen(self, event: Event) -> Outcome:
@@ -262,12 +270,13 @@ class Trouble:
             before = before if was_cut else run.checkpoints()
             getattr(self, f"_{event.kind}")(outcome, rng)
         if run.process.poll() is None:
-            os.killpg(run.process.pid, signal.SIGKILL)
-            outcome.violations.append("it hangs")
+            outcome.violations.append(f"it hangs, with processes in the states {run.members()}")
+            run.process.kill()
             run.wait(PATIENCE)
         if left := run.left_over():
             outcome.violations.append(f"processes are left: {left}")
-        if shared := _shared_memory():
+        before_that, self._shared = self._shared, _shared_memory()
+        if shared := sorted(set(self._shared) - set(before_that)):
             outcome.violations.append(f"shared memory is left: {', '.join(shared)}")
         after = run.checkpoints()
         outcome.checkpoint = after[-1] if after else None
@@ -507,7 +516,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
     whole, memory = Run(workdir / "unbroken", workdir / "unbroken.log", command), Memory()
     try:
         trouble = Trouble(broken, disk if small else None, images)
-        for event in schedule(options.seed, options.delay):
+        for event in schedule(options.seed, options.delay, options.kinds):
             outcome = trouble.happen(event)
             outcomes.append(outcome)
             state = "; ".join(outcome.violations) or "as promised"
@@ -536,6 +545,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
     finally:
         broken.kill()
         whole.kill()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     slopes = memory.slopes()
     for who in ("main", "workers"):
         if slopes[f"{who}_mb_per_hour"] > options.leak:
@@ -548,6 +558,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
         "seed": options.seed,
         "minutes": (time.monotonic() - begun) / 60,
         "unbroken_minutes": taken / 60,
+        "cpu_minutes": (used.ru_utime + used.ru_stime) / 60,
         "steps": steps,
         "memory": slopes,
         "put_aside": aside,
@@ -581,6 +592,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="also write all of it to this JSON file")
     parser.add_argument("--images", type=int, default=60, help="photographs that are used (default: 60)")
     parser.add_argument("--delay", type=float, default=25, help="mean seconds until an event (default: 25)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of events (default: all)")
     parser.add_argument("--leak", type=float, default=100, help="MB/hour that are too much (default: 100)")
     options = parser.parse_args()
     for path in (options.teacher, options.gt, options.val):
@@ -588,6 +600,7 @@ def main() -> None:
             sys.exit(f"error: {path} does not exist")
     if options.workdir.exists():
         sys.exit(f"error: --workdir {options.workdir} exists; give a new folder")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end with this program
     ISOLATED = isolate()
     result = soak(options)
     if options.output:
