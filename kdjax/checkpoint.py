@@ -43,8 +43,9 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int) -> None:
         # Orbax reports every file at INFO, at WARNING that a checkpoint between validations has no metrics, and at
-        # ERROR the traceback of what it raises as well.
-        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        # ERROR the traceback of what it raises as well, some of it through asyncio.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         _put_damaged_aside(directory)
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
