@@ -2,28 +2,34 @@
 
 A checkpoint is the whole state of the step. The data pipeline needs none of its own: it is a pure function of the
 seed and the sample number, and the next sample follows from the step. A checkpoint appears whole or not at all, so a
-killed run finds its last complete one. All processes of a run save and restore, in a folder that they share. Orbax
-types stay inside this file.
+killed run finds its last complete one. One that the disk damaged later is put aside, and the run continues from the one
+before. All processes of a run save and restore, in a folder that they share. Orbax types stay inside this file.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import shutil
+import sys
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+import tensorstore
 from orbax.checkpoint.checkpoint_managers import preservation_policy as policies
 
-from kdjax.sharding import AgreedError
+from kdjax.sharding import AgreedError, exchange, is_first
 
 BEST_METRIC = "psnr"
 
+log = logging.getLogger("kdjax")
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not belong to this run; the message says what to do."""
+    """A checkpoint that cannot be written or read, or belongs to another run; the message says what to do."""
 
 
 class Checkpoints:
@@ -32,11 +38,19 @@ class Checkpoints:
     Args:
       directory: created when missing.
       keep: how many of the latest checkpoints stay; the one with the best PSNR stays besides.
+
+    Raises:
+      CheckpointError: there are checkpoints and all of them are damaged.
     """
 
     def __init__(self, directory: Path, *, keep: int) -> None:
-        # Orbax reports every file at INFO, and at WARNING that a checkpoint between validations has no metrics.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        # Orbax reports every file at INFO, at WARNING that a checkpoint between validations has no metrics, and at
+        # ERROR the traceback of what it raises as well, some of it through asyncio.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        # By one process, before any of them looks which checkpoints there are.
+        if problem := exchange(_put_damaged_aside(directory) if is_first() else "")[0]:
+            raise CheckpointError(problem)
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics[BEST_METRIC], n=1, keep_checkpoints_without_metrics=False
         )
@@ -51,12 +65,27 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Self:
+        # When one array cannot be written, Orbax closes its event loop, and every other array that is on its way then
+        # prints the traceback of that. What went wrong is raised.
+        self._hook = sys.unraisablehook
+
+        def report(unraisable: sys.UnraisableHookArgs) -> None:
+            if str(unraisable.exc_value) != "Event loop is closed":
+                self._hook(unraisable)
+
+        sys.unraisablehook = report
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # Closing waits for the other processes. After an error that they do not know of they would not come.
-        if kind is None or issubclass(kind, AgreedError) or jax.process_count() == 1:
-            self._manager.close()
+        try:
+            # Closing waits for the other processes. After an error that they do not know of they would not come.
+            if kind is None or issubclass(kind, AgreedError) or jax.process_count() == 1:
+                self._manager.close()
+        except (ValueError, OSError) as error:
+            if kind is None:  # else what ended the run says more
+                raise self._not_written(error) from error
+        finally:
+            sys.unraisablehook = self._hook
 
     @property
     def latest(self) -> int | None:
@@ -69,18 +98,25 @@ class Checkpoints:
         return self._manager.best_step()
 
     def save(self, state: Any, *, psnr: float | None = None) -> None:
-        """Writes the state in the background under its own step; a step that is already there is left alone."""
+        """Writes the state in the background under its own step; a step that is already there is left alone.
+
+        Raises:
+          CheckpointError: this one or the one before, which was still being written, failed; the disk is full.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         metrics = None if psnr is None else {BEST_METRIC: psnr}
-        self._manager.save(step, args=ocp.args.StandardSave(_as_dict(state)), metrics=metrics)
+        try:
+            self._manager.save(step, args=ocp.args.StandardSave(_as_dict(state)), metrics=metrics)
+        except (ValueError, OSError) as error:
+            raise self._not_written(error) from error
 
     def restore(self, like: Any) -> Any:
         """The newest checkpoint, with the structure, types and shardings of the state `like`.
 
         Raises:
-          CheckpointError: it cannot be read, or holds other arrays than `like`.
+          CheckpointError: it holds other arrays than `like`.
         """
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _as_dict(like)
@@ -94,6 +130,53 @@ class Checkpoints:
             ) from error
         return dataclasses.replace(like, **restored)
 
+    def _not_written(self, error: Exception) -> CheckpointError:
+        complete = self._manager.all_steps(read=True)
+        last = f"the last complete one is of step {max(complete):,}" if complete else "there is no complete one yet"
+        return CheckpointError(
+            f"a checkpoint could not be written to {self._manager.directory}: {error}. Make room or mend the disk; the"
+            f" same command continues, and {last}"
+        )
+
 
 def _as_dict(state: Any) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _put_damaged_aside(directory: Path) -> str:
+    """Renames checkpoints that cannot be read, as long as another one can, and returns why none can be used, or "".
+
+    Truncated and missing files are seen, flipped bits inside the arrays are not. It is done before Orbax looks at the
+    folder, since a damaged file makes it raise something that tells little, or print hundreds of lines.
+    """
+    steps = [path for path in directory.glob("*") if path.name.isdigit() and path.is_dir()]
+    faults = {path: fault for path in steps if (fault := _fault(path))}
+    if steps and len(faults) == len(steps):
+        return (
+            f"no checkpoint in {directory} can be read: {'; '.join(faults.values())}. Look at the disk; give a new"
+            " --workdir, or remove that folder to start anew"
+        )
+    for path, fault in faults.items():
+        aside = path.with_name(f"{path.name}.damaged")
+        log.warning(f"WARNING: THE CHECKPOINT OF STEP {int(path.name):,} IS DAMAGED AND PUT ASIDE AS {aside}: {fault}")
+        shutil.rmtree(aside, ignore_errors=True)  # of the same step, from before
+        try:
+            path.rename(aside)
+        except OSError as error:
+            return f"the damaged checkpoint {path} cannot be put aside: {error}. Remove it; the same command continues"
+    return ""
+
+
+def _fault(path: Path) -> str:
+    """What keeps a checkpoint from being read; empty when nothing does."""
+    arrays = path / "default"
+    described = [arrays / "_METADATA", *(arrays / "array_metadatas").glob("*"), *path.glob("metrics/metrics")]
+    try:
+        for file in described:
+            json.loads(file.read_bytes())
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": arrays.absolute().as_uri() + "/"}).result()
+        for read in [store.read(name) for name in store.list().result()]:
+            read.result()
+    except (ValueError, OSError) as error:
+        return f"{path.name}: {error}"
+    return ""

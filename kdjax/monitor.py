@@ -169,6 +169,10 @@ class Monitor:
     def _save_pictures(self, step: int, outputs: dict[int, np.ndarray], workdir: Path, logbook: Logbook) -> None:
         if not outputs or not sharding.is_first():
             return
+        folder = workdir / "val" / f"{step:07}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".*"):  # half-written when a run was killed here
+            left.unlink()
         teacher_outputs = {}
         if self._teacher:
             images = [self.samples[position].lq for position in outputs]
@@ -178,9 +182,7 @@ class Monitor:
             sample = self.samples[position]
             images = [validation.input_picture(sample), output, teacher_outputs.get(position), sample.gt]
             picture = _side_by_side([image for image in images if image is not None])
-            path = workdir / "val" / f"{step:07}" / f"{Path(sample.name).stem}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            data.write_image(path, picture)
+            data.write_image(folder / f"{Path(sample.name).stem}.png", picture)
             logbook.image(step, f"val/{sample.name}", picture)
 
 

@@ -14,6 +14,7 @@ step, log, validate, save. The same command started again continues from the las
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import importlib.util
 import logging
@@ -41,7 +42,7 @@ from kdjax.schedules import make_schedule
 from kdjax.signals import StopSignals
 from kdjax.teachers import Teacher, load_teacher
 from kdjax.terms import make_terms, needs_teacher
-from kdjax.weights import load_weights, save_model
+from kdjax.weights import WeightsError, load_weights, save_model
 
 log = logging.getLogger("kdjax")
 
@@ -454,6 +455,13 @@ def describe(model: models.Model) -> str:
     )
 
 
+class LogFile(logging.FileHandler):
+    """A log file that ends the run when it cannot be written, as its other files do, and prints no tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise  # what `emit` caught
+
+
 def start_logging(workdir: Path | None = None, *, process: int = 0) -> None:
     """Sends the log to standard output and, if there is one, to `workdir/train.log`, a plain line each.
 
@@ -464,7 +472,7 @@ def start_logging(workdir: Path | None = None, *, process: int = 0) -> None:
     log.propagate = False
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if workdir and not process:
-        handlers.append(logging.FileHandler(workdir / "train.log"))
+        handlers.append(LogFile(workdir / "train.log"))
     for handler in handlers:
         who = f"process {process}: " if process else ""
         handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
@@ -496,10 +504,12 @@ def main(argv: list[str]) -> None:
         agreement.check(problem, lambda: shared_facts(setup, monitor), workdir)
         start_logging(workdir, process=process)
         log.info(train(setup, monitor, workdir))
-    except (sharding.AgreedError, ConfigError, CheckpointError) as error:  # which all processes meet
+    except (sharding.AgreedError, ConfigError) as error:  # which all processes meet
         fail(str(error))
-    except (data.DataError, OSError) as error:
-        fail(str(error), alone=jax.process_count() > 1)
+    except (CheckpointError, WeightsError, data.DataError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        more = f": make room for {workdir}; the same command continues" if full else ""
+        fail(f"{error}{more}", alone=jax.process_count() > 1)
     except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise

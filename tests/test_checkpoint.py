@@ -1,6 +1,8 @@
 """Checkpoints: the latest and the best stay, states come back bit for bit, and other states are refused."""
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -67,3 +69,42 @@ def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
         pytest.raises(CheckpointError, match="does not fit this run"),
     ):
         checkpoints.restore(make_state(0, "adamw", weight_decay=0.1))
+
+
+@pytest.mark.parametrize("file", ["default/manifest.ocdbt", "default/d/*", "default/_METADATA", "metrics/metrics"])
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(
+    tmp_path: Path, file: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(make_state(step), psnr=20.0)
+    damaged = next((tmp_path / "2").glob(file))
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest == 1
+        jax.tree.map(np.testing.assert_array_equal, make_state(1), checkpoints.restore(make_state(0)))
+        checkpoints.save(make_state(2))
+    assert "THE CHECKPOINT OF STEP 2 IS DAMAGED" in caplog.text and str(tmp_path / "2.damaged") in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "2.damaged"}
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_touched(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(make_state(step))
+    for step in ("1", "2"):
+        shutil.rmtree(tmp_path / step / "default" / "d")
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read: .*to start anew"):
+        Checkpoints(tmp_path, keep=2)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    with (
+        pytest.raises(CheckpointError, match=r"could not be written to .*checkpoints"),
+        Checkpoints(folder, keep=1) as c,
+    ):
+        shutil.rmtree(folder)
+        folder.write_text("in the way")
+        c.save(make_state(1))

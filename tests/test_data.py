@@ -561,6 +561,17 @@ def test_pairs_of_wrong_sizes_are_replaced(tmp_path: Path) -> None:
     assert "scale 2 gt should be 54x40" in data.damaged["1.png"]
 
 
+def test_a_killed_worker_is_told(tmp_path: Path) -> None:
+    pairs = make_images(tmp_path, 3)
+    with training_batches(pairs, crop=16, batch_size=4, seed=5, workers=1) as data:
+        next(data)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        with pytest.raises(DataError, match=r"was killed \(.*exit code -9\)"):
+            for _ in range(10):  # some batches are here already
+                next(data)
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_data_set_of_damaged_files_stops(tmp_path: Path, workers: int) -> None:
     pairs = make_images(tmp_path, 3)

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from kdjax.logbook import Logbook, read_json, write_json
 
 
@@ -42,5 +44,14 @@ def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
 def test_json_files_appear_whole(tmp_path: Path) -> None:
     assert read_json(tmp_path / "x.json") == {}
     write_json(tmp_path / "x.json", {"a": 1})
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_full_disk_leaves_the_file_and_nothing_else(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": 1})
+    (tmp_path / "x.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "x.json", {"a": 2})
     assert read_json(tmp_path / "x.json") == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

@@ -121,8 +121,11 @@ def test_killed_and_started_again_gives_the_numbers_of_an_unbroken_run(
     # What a kill in the middle of a line leaves behind.
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "loss/to')
+    (workdir / "val" / "0000012").mkdir(parents=True)
+    (workdir / "val" / "0000012" / ".0.123.456.png").touch()
     run(workdir, "--config.train.steps=12")
     assert rows(workdir) == rows(finished[0])
+    assert not list(workdir.rglob(".*"))
     assert (workdir / "student.pth").read_bytes() == (finished[0] / "student.pth").read_bytes()
 
 
@@ -168,6 +171,13 @@ def test_a_diverging_run_stops_with_step_and_values_and_keeps_its_good_checkpoin
     assert "config changed since the last start: train.lr.value: 0.0002 -> 1e+38" in output
     assert "error: step " in output and "loss or its gradient is not finite (" in output and "Traceback" not in output
     assert {path.name for path in (workdir / "checkpoints").iterdir()} <= {"2", "4", "6"}
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    output = run(tmp_path, code=1)
+    message = f"error: [Errno 28] No space left on device: make room for {tmp_path}; the same command continues"
+    assert output.splitlines()[-1] == message and "Traceback" not in output
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,15 @@ class TrainingData(Iterator[dict[str, np.ndarray]]):
     def __next__(self) -> dict[str, np.ndarray]:
         if not self._open:
             raise ValueError("the training data were closed")
-        batch = next(self._open[0])
+        try:
+            batch = next(self._open[0])
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):  # Grain has no type of its own for a worker that is gone
+                raise
+            raise DataError(
+                f"a process that loads training images was killed ({str(error).partition('. ')[0]}). Often the machine"
+                " ran out of memory: lower data.workers or data.cache_mb, or just start the same command again"
+            ) from None
         for number in batch.pop("damaged").tolist():
             if number >= 0:
                 self.replaced += 1
