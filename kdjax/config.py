@@ -44,6 +44,7 @@ class Teacher:
     mix: tuple = ()  # weights of that average, one for each teacher; () weighs them equally
     self_ensemble: bool = False  # average over the eight flips and turns: eight times the cost
     dtype: str = "float32"
+    cache: str = ""  # folder of the teacher's answers that `python -m kdjax.cache` wrote; "" asks the teacher itself
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ argument of the step, and never in the state, the optimizer or a checkpoint. The
 A batch has `gt` (b, h, w, c), uint8 or float in [0, 1], and `lq` (the same, h and w over the scale) or `index` (b,),
 the global numbers of its samples, from which the noise is drawn: the noise of a sample depends on the key and its
 number only, not on devices, processes or workers. It may have `labelled` (b,), false where only the teacher knows
-what the clean image is, and with `lq` also `is_paired` (b,), false where lq is made from gt all the same.
+what the clean image is, and with `lq` also `is_paired` (b,), false where lq is made from gt all the same. One from a
+cache has `teacher`, {"output": ..., "features": {name: ...}}: what the teacher says of lq, which then is not asked.
 
 `train_step` is `observe` and then `learn`, so that several students can learn from one teacher's forward pass.
 """
@@ -22,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ from kdjax.names import pick
 from kdjax.schedules import Schedule
 from kdjax.terms import Context, Forward, Setting, Term, Tree
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # of arrays, and of one such dict, `teacher`
 Metrics = dict[str, jax.Array]
 
 # A weight given as a share of the gradient is measured anew after so many steps: it costs one backward pass a term.
@@ -172,7 +173,8 @@ def train_step(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: ja
 
 
 def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
-    """Degrades the batch, and runs the teacher if one of the `recipes`, at its step, has use for it."""
+    """Degrades the batch, and runs the teacher if one of the `recipes`, at its step, has use for it and its answers did
+    not come with the batch."""
     recipes = list(recipes)
     gt, lq = make_pair(recipes[0], batch, key)
     index = _sample_numbers(batch)
@@ -181,6 +183,9 @@ def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree,
     users = [(t, step) for recipe, step in zip(recipes, steps, strict=True) for t in recipe.terms if t.needs_teacher]
     if not users:
         return Scene(gt, lq, labelled, None, keys)
+    if "teacher" in batch:
+        answers = jax.tree.map(lambda array: array.astype(jnp.float32), batch["teacher"])
+        return Scene(gt, lq, labelled, Forward(answers["output"], answers["features"]), keys)
     teacher_apply = next(recipe.teacher for recipe in recipes if recipe.teacher)
     run = lambda: Forward(*teacher_apply(frozen["teacher"], lq))  # noqa: E731
     if not all(term.sometimes_off for term, _ in users):

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 
 
 def to_float(image: jax.Array) -> jax.Array:
-    """uint8 [0, 255] -> float32 [0, 1]; a float image comes back as it is."""
-    return image.astype(jnp.float32) / 255 if image.dtype == jnp.uint8 else image
+    """uint8 [0, 255] -> float32 [0, 1]; of a float image only the precision becomes float32."""
+    floats = image.astype(jnp.float32)
+    return floats / 255 if image.dtype == jnp.uint8 else floats
 
 
 def to_uint8(image: jax.Array) -> jax.Array:

@@ -245,10 +245,10 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def shard_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Puts this process's part of a batch onto its devices; the first axes must divide by the device count."""
     sharding = split_batch(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
 from kdjax import config as config_lib
-from kdjax import data, degradations, distill, ops, train
+from kdjax import data, degradations, distill, ops, targets, train
 from kdjax.data import DataError
 from kdjax.degradations import realesrgan
 from kdjax.degradations.resize import MODES
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
         if output.suffix.lower() not in data.IMAGE_SUFFIXES:
             raise ValueError(f"--output={output} must end in one of {', '.join(data.IMAGE_SUFFIXES)}")
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
-        setup = train.prepare(config)
+        setup = train.prepare(targets.without_cache(config))
         data.write_image(output, draw_sheet(setup, count=flags.FLAGS.count, step=flags.FLAGS.step))
     except (ValueError, OSError, DataError) as error:
         train.fail(str(error))

@@ -294,7 +294,7 @@ def make_result(group: Group, column: str, state: distill.State, baseline: Basel
         "column": column,
         "seed": setup.config.seed,
         "steps": setup.config.train.steps,
-        "macs_per_step": step_macs(setup, state, group.frozen_of(column), batch_shapes(setup)),
+        "macs_per_step": step_macs(setup, state, group.frozen_of(column), train.batch_shapes(setup)),
         "teacher": group.teacher.identity,
         "student": train.describe(setup.student),
         "curve": [[row["step"], row["val/student_psnr"]] for row in rows if "val/student_psnr" in row],
@@ -334,17 +334,6 @@ def step_macs(setup: train.Setup, state: distill.State, frozen: Mapping[str, Any
     if not state.balance:
         return plain
     return plain + (count(setup.recipe, state) - plain) // distill.SHARES_EVERY
-
-
-def batch_shapes(setup: train.Setup) -> distill.Batch:
-    """The shapes of a training batch."""
-    options, channels, scale = setup.config.data, models.num_channels(setup.student), models.scale_of(setup.student)
-    side = train.loaded_side(setup)
-    image = lambda side: jax.ShapeDtypeStruct((options.batch_size, side, side, channels), np.uint8)  # noqa: E731
-    number = lambda dtype: jax.ShapeDtypeStruct((options.batch_size,), dtype)  # noqa: E731
-    batch = {"gt": image(side), "index": number(np.int32)}
-    batch |= {"lq": image(side // scale)} if options.lq else {}
-    return batch | ({"is_paired": number(bool)} if options.unpaired else {})
 
 
 def measure_baseline(samples: list[Sample], teacher: Teacher) -> Baseline:
@@ -445,7 +434,7 @@ def _compute(config: Config) -> int:
     setup = train.prepare(config)
     state = distill.init_state(setup.recipe, setup.student.params)
     frozen = distill.make_frozen(setup.recipe.terms, setup.teacher and setup.teacher.params)
-    return config.train.steps * step_macs(setup, state, frozen, batch_shapes(setup))
+    return config.train.steps * step_macs(setup, state, frozen, train.batch_shapes(setup))
 
 
 def _parse_column(column: str, settings: Mapping[str, Any]) -> Config:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from kdjax import agreement, assets, data, distill, models, sharding
+from kdjax import agreement, assets, data, distill, models, sharding, targets
 from kdjax import config as config_lib
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
@@ -63,6 +63,7 @@ class Setup:
     pairs: list[data.ImagePair]
     unlabelled: list[data.ImagePair]
     unpaired: list[data.ImagePair]
+    cache: data.Cache | None = None  # where the batches and the teacher's answers come from, with config.teacher.cache
 
 
 def prepare(config: Config) -> Setup:
@@ -141,7 +142,17 @@ def prepare(config: Config) -> Setup:
             meta_info=config.data.unpaired_meta_info or None,
             what="unpaired",
         )
-    return Setup(config, mesh, student, teacher, recipe, pairs, unlabelled, unpaired)
+    setup = Setup(config, mesh, student, teacher, recipe, pairs, unlabelled, unpaired)
+    if not config.teacher.cache:
+        return setup
+    cache, recipe = targets.open_for(config, recipe, teacher, sample_settings(setup))
+    return dataclasses.replace(setup, cache=cache, recipe=recipe)
+
+
+def sample_settings(setup: Setup) -> dict[str, object]:
+    """All that the samples of this run follow from; see `kdjax.targets`."""
+    kinds = {"gt": setup.pairs, "unlabelled": setup.unlabelled, "unpaired": setup.unpaired}
+    return targets.settings(setup.config, setup.student, setup.teacher, kinds, side=loaded_side(setup))
 
 
 def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
@@ -179,7 +190,7 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
     """
     config, recipe = setup.config, setup.recipe
     state = sharding.replicate(distill.init_state(recipe, setup.student.params), setup.mesh)
-    teacher_params = setup.teacher and setup.teacher.params
+    teacher_params = setup.teacher.params if recipe.teacher else None
     frozen = sharding.replicate(distill.make_frozen(recipe.terms, teacher_params), setup.mesh)
     on_mesh = functools.partial(sharding.on_mesh, setup.mesh)
     step_fn = on_mesh(jax.jit(functools.partial(distill.train_step, recipe), donate_argnums=0))
@@ -275,9 +286,21 @@ def export(student: models.Model, params: models.Params, workdir: Path) -> None:
         save_model(trained, workdir / f"student{suffix}")
 
 
-def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
-    """The training batches from step `start_step` on."""
+def open_batches(setup: Setup, *, start_step: int, whole: bool = False) -> data.TrainingData:
+    """The training batches from step `start_step` on: this process's part of them, or `whole` ones."""
     config = setup.config.data
+    process = dict(process_index=0, process_count=1)
+    if not whole:
+        process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    if setup.cache:
+        return data.cached_batches(
+            setup.cache,
+            batch_size=config.batch_size,
+            seed=setup.config.seed,
+            start_step=start_step,
+            workers=config.workers,
+            **process,
+        )
     return data.training_batches(
         setup.pairs,
         unlabelled=setup.unlabelled,
@@ -294,8 +317,7 @@ def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
         rot=config.rot,
         workers=config.workers,
         cache_mb=config.cache_mb,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **process,
     )
 
 
@@ -303,6 +325,11 @@ def loaded_side(setup: Setup) -> int:
     """The side of the gt squares that are loaded: the canvas if something is degraded on it, else the crop."""
     options = setup.config.data
     return options.canvas if options.canvas and setup.recipe.degrade else options.crop
+
+
+def batch_shapes(setup: Setup) -> distill.Batch:
+    """The shapes of a training batch."""
+    return targets.batch_shapes(setup.config, setup.student, side=loaded_side(setup), cache=setup.cache)
 
 
 def fetch(pending: list[tuple[int, distill.Metrics]]) -> dict[str, float]:
@@ -421,6 +448,9 @@ def report(setup: Setup) -> None:
         log.info(f"teacher: {setup.teacher.identity}")
         for file in setup.teacher.files:
             log.info(f"teacher: {file.path}, {file.layout} layout, weights under {file.key!r}, {describe(file.model)}")
+    if setup.cache:
+        rounds = config.train.steps * config.data.batch_size / setup.cache.samples
+        log.info(f"the teacher's answers: {setup.cache.samples:,} samples of {setup.cache.folder}, {rounds:.1f} times")
     log.info(f"student: {describe(setup.student)}")
     warn_of_other_degradation(setup)
 

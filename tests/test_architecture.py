@@ -14,10 +14,10 @@ FLOORS = [
     {"data", "weights", "checkpoint", "logbook", "ladder", "basicsr", "agreement"},  # the world outside
     {"terms", "teachers", "cost"},  # the losses of a config, and its teacher; what a model costs
     {"distill", "tiles"},  # the step; a trained model over images of any size
-    {"validation"},  # measuring
+    {"validation", "targets"},  # measuring; what the teacher said of a run, kept
     {"monitor", "report", "tradeoff"},  # what was measured, written down
     {"train", "evaluate", "restore", "export", "demo"},  # programs
-    {"study", "show", "compare"},  # programs over programs
+    {"study", "show", "compare", "cache"},  # programs over programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Modules that others of their floor may use: how names are looked up, and the VGG of losses and of LPIPS.

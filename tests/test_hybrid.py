@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdjax import study, train
+from kdjax import train
 from kdjax.config import ConfigError, parse
 from kdjax.data import DataError, ImagePair, find_pairs, find_unlabelled, training_batches, write_image
 
@@ -192,7 +192,7 @@ def test_pairs_alone_are_loaded_at_the_size_of_the_crop(sources: Sources, tmp_pa
     setup = train.prepare(parse(config(tmp_path, canvas=12)))
     with train.open_batches(setup, start_step=0) as batches:
         assert next(batches)["gt"].shape == (8, 8, 8, 3)
-    assert study.batch_shapes(setup)["gt"].shape == study.batch_shapes(setup)["lq"].shape == (8, 8, 8, 3)
+    assert train.batch_shapes(setup)["gt"].shape == train.batch_shapes(setup)["lq"].shape == (8, 8, 8, 3)
 
 
 def test_crop_and_canvas_are_multiples_of_the_scale(sources: Sources, tmp_path: Path) -> None:

@@ -368,7 +368,7 @@ def test_without_the_library_the_message_says_so(tmp_path: Path, monkeypatch: py
     (pair, *_) = find_pairs(gt=packed(folder))
     shards._reader.cache_clear()
     monkeypatch.setitem(sys.modules, "array_record.python", None)
-    with pytest.raises(ImageError, match="packs need the package array-record"):
+    with pytest.raises(ImageError, match="packs and caches need the package array-record"):
         read_image(pair.gt)
-    with pytest.raises(shards.PackError, match="packs need the package array-record"):
+    with pytest.raises(shards.PackError, match="packs and caches need the package array-record"):
         program.pack(folder, str(tmp_path / "out"), tell=lambda line: None)

@@ -33,12 +33,6 @@ import numpy as np
 from kdjax.data import shards
 from kdjax.data.images import ImageError, inspect_image
 from kdjax.data.sources import DataError, ImagePair, find_pairs, shortened
-from kdjax.data.writing import whole_file
-
-# Chunks of their own for every record, so that one image can be read without its neighbours; compressing pixels
-# would save little and cost the speed that packs are for.
-_WRITING = "group_size:1,uncompressed"
-_SUFFIX = ".arrayrecord"
 
 Facts = tuple[str, int, int]  # of a file: name, bytes, time of the last change
 
@@ -127,7 +121,7 @@ class _Journal:
         """Keeps these shards, the first ones of the journal, and removes the lines and the files of others."""
         self._file.truncate(sum(len(_line(shard)) for shard in written))
         names = {shard["file"] for shard in written}
-        for path in self.out.glob(f"*{_SUFFIX}"):
+        for path in self.out.glob(f"*{shards.SUFFIX}"):
             if path.name not in names:
                 path.unlink()
 
@@ -158,13 +152,13 @@ def _usable_shards(journal: _Journal, images: Sequence[ImagePair], shard_mb: int
     """The shards of an earlier run up to the first that does not fit the folder, and whether they are a whole pack."""
     out = journal.out
     finished = (out / shards.INDEX).exists()
-    written = shards.read_index(str(out))["shards"] if finished else journal.read()
+    written = shards.PACK.read_index(str(out))["shards"] if finished else journal.read()
     fits: list[dict[str, Any]] = []
     position = 0
     for number, shard in enumerate(written):
         end = position + _count(shard)
         sources = _sources(shard_mb, [_facts(image) for image in images[position:end]])
-        same = shard["file"] == _file_name(number) and shard["sources"] == sources
+        same = shard["file"] == shards.file_name(number) and shard["sources"] == sources
         path = out / shard["file"]
         if not same or end > len(images) or not path.exists() or path.stat().st_size != shard["bytes"]:
             break
@@ -193,7 +187,6 @@ def _new_shards(
     Raises:
       PackError: a shard cannot be written.
     """
-    module = shards.array_record()
     started = told = time.monotonic()
     first = done
     decoded = _decoded(images[done:], threads)
@@ -202,32 +195,25 @@ def _new_shards(
         damaged: dict[str, str] = {}
         sources: list[Facts] = []
         size = 0
-        path = out / _file_name(number)
-        try:
-            with whole_file(path) as temporary:
-                writer = module.ArrayRecordWriter(str(temporary), _WRITING)
-                while done < len(images) and size < shard_mb * 2**20:
-                    image, facts, pixels = next(decoded)
-                    done += 1
-                    sources.append(facts)
-                    if isinstance(pixels, str):
-                        damaged[image.name] = pixels
-                    else:
-                        writer.write(pixels.tobytes())
-                        records.append([image.name, len(records), *pixels.shape])
-                        size += pixels.nbytes
-                    if time.monotonic() - told > 5:
-                        told = time.monotonic()
-                        rate = (done - first) / (told - started)
-                        tell(f"{done} of {len(images)} images, {rate:.0f} images/s, shard {path.name}")
-                writer.close()
-                _check_shard(module, temporary, len(records))
-                file_size = temporary.stat().st_size
-        except (RuntimeError, OSError) as error:  # a full disk, for example
-            raise shards.PackError(f"{str(path)!r} cannot be written: {error}") from None
+        path = out / shards.file_name(number)
+        with shards.new_shard(path) as write:
+            while done < len(images) and size < shard_mb * 2**20:
+                image, facts, pixels = next(decoded)
+                done += 1
+                sources.append(facts)
+                if isinstance(pixels, str):
+                    damaged[image.name] = pixels
+                else:
+                    write(pixels.tobytes())
+                    records.append([image.name, len(records), *pixels.shape])
+                    size += pixels.nbytes
+                if time.monotonic() - told > 5:
+                    told = time.monotonic()
+                    rate = (done - first) / (told - started)
+                    tell(f"{done} of {len(images)} images, {rate:.0f} images/s, shard {path.name}")
         yield {
             "file": path.name,
-            "bytes": file_size,
+            "bytes": path.stat().st_size,
             "sources": _sources(shard_mb, sources),
             "images": records,
             "damaged": damaged,
@@ -255,36 +241,18 @@ def _decode(image: ImagePair) -> tuple[ImagePair, Facts, np.ndarray | str]:
         return image, facts, str(error).removeprefix(f"{image.gt}: ")
 
 
-def _check_shard(module: Any, path: Path, count: int) -> None:
-    reader = module.ArrayRecordReader(str(path))
-    found = reader.num_records() if reader.ok() else 0
-    reader.close()
-    if found != count:
-        raise OSError(f"{found} of {count} images arrived")
-
-
 def _write_index(out: Path, written: Sequence[dict[str, Any]]) -> None:
     index = {
-        "format": shards.FORMAT,
-        "version": shards.VERSION,
         "total": sum(len(shard["images"]) for shard in written),
         "damaged": sum(len(shard["damaged"]) for shard in written),
         "columns": ["name", "record", "height", "width", "channels"],  # of `images`
         "shards": list(written),
     }
-    try:
-        with whole_file(out / shards.INDEX) as temporary:
-            temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise shards.PackError(f"{str(out / shards.INDEX)!r} cannot be written: {error.strerror}") from None
+    shards.PACK.write_index(out, index)
 
 
 def _count(shard: dict[str, Any]) -> int:
     return len(shard["images"]) + len(shard["damaged"])
-
-
-def _file_name(number: int) -> str:
-    return f"{number:05}{_SUFFIX}"
 
 
 def _facts(image: ImagePair) -> Facts:
@@ -298,7 +266,7 @@ def _facts(image: ImagePair) -> Facts:
 
 def _sources(shard_mb: int, facts: Sequence[Facts]) -> str:
     """A hash of all that the bytes of a shard depend on."""
-    return hashlib.sha256(json.dumps([shards.VERSION, shard_mb, *facts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([shards.PACK.version, shard_mb, *facts]).encode()).hexdigest()
 
 
 def _line(shard: dict[str, Any]) -> bytes:

@@ -35,12 +35,13 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grain
 import numpy as np
 from absl import flags
 
+from kdjax.data.cached import Cache, CachedBatches
 from kdjax.data.images import ImageError, read_image
 from kdjax.data.samples import (
     LABELLED,
@@ -122,26 +123,49 @@ def training_batches(
         raise DataError("unpaired images stand beside pairs, and these have no lq files: give all clean images as gt")
     if unpaired and unpaired[0].lq is not None:
         raise DataError("unpaired images are clean, and these have lq files: find them without lq")
-    stream = Batches([main, *beside], process_index, process_count)
-    if start_step < 0:
-        raise DataError(f"start_step is {start_step}; it must be 0 or more")
-    if workers < 0:
-        raise DataError(f"workers is {workers}; it must be 0 (threads of this process) or more")
+    return TrainingData(Batches([main, *beside], process_index, process_count), start_step, workers)
+
+
+def cached_batches(
+    cache: Cache,
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainingData:
+    """Endless batches from a cache, from step `start_step` on: those of `training_batches`, with the teacher's answers.
+
+    A batch has `gt`, `index`, and where they were kept `lq` and `labelled`, as after everything that the device does to
+    them, and `teacher`: {"output": (b, h, w, c), "features": {name: (b, h, w, c)}}, in the precision of the cache.
+    After `cache.samples` samples the same ones come again, in another order.
+    """
+    stream = CachedBatches(
+        cache, batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count
+    )
     return TrainingData(stream, start_step, workers)
 
 
-class TrainingData(Iterator[dict[str, np.ndarray]]):
-    """What `training_batches` returns: an iterator. Close it, or use it in a `with` statement, to end workers.
+class TrainingData(Iterator[dict[str, Any]]):
+    """What `training_batches` and `cached_batches` return: an iterator.
+
+    Close it, or use it in a `with` statement, to end workers.
 
     `damaged` maps the name of every damaged image met so far by this process to the reason (the path, where two
     sources have the same name); each is also logged once. `replaced` counts the samples that drew another image
     instead.
     """
 
-    def __init__(self, stream: Batches, start_step: int, workers: int) -> None:
+    def __init__(self, stream: Batches | CachedBatches, start_step: int, workers: int) -> None:
+        if start_step < 0:
+            raise DataError(f"start_step is {start_step}; it must be 0 or more")
+        if workers < 0:
+            raise DataError(f"workers is {workers}; it must be 0 (threads of this process) or more")
         self.damaged: dict[str, str] = {}
         self.replaced = 0
-        self._reported: set[str] = set()
+        self._reported: set[int | str] = set()
         self._stream = stream
         # An element is a batch here, so buffers are counted in batches.
         reading = grain.ReadOptions(
@@ -159,7 +183,7 @@ class TrainingData(Iterator[dict[str, np.ndarray]]):
         self._open = [iter(batches)]
         self._finalizer = weakref.finalize(self, _close, self._open)
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> dict[str, Any]:
         if not self._open:
             raise ValueError("the training data were closed")
         try:
@@ -174,21 +198,19 @@ class TrainingData(Iterator[dict[str, np.ndarray]]):
         for number in batch.pop("damaged").tolist():
             if number >= 0:
                 self.replaced += 1
-                self._report(*self._stream.pair(number))
+                self._report(number)
         # Workers hand over shared memory that ends with Grain's array; JAX may keep it longer, so copy.
-        return {key: np.array(value) for key, value in batch.items()}
+        return _copied(batch)
 
-    def _report(self, samples: Samples, pair: ImagePair) -> None:
-        if pair.gt in self._reported:
+    def _report(self, number: int) -> None:
+        if number in self._reported:
             return
-        self._reported.add(pair.gt)
-        try:
-            samples.load(pair)
-            reason = f"{pair.gt}: could not be read at first, but could be when tried again"
-        except ImageError as error:
-            reason = str(error)
-        self.damaged[pair.gt if pair.name in self.damaged else pair.name] = reason
-        _logger.warning("damaged training image %s, replaced by others: %s", pair.name, reason)
+        name, path, reason = self._stream.explain(number)
+        known = path in self._reported  # by another number: an image may be of two kinds
+        self._reported |= {number, path}
+        if not known:
+            self.damaged[path if name in self.damaged else name] = reason
+            _logger.warning("damaged training image %s, replaced by others: %s", name, reason)
 
     def close(self) -> None:
         """Ends the workers and threads; safe to call twice."""
@@ -201,6 +223,10 @@ class TrainingData(Iterator[dict[str, np.ndarray]]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _copied(batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, dict) else np.array(value) for key, value in batch.items()}
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:

@@ -18,11 +18,11 @@ import numpy as np
 from kdjax.data.images import ImageError, read_image
 from kdjax.data.sources import DataError, ImagePair
 
-_DRAWS = 64  # images that one sample tries before the data set counts as unusable
-_STEPS = 2**31 - 1  # the length of the endless stream: Grain wants one
+DRAWS = 64  # images that one sample tries before the data set counts as unusable
+ENDLESS = 2**31 - 1  # the length of the endless stream: Grain wants one
 # Keep the random streams apart: those of epochs and samples, and within each those of the kinds of images.
 _ORDER, _SAMPLE = 0, 1
-LABELLED, UNLABELLED, UNPAIRED = 0, 2, 4
+LABELLED, UNLABELLED, UNPAIRED, CACHED = 0, 2, 4, 6
 
 
 class Samples:
@@ -64,13 +64,13 @@ class Samples:
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         epoch, position = divmod(number, len(self.pairs))
-        chosen = int(_epoch_order(len(self.pairs), self._seed, self._order, epoch)[position])
-        random = _generator(self._seed, self._sample, number)
+        chosen = int(epoch_order(len(self.pairs), self._seed, self._order, epoch)[position])
+        random = generator(self._seed, self._sample, number)
         # All draws but those for replacements come first: a damaged file leaves crop and flips as they are.
         row, column, *coins = random.random(5)
         first_damaged = -1
         tried: list[str] = []
-        for _ in range(_DRAWS):
+        for _ in range(DRAWS):
             try:
                 gt, lq = self.load(self.pairs[chosen])
                 break
@@ -81,7 +81,7 @@ class Samples:
             chosen = int(random.random() * len(self.pairs))
         else:
             some = "\n".join(f"  {reason}" for reason in tried[:5])
-            raise DataError(f"{_DRAWS} training images in a row could not be used; some of them:\n{some}")
+            raise DataError(f"{DRAWS} training images in a row could not be used; some of them:\n{some}")
 
         # Positions are drawn in lq pixels, so that gt and lq show the same part.
         grid = 1 if lq is None else self._scale
@@ -134,13 +134,7 @@ class Batches:
 
     def __init__(self, parts: Sequence[Part], process_index: int, process_count: int) -> None:
         batch_size = sum(part.count for part in parts)
-        if batch_size < 1 or process_count < 1 or batch_size % process_count:
-            raise DataError(
-                f"batch_size is {batch_size} for {process_count} processes; it counts the images of all "
-                "processes and must be a multiple of their number"
-            )
-        if not 0 <= process_index < process_count:
-            raise DataError(f"process_index is {process_index}; it must lie in 0 ... {process_count - 1}")
+        self._block = block_of_process(batch_size, process_index, process_count)
         for part in parts[1:]:
             if part.count < 1 or parts[0].count < 1:
                 raise DataError(
@@ -150,14 +144,12 @@ class Batches:
                 )
         self._parts = list(parts)
         self._batch_size = batch_size
-        self._rows = batch_size // process_count
-        self._first = process_index * self._rows
 
     def __len__(self) -> int:
-        return _STEPS
+        return ENDLESS
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        rows = [self._row(step, position) for position in range(self._first, self._first + self._rows)]
+        rows = [self._row(step, position) for position in self._block]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
     def _row(self, step: int, position: int) -> dict[str, np.ndarray]:
@@ -182,11 +174,16 @@ class Batches:
             free -= part.count
         return 0, position
 
-    def pair(self, number: int) -> tuple[Samples, ImagePair]:
-        """What the `damaged` number of a sample stands for, and the source that can load it."""
+    def explain(self, number: int) -> tuple[str, str, str]:
+        """Name and path of the image that the `damaged` number of a sample stands for, and what is wrong with it."""
         for part in self._parts:
             if number < len(part.samples.pairs):
-                return part.samples, part.samples.pairs[number]
+                pair = part.samples.pairs[number]
+                try:
+                    part.samples.load(pair)
+                except ImageError as error:
+                    return pair.name, pair.gt, str(error)
+                return pair.name, pair.gt, f"{pair.gt}: could not be read at first, but could be when tried again"
             number -= len(part.samples.pairs)
         raise IndexError("there are not so many images")
 
@@ -216,6 +213,23 @@ class ImageCache:
 
     def __reduce__(self) -> tuple[Callable[..., ImageCache], tuple[int, int]]:
         return ImageCache, (self._channels, self._limit)
+
+
+def block_of_process(batch_size: int, process_index: int, process_count: int) -> range:
+    """The positions in a batch that belong to a process.
+
+    Raises:
+      DataError: the batch cannot be divided, or there is no such process.
+    """
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise DataError(
+            f"batch_size is {batch_size} for {process_count} processes; it counts the images of all "
+            "processes and must be a multiple of their number"
+        )
+    if not 0 <= process_index < process_count:
+        raise DataError(f"process_index is {process_index}; it must lie in 0 ... {process_count - 1}")
+    rows = batch_size // process_count
+    return range(process_index * rows, (process_index + 1) * rows)
 
 
 def check_crop(crop: int, scale: int) -> None:
@@ -257,10 +271,10 @@ def _flip(image: np.ndarray, left_right: bool, top_bottom: bool, transpose: bool
     return (image.swapaxes(0, 1) if transpose else image).copy()
 
 
-def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
+def generator(seed: int, stream: int, number: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64((seed, stream, number)))
 
 
 @functools.lru_cache(maxsize=8)  # three kinds of images, of each of which prefetching can straddle two epochs
-def _epoch_order(length: int, seed: int, stream: int, epoch: int) -> np.ndarray:
-    return _generator(seed, stream, epoch).permutation(length)
+def epoch_order(length: int, seed: int, stream: int, epoch: int) -> np.ndarray:
+    return generator(seed, stream, epoch).permutation(length)

@@ -12,33 +12,121 @@ the names, and so the order, of the folder it was made from.
 An image in a pack has a path like that of a file, `PACK/pack.json/NAME`, which no file can have. Everything that takes
 the path of an image takes it too.
 
-This module is the format and its reader. Nothing in it is open before the first image is read, and an open shard is
-never sent to another process; threads share it.
+This module is the format, its reader, and how a shard is written; the caches of `kdjax.data.cached` have shards and an
+index of the same kind. Nothing in it is open before the first record is read, and an open shard is never sent to
+another process; threads share it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-INDEX = "pack.json"
-JOURNAL = "pack.unfinished.jsonl"  # of a pack in the making: one line a shard
-FORMAT = "kdjax pack"
-VERSION = 1
+from kdjax.data.writing import whole_file
 
+SUFFIX = ".arrayrecord"
+JOURNAL = "pack.unfinished.jsonl"  # of a pack in the making: one line a shard
+
+# Chunks of their own for every record, so that one can be read without its neighbours; compressing pixels would save
+# little and cost the speed that packs are for.
+_WRITING = "group_size:1,uncompressed"
 _OPEN = 128  # shards that a process keeps open: the limit of files is as low as 256 on some systems
 # No reading ahead: images are wanted in random order.
 _READING = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class PackError(ValueError):
-    """A pack that cannot be used, or an image in it that cannot be read."""
+    """A pack or a cache that cannot be written or used, or a record in it that cannot be read."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a folder of shards is, for its index and for messages."""
+
+    name: str
+    index: str  # the file's name
+    format: str  # what the index says of itself
+    version: int
+    program: str  # that makes it
+
+    @property
+    def make_again(self) -> str:
+        return f"remove the {self.name} and make it again with `{self.program}`"
+
+    def read_index(self, folder: str) -> dict[str, Any]:
+        """The content of the index, with a `shards` list and of a version that can be read.
+
+        Raises:
+          PackError: there is none, or it cannot be used.
+        """
+        path = os.path.join(folder, self.index)
+        if not os.path.exists(path):
+            raise PackError(
+                f"the {self.name} {folder!r} is unfinished; start the same `{self.program}` again: it continues"
+            )
+        try:
+            with open(path, encoding="utf-8") as file:
+                index = json.load(file)
+        except OSError as error:
+            raise PackError(f"{path!r} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise PackError(f"{path!r} is damaged or cut short ({error}); {self.make_again}") from None
+        if not isinstance(index, dict) or index.get("format") != self.format:
+            raise PackError(
+                f"{path!r} is not the index of a {self.name}; rename it if {folder!r} is a folder of something else"
+            )
+        if index.get("version") != self.version:
+            raise PackError(
+                f"the {self.name} {folder!r} has version {index.get('version')!r} and this kdjax reads version"
+                f" {self.version}; install the kdjax that made it, or {self.make_again}"
+            )
+        if not isinstance(index.get("shards"), list):
+            raise PackError(f"{path!r} is damaged (it has no list of shards); {self.make_again}")
+        return index
+
+    def write_index(self, folder: Path, content: Mapping[str, Any]) -> None:
+        """Writes the index, which makes the folder complete.
+
+        Raises:
+          PackError: it cannot be written.
+        """
+        path = folder / self.index
+        with _reported(path), whole_file(path) as temporary:
+            index = {"format": self.format, "version": self.version, **content}
+            temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
+
+    def check_files(self, folder: str, sizes: Mapping[str, int]) -> None:
+        """Looks whether the shards are there; `sizes` is file name -> bytes.
+
+        Raises:
+          PackError: some are missing or of another size.
+        """
+        faults = [fault for file, size in sizes.items() if (fault := _fault(os.path.join(folder, file), size))]
+        if faults:
+            rest = [f"  ... and {len(faults) - 10} more"] if len(faults) > 10 else []
+            faults = [f"  {fault}" for fault in faults[:10]] + rest
+            raise PackError(
+                "\n".join(
+                    [
+                        f"the {self.name} {folder!r} is not complete:",
+                        *faults,
+                        f"copy these files again, or {self.make_again}",
+                    ]
+                )
+            )
+
+
+PACK = Kind("pack", "pack.json", "kdjax pack", 1, "python -m kdjax.data.pack")
+INDEX = PACK.index
 
 
 @dataclass(frozen=True)
@@ -64,7 +152,7 @@ class Pack:
         self.folder = folder
         self._records: dict[str, Record] = {}
         self._damaged: dict[str, str] = {}
-        shards = read_index(folder)["shards"]
+        shards = PACK.read_index(folder)["shards"]
         try:
             for shard in shards:
                 for name, number, height, width, channels in shard["images"]:
@@ -72,16 +160,8 @@ class Pack:
                 self._damaged |= shard["damaged"]
             sizes = {shard["file"]: shard["bytes"] for shard in shards}
         except (KeyError, TypeError, ValueError) as error:
-            raise PackError(f"{_index(folder)!r} is damaged ({error!r}); {_PACK_AGAIN}") from None
-        faults = [fault for file, size in sizes.items() if (fault := _fault(os.path.join(folder, file), size))]
-        if faults:
-            rest = [f"  ... and {len(faults) - 10} more"] if len(faults) > 10 else []
-            faults = [f"  {fault}" for fault in faults[:10]] + rest
-            raise PackError(
-                "\n".join(
-                    [f"the pack {folder!r} is not complete:", *faults, f"copy these files again, or {_PACK_AGAIN}"]
-                )
-            )
+            raise PackError(f"{_index(folder)!r} is damaged ({error!r}); {PACK.make_again}") from None
+        PACK.check_files(folder, sizes)
 
     def names(self, recursive: bool) -> list[str]:
         """The names of all images, in no order; without `recursive`, of those that were in no sub-folder."""
@@ -103,13 +183,8 @@ class Pack:
             raise PackError(f"damaged when it was packed: {self._damaged[name]}")
         if (record := self._records.get(name)) is None:
             raise PackError(f"there is no such image in the pack {self.folder!r}")
-        try:
-            (data,) = _reader(os.path.join(self.folder, record.shard)).read([record.number])
-        except (RuntimeError, OSError) as error:
-            raise PackError(f"{record.shard} is damaged or cannot be read: {error}") from None
         shape = record.height, record.width, record.channels
-        if len(data) != np.prod(shape):
-            raise PackError(f"record {record.number} of {record.shard} has {len(data)} bytes and should be {shape}")
+        data = read_bytes(os.path.join(self.folder, record.shard), record.number, int(np.prod(shape)))
         return np.frombuffer(data, np.uint8).reshape(shape).copy()
 
 
@@ -136,34 +211,59 @@ def read_record(folder: str, name: str) -> np.ndarray:
     return (_packs.get(folder) or open_pack(folder)).read(name)
 
 
-def read_index(folder: str) -> dict[str, Any]:
-    """The content of the index, with a `shards` list and of a version that can be read.
+def read_bytes(path: str, number: int, size: int) -> bytes:
+    """A record of a shard, which should have `size` bytes.
 
     Raises:
-      PackError: there is none, or it cannot be used.
+      PackError: the shard is damaged, or the record has another size.
     """
-    path = _index(folder)
-    if not os.path.exists(path):
-        raise PackError(
-            f"the pack {folder!r} is unfinished; start the same `python -m kdjax.data.pack` again: it continues"
-        )
+    name = os.path.basename(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            index = json.load(file)
-    except OSError as error:
-        raise PackError(f"{path!r} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise PackError(f"{path!r} is damaged or cut short ({error}); {_PACK_AGAIN}") from None
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise PackError(f"{path!r} is not the index of a pack; rename it if {folder!r} is a folder of images")
-    if index.get("version") != VERSION:
-        raise PackError(
-            f"the pack {folder!r} has version {index.get('version')!r} and this kdjax reads version {VERSION};"
-            " install the kdjax that made it, or pack the images again"
-        )
-    if not isinstance(index.get("shards"), list):
-        raise PackError(f"{path!r} is damaged (it has no list of shards); {_PACK_AGAIN}")
-    return index
+        (data,) = _reader(path).read([number])
+    except (RuntimeError, OSError) as error:
+        raise PackError(f"{name} is damaged or cannot be read: {error}") from None
+    if len(data) != size:
+        raise PackError(f"record {number} of {name} has {len(data)} bytes and should have {size}")
+    return data
+
+
+def file_name(number: int) -> str:
+    """The name of a shard."""
+    return f"{number:05}{SUFFIX}"
+
+
+@contextlib.contextmanager
+def new_shard(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """Gives a function that adds a record to a new shard, for a `with` block; after it, the shard has its name.
+
+    Raises:
+      PackError: ArrayRecord is not installed, or the shard cannot be written: a full disk, for example.
+    """
+    module = array_record()
+    count = 0
+
+    def write(record: bytes) -> None:
+        nonlocal count
+        with _reported(path):
+            writer.write(record)
+        count += 1
+
+    with whole_file(path) as temporary:
+        with _reported(path):
+            writer = module.ArrayRecordWriter(str(temporary), _WRITING)
+        yield write
+        with _reported(path):
+            writer.close()
+            if (arrived := count_records(temporary)) != count:
+                raise OSError(f"{arrived} of {count} records arrived")
+
+
+def count_records(path: Path) -> int:
+    """How many records a shard has; 0 for what is no shard."""
+    reader = array_record().ArrayRecordReader(str(path))
+    count = reader.num_records() if reader.ok() else 0
+    reader.close()
+    return count
 
 
 def array_record() -> ModuleType:
@@ -176,14 +276,23 @@ def array_record() -> ModuleType:
         from array_record.python import array_record_module
     except ImportError as error:
         raise PackError(
-            f"packs need the package array-record, which cannot be imported ({error}): pip install array-record; it"
-            " exists for Linux and for Macs with Apple silicon; elsewhere use folders of images"
+            f"packs and caches need the package array-record, which cannot be imported ({error}): pip install"
+            " array-record; it exists for Linux and for Macs with Apple silicon; elsewhere use folders of images and"
+            " the teacher itself"
         ) from None
     return array_record_module
 
 
 _packs: dict[str, Pack] = {}  # of this process, by folder
-_PACK_AGAIN = "remove the pack and make it again with `python -m kdjax.data.pack`"
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turns what the library and the system raise while they write into a `PackError`."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise PackError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def _index(folder: str) -> str:

@@ -28,7 +28,17 @@ from kdjax.degradations.canvas import Window, cut
 from kdjax.degradations.sharpen import usm_sharpen
 from kdjax.names import nearest, pick
 
-__all__ = ["DEGRADATIONS", "Degrade", "Window", "cut", "draw_choices", "make_degrade", "preset", "usm_sharpen"]
+__all__ = [
+    "DEGRADATIONS",
+    "Degrade",
+    "Window",
+    "cut",
+    "draw_choices",
+    "is_8_bit",
+    "make_degrade",
+    "preset",
+    "usm_sharpen",
+]
 
 Degrade = Callable[..., jax.Array]
 Range = tuple[float, float]
@@ -88,12 +98,14 @@ class Degradation(NamedTuple):
       draw: (key, settings) -> (what is chosen for one sample, as a mapping or a NamedTuple; the key of its noise).
       apply: (choices, key, image, settings) -> lq; of one that resizes (..., scale, window) -> that window of lq.
       resizes: whether lq can be smaller than the image.
+      is_8_bit: whether lq is 8-bit data, whole 255ths from 0 to 1.
     """
 
     settings: type
     draw: Callable[[jax.Array, Any], tuple[Any, jax.Array]]
     apply: Callable[..., jax.Array]
     resizes: bool = False
+    is_8_bit: bool = False
 
 
 def add_gaussian_noise(choices: Mapping, key: jax.Array, image: jax.Array, *_: Any) -> jax.Array:
@@ -133,8 +145,8 @@ DEGRADATIONS: dict[str, Degradation] = {
     "awgn": Degradation(Awgn, lambda key, settings: ({"sigma": settings.sigma}, key), add_gaussian_noise),
     "awgn_blind": Degradation(AwgnBlind, _draw_blind_sigma, add_gaussian_noise),
     "poisson_gauss": Degradation(PoissonGauss, _draw_sensor, _add_sensor_noise),
-    "jpeg": Degradation(Jpeg, _draw_quality, _compress),
-    "realesrgan": Degradation(realesrgan.Settings, realesrgan.draw, realesrgan.apply, resizes=True),
+    "jpeg": Degradation(Jpeg, _draw_quality, _compress, is_8_bit=True),
+    "realesrgan": Degradation(realesrgan.Settings, realesrgan.draw, realesrgan.apply, resizes=True, is_8_bit=True),
 }
 
 
@@ -170,6 +182,11 @@ def make_degrade(spec: Mapping[str, Any], *, scale: int = 1) -> Degrade:
         return cut(lq, window) if window else lq
 
     return degrade
+
+
+def is_8_bit(spec: Mapping[str, Any]) -> bool:
+    """Whether what `make_degrade(spec)` makes is 8-bit data, whole 255ths from 0 to 1."""
+    return DEGRADATIONS[spec["name"]].is_8_bit
 
 
 def draw_choices(spec: Mapping[str, Any], key: jax.Array) -> Any:

@@ -89,6 +89,11 @@ def as_pairs(setting: Setting, pairs: Pairs, *, resample: str = "pool") -> list[
     return checked
 
 
+def teacher_features(pairs: Sequence[Pair]) -> tuple[str, ...]:
+    """The features of the teacher in the pairs."""
+    return tuple(pair.names[1] for pair in pairs)
+
+
 def feature(
     setting: Setting,
     *,
@@ -136,7 +141,7 @@ def feature(
             total += pair.weight * jnp.mean(compare(scale(ours), scale(theirs)))
         return total
 
-    return Loss(value, adapters)
+    return Loss(value, adapters, reads=teacher_features(checked))
 
 
 def attention(setting: Setting, *, pairs: Pairs, mode: str = "paper", resample: str = "pool") -> Loss:
@@ -176,7 +181,7 @@ def laplace(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
             total += pair.weight * losses.laplace_nll(mean, 0.1 * jax.nn.softplus(width) + 1e-8, theirs)
         return total
 
-    return Loss(value, adapters)
+    return Loss(value, adapters, reads=teacher_features(checked))
 
 
 def init_adapter(key: jax.Array, num_in: int, num_out: int) -> Tree:
@@ -201,7 +206,8 @@ def _over_pairs(pairs: list[Pair], compare: Callable[[jax.Array, jax.Array], jax
     return Loss(
         lambda context, *_: sum(
             pair.weight * compare(*pair.aligned(context.student, context.teacher)) for pair in pairs
-        )
+        ),
+        reads=teacher_features(pairs),
     )
 
 

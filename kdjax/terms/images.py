@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kdjax import losses, perceptual
 from kdjax.names import pick
-from kdjax.terms.features import Pairs, as_pairs, feature_of
+from kdjax.terms.features import Pairs, as_pairs, feature_of, teacher_features
 from kdjax.terms.term import Context, Forward, Loss, Setting
 from kdjax.weights import load_vgg
 
@@ -70,7 +70,8 @@ def soft_target(
     return Loss(
         lambda context, *_: sum(
             pair.weight * compare(*pair.aligned(context.student, context.teacher)) for pair in pairs
-        )
+        ),
+        reads=teacher_features(pairs),
     )
 
 
@@ -112,7 +113,7 @@ def label_consistency(setting: Setting, *, criterion: str = "l1", gate: bool = F
         difference = compare(context.student.output, jax.lax.stop_gradient(target))
         return jnp.mean(difference * _gate(context)) if gate else jnp.mean(difference)
 
-    return Loss(value)
+    return Loss(value, asks=True)
 
 
 def contrastive(setting: Setting, *, layers: Sequence[tuple[str, float]]) -> Loss:
@@ -141,7 +142,7 @@ def contrastive(setting: Setting, *, layers: Sequence[tuple[str, float]]) -> Los
         positive = embed(context.ask_teacher(context.teacher.output))
         return losses.contrastive(anchor, positive, [embed(context.teacher)], weights=weights)
 
-    return Loss(value)
+    return Loss(value, reads=names, asks=True)
 
 
 def perceptual_term(

@@ -55,11 +55,15 @@ class Loss(NamedTuple):
 
     `adapters` are trained with the student and never exported; `frozen` are constants of another network (VGG). Both
     are given back to `value` as arguments, since arrays of that size must not become constants of a compiled program.
+    `reads` names the features of `context.teacher` that `value` looks at, and `asks` tells whether it uses
+    `context.ask_teacher`: what a cache of the teacher has to hold, and whether one will do.
     """
 
     value: Callable[[Context, Tree, Tree], jax.Array]
     adapters: Tree = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
     frozen: Tree = {}  # noqa: RUF012
+    reads: tuple[str, ...] = ()
+    asks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

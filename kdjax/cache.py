@@ -1,0 +1,290 @@
+"""Writes what the teacher says of a run's samples to disk, so that training reads it instead of running the teacher:
+
+    python -m kdjax.cache --config configs/denoise.py --output CACHE --samples 100000 [--config.data.crop=64 ...]
+    python -m kdjax.train --config configs/denoise.py --config.teacher.cache=CACHE [--config.data.crop=64 ...]
+
+The samples are the first ones of the run itself: the same images, crops, flips and noise. With each of them go the
+teacher's output, in float16, and of its features those that the config's loss terms read, in bfloat16; `kdjax.targets`
+has the rules and their reasons, `kdjax.data.cached` the format.
+
+The program says first what it will need, and can be killed at any moment: the same command continues after the last
+complete shard. Where it runs as several processes, each writes shards of its own, on its own devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from kdjax import config as config_lib
+from kdjax import sharding, targets, train
+from kdjax.config import ConfigError
+from kdjax.data import DataError, shards
+from kdjax.data.cached import CACHE, PLAN, Field
+from kdjax.data.writing import whole_file
+
+log = logging.getLogger("kdjax")
+
+SHARD_BYTES = 256 * 2**20
+_SPARE = 1.02  # of the bytes of the records: what the format adds
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A cache to be written; all of it has been checked but for the room on the disk."""
+
+    setup: train.Setup
+    out: Path
+    samples: int
+    shard_samples: int
+    fields: tuple[Field, ...]
+    answer: targets.Answer
+
+    @property
+    def sample_bytes(self) -> int:
+        return sum(field.bytes for field in self.fields)
+
+    @property
+    def shards(self) -> int:
+        return -(-self.samples // self.shard_samples)
+
+    def count(self, shard: int) -> int:
+        """How many samples a shard has."""
+        return min(self.shard_samples, self.samples - shard * self.shard_samples)
+
+    def index(self) -> dict[str, Any]:
+        """What the index says, without the shards."""
+        return {
+            "samples": self.samples,
+            "shard_samples": self.shard_samples,
+            "batch_size": self.setup.config.data.batch_size,  # of which the places of unlabelled images are a part
+            "fields": [[field.name, field.dtype, list(field.shape)] for field in self.fields],
+            "settings": train.sample_settings(self.setup),
+        }
+
+
+def plan(setup: train.Setup, out: Path, samples: int, *, shard_bytes: int = SHARD_BYTES) -> Job:
+    """The job of writing the first `samples` samples of a run to the folder `out`.
+
+    Args:
+      shard_bytes: about how large a shard becomes; it holds whole batches.
+
+    Raises:
+      ConfigError: there is no teacher, a term needs it live, or `out` is something else already.
+    """
+    if setup.teacher is None or not any(term.needs_teacher for term in setup.recipe.terms):
+        raise ConfigError("no loss term of the config looks at the teacher, so there is nothing to keep of it")
+    if samples < 1:
+        raise ConfigError(f"--samples={samples}; it must be 1 or more")
+    answer = targets.make_answer(setup.config, setup.recipe, setup.teacher, side=train.loaded_side(setup))
+    fields = targets.make_fields(answer, setup.teacher.params, train.batch_shapes(setup))
+    batch = setup.config.data.batch_size
+    in_shard = batch * max(1, shard_bytes // (batch * sum(field.bytes for field in fields)))
+    job = Job(setup, out, samples, in_shard, fields, answer)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--output={out} is a file; give a folder that is new, empty, or of the same command before")
+    for name in (CACHE.index, PLAN):
+        if (out / name).exists():
+            _check_same(job, name)
+            return job
+    if out.exists() and any(not path.name.startswith(".") for path in out.iterdir()):
+        raise ConfigError(f"--output={out} holds other files; give a folder that is new or empty")
+    return job
+
+
+def _check_same(job: Job, name: str) -> None:
+    """Refuses a folder that has, or was to have, another cache."""
+    before = CACHE.read_index(str(job.out)) if name == CACHE.index else json.loads((job.out / name).read_text())
+    now = job.index()
+    if differences := config_lib.changes({key: before.get(key) for key in now}, now):
+        raise ConfigError(
+            "\n".join(
+                [
+                    f"--output={job.out} holds another cache (there -> now):",
+                    *(f"  {difference}" for difference in differences),
+                    "give the same flags to continue it, another --output, or remove that folder",
+                ]
+            )
+        )
+
+
+def describe(job: Job) -> str:
+    """What the cache will have and take, for the user."""
+    parts = [f"{f.name} {f.dtype} {'x'.join(map(str, f.shape)) or '1'}: {f.bytes:,}" for f in job.fields]
+    if not any(field.name == "lq" for field in job.fields):
+        parts.append("lq: 0, its noise is drawn again")
+    return (
+        f"a sample takes {job.sample_bytes:,} bytes ({'; '.join(parts)}); {job.samples:,} samples take"
+        f" {megabytes(job.samples * job.sample_bytes)} in {job.shards} shards"
+    )
+
+
+def write(
+    job: Job,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+    tell: Callable[[str], None] = log.info,
+    tell_every: float = 5.0,
+) -> bool:
+    """Writes what is missing of the part of this process; whoever finds the last shard written writes the index.
+
+    Returns:
+      Whether the cache is complete; otherwise other processes are still writing.
+
+    Raises:
+      ConfigError: there is not enough room on the disk.
+      shards.PackError: a shard cannot be written.
+      DataError: images cannot be read.
+      FloatingPointError: the teacher's output is not finite in float16.
+    """
+    if (job.out / CACHE.index).exists():
+        return True
+    job.out.mkdir(parents=True, exist_ok=True)
+    missing = [shard for shard in range(job.shards) if not is_written(job, shard)]
+    check_room(job, sum(job.count(shard) for shard in missing))
+    with whole_file(job.out / PLAN) as temporary:
+        temporary.write_text(json.dumps(job.index()) + "\n", encoding="utf-8")
+    if len(missing) < job.shards:
+        tell(f"{job.shards - len(missing)} of {job.shards} shards are there already")
+    # Shards that follow one another, so that the stream need not be opened anew for each.
+    block = range(process_index * job.shards // process_count, (process_index + 1) * job.shards // process_count)
+    own = [shard for shard in missing if shard in block]
+    total, done, started = sum(job.count(shard) for shard in own), 0, time.monotonic()
+    told = started
+    records = _records(job, own)
+    for shard in own:
+        path = job.out / shards.file_name(shard)
+        for leftover in job.out.glob(f".{path.stem}.*{shards.SUFFIX}"):  # of a process that was killed
+            leftover.unlink()
+        with shards.new_shard(path) as append:
+            for _ in range(job.count(shard)):
+                append(next(records))
+                done += 1
+                if time.monotonic() - told > tell_every:
+                    told = time.monotonic()
+                    rate = done / (told - started)
+                    left = round((total - done) / rate)
+                    tell(
+                        f"{done:,} of {total:,} samples  {rate:.1f} samples/s"
+                        f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  shard {path.name}"
+                    )
+    records.close()
+    if not all(is_written(job, shard) for shard in range(job.shards)):
+        return False
+    files = [job.out / shards.file_name(shard) for shard in range(job.shards)]
+    sizes = [{"file": path.name, "bytes": path.stat().st_size} for path in files]
+    CACHE.write_index(job.out, job.index() | {"shards": sizes})
+    (job.out / PLAN).unlink(missing_ok=True)
+    return True
+
+
+def is_written(job: Job, shard: int) -> bool:
+    """Whether a shard is there, with all of its samples."""
+    path = job.out / shards.file_name(shard)
+    return path.exists() and shards.count_records(path) == job.count(shard)
+
+
+def check_room(job: Job, samples: int) -> None:
+    """Raises ConfigError where the disk has no room for so many samples."""
+    free = shutil.disk_usage(job.out).free
+    needed = int(samples * job.sample_bytes * _SPARE)
+    if needed > free:
+        fit = int(free / _SPARE / job.sample_bytes)
+        raise ConfigError(
+            f"--output={job.out}: {megabytes(needed)} are needed and {megabytes(free)} are free, room for {fit:,}"
+            " samples; lower --samples, give a folder on another disk, or keep fewer features (config.terms)"
+        )
+
+
+def _records(job: Job, own: list[int]) -> Iterator[bytes]:
+    """The records of these shards, one after another; the teacher is one batch ahead of the disk."""
+    setup = job.setup
+    mesh = sharding.data_mesh(jax.local_devices())
+    params = sharding.replicate(setup.teacher.params, mesh)
+    key = sharding.replicate(jax.random.key(setup.config.seed), mesh)
+    answer = jax.jit(job.answer)
+    batch_size = setup.config.data.batch_size
+
+    def answers() -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        """The number of the first sample of every batch, and the fields of the batch."""
+        position = 0
+        while position < len(own):
+            end = position + 1
+            while end < len(own) and own[end] == own[end - 1] + 1:
+                end += 1
+            steps = range(
+                own[position] * job.shard_samples // batch_size,
+                -(-min(job.samples, (own[end - 1] + 1) * job.shard_samples) // batch_size),
+            )
+            with train.open_batches(setup, start_step=steps.start, whole=True) as batches:
+                for step in steps:
+                    yield step * batch_size, answer(params, sharding.shard_batch(next(batches), mesh), key)
+            position = end
+
+    previous = None
+    for current in answers():
+        if previous is not None:
+            yield from _rows(job, *previous)
+        previous = current
+    if previous is not None:
+        yield from _rows(job, *previous)
+
+
+def _rows(job: Job, first: int, fields: dict[str, jax.Array]) -> Iterator[bytes]:
+    """The records of a batch, without the samples after the last one."""
+    arrays = jax.device_get(fields)
+    for row in range(min(len(arrays["gt"]), job.samples - first)):
+        if not np.isfinite(arrays["output"][row]).all():
+            raise FloatingPointError(
+                f"the teacher's output for sample {first + row} is not finite in float16; are its weights the right"
+                " ones (config.teacher), and is config.teacher.dtype enough for it?"
+            )
+        yield b"".join(np.ascontiguousarray(arrays[field.name][row]).tobytes() for field in job.fields)
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB" if size < 1e10 else f"{size / 1e9:,.1f} GB"
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        train.fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
+    logging.getLogger("jax").setLevel(logging.WARNING)
+    train.start_logging()
+    out, started = Path(flags.FLAGS.output), time.monotonic()
+    try:
+        config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
+        setup = train.prepare(targets.without_cache(config))
+        job = plan(setup, out, flags.FLAGS.samples)
+        log.info(f"teacher: {setup.teacher.identity}, {train.describe(setup.teacher.model)}")
+        log.info(describe(job))
+        complete = write(job, process_index=jax.process_index(), process_count=jax.process_count())
+    except (ValueError, OSError, FloatingPointError, DataError) as error:
+        train.fail(str(error))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues")
+    if complete:
+        log.info(f"complete after {time.monotonic() - started:.0f} s; train with --config.teacher.cache={out}")
+    else:
+        log.info(f"this process is done after {time.monotonic() - started:.0f} s; others are still writing")
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file of a run, with :VARIANT behind it if it has any.")
+    flags.DEFINE_string("output", None, "Folder of the cache.")
+    flags.DEFINE_integer("samples", None, "How many samples of the run to keep.")
+    flags.mark_flags_as_required(["config", "output", "samples"])
+    app.run(main, flags_parser=train.parse_flags)

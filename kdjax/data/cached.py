@@ -1,0 +1,169 @@
+"""Caches: samples of a run with what the teacher said of them, from the disk instead of from the teacher.
+
+A cache is a folder that `python -m kdjax.cache` wrote:
+
+    00000.arrayrecord, 00001.arrayrecord, ...   one record a sample: the arrays of its fields, one after another
+    cache.json                                  the index; written last, so a folder that has it is complete
+
+Sample n of the run is record n % `shard_samples` of shard n // `shard_samples`. A run that is longer than its cache
+goes round again: the first round has the samples in their order, every later one in an order of its own, which follows
+from the seed, as the stream of `kdjax.data.pipeline` does. A damaged record is replaced by another one and reported
+once.
+
+This module is the format, its reader, and which sample comes when.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16)
+import numpy as np
+
+from kdjax.data import shards
+from kdjax.data.samples import CACHED, DRAWS, ENDLESS, block_of_process, epoch_order, generator
+from kdjax.data.sources import DataError
+
+CACHE = shards.Kind("cache", "cache.json", "kdjax cache", 1, "python -m kdjax.cache")
+PLAN = "cache.unfinished.json"  # of a cache in the making: its index without the shards
+FEATURE = "feature "  # what the names of fields begin with that are features of the teacher
+
+
+@dataclass(frozen=True)
+class Field:
+    """An array that every record has: "gt", "lq", "labelled", "output" or "feature NAME"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The index of a complete cache, and the reader of its records.
+
+    Attributes:
+      settings: what shaped the samples, and whose answers they have; see `kdjax.targets`.
+    """
+
+    folder: str
+    samples: int
+    shard_samples: int
+    fields: tuple[Field, ...]
+    settings: Mapping[str, Any]
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The names of the teacher's features that were kept."""
+        return tuple(field.name.removeprefix(FEATURE) for field in self.fields if field.name.startswith(FEATURE))
+
+    def place(self, number: int) -> tuple[str, int]:
+        """The shard of a sample, and its record there."""
+        shard, record = divmod(number, self.shard_samples)
+        return os.path.join(self.folder, shards.file_name(shard)), record
+
+    def read(self, number: int) -> dict[str, Any]:
+        """A sample: gt, lq and labelled as far as they were kept, and teacher: {output, features: {name: array}}.
+
+        Raises:
+          PackError: its record is damaged.
+        """
+        data = shards.read_bytes(*self.place(number), sum(field.bytes for field in self.fields))
+        arrays, start = {}, 0
+        for field in self.fields:
+            count = field.bytes // np.dtype(field.dtype).itemsize
+            arrays[field.name] = np.frombuffer(data, field.dtype, count, start).reshape(field.shape)
+            start += field.bytes
+        return as_row(arrays)
+
+
+def as_row(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by the names of fields -> the form that a batch has: the teacher's are a group of their own."""
+    features = {name.removeprefix(FEATURE): array for name, array in arrays.items() if name.startswith(FEATURE)}
+    row = {name: arrays[name] for name in ("gt", "lq", "labelled") if name in arrays}
+    return row | {"teacher": {"output": arrays["output"], "features": features}}
+
+
+def open_cache(folder: str) -> Cache:
+    """The cache in a folder.
+
+    Raises:
+      DataError: there is none, it is unfinished or damaged; the message says what to do.
+    """
+    try:
+        if not os.path.isdir(folder):
+            raise shards.PackError(f"the folder {folder!r} does not exist; `{CACHE.program}` writes a cache")
+        if not any(os.path.exists(os.path.join(folder, name)) for name in (CACHE.index, PLAN)):
+            raise shards.PackError(f"{folder!r} is no cache: it has no {CACHE.index}; `{CACHE.program}` writes one")
+        index = CACHE.read_index(folder)
+        try:
+            fields = tuple(Field(name, dtype, tuple(shape)) for name, dtype, shape in index["fields"])
+            sizes = {shard["file"]: shard["bytes"] for shard in index["shards"]}
+            cache = Cache(folder, index["samples"], index["shard_samples"], fields, index["settings"])
+        except (KeyError, TypeError, ValueError) as error:
+            path = str(Path(folder) / CACHE.index)
+            raise shards.PackError(f"{path!r} is damaged ({error!r}); {CACHE.make_again}") from None
+        CACHE.check_files(folder, sizes)
+    except shards.PackError as error:
+        raise DataError(f"cached teacher: {error}") from None
+    return cache
+
+
+class CachedBatches:
+    """Step -> the part of the batch that belongs to this process: a source for Grain, as `Batches` is."""
+
+    def __init__(self, cache: Cache, *, batch_size: int, seed: int, process_index: int, process_count: int) -> None:
+        self._cache, self._batch_size, self._seed = cache, batch_size, seed
+        self._block = block_of_process(batch_size, process_index, process_count)
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        return _stacked([self._row(step * self._batch_size + position) for position in self._block])
+
+    def _row(self, number: int) -> dict[str, Any]:
+        turn, chosen = divmod(number, self._cache.samples)
+        if turn:
+            chosen = int(epoch_order(self._cache.samples, self._seed, CACHED, turn)[chosen])
+        random = generator(self._seed, CACHED + 1, number)
+        damaged, reason = -1, ""
+        for _ in range(DRAWS):
+            try:
+                row = self._cache.read(chosen)
+            except shards.PackError as error:
+                damaged = chosen if damaged < 0 else damaged
+                reason = str(error)
+                chosen = int(random.random() * self._cache.samples)
+            else:
+                return row | {"index": np.int32(chosen % 2**31), "damaged": np.int64(damaged)}
+        raise DataError(
+            f"{DRAWS} records in a row of the cache {self._cache.folder!r} cannot be read; the last one: {reason};"
+            f" {CACHE.make_again}"
+        )
+
+    def explain(self, number: int) -> tuple[str, str, str]:
+        """A short name of a damaged sample, what is damaged, and why."""
+        path, record = self._cache.place(number)
+        name, where = f"{number} of the cache", f"record {record} of {path}"
+        try:
+            self._cache.read(number)
+        except shards.PackError as error:
+            return name, where, f"{where}: {error}"
+        return name, where, f"{where}: could not be read at first, but could be when tried again"
+
+
+def _stacked(rows: list[Any]) -> Any:
+    """Nested dicts of arrays -> one such dict of arrays with a first axis more."""
+    if isinstance(rows[0], dict):
+        return {key: _stacked([row[key] for row in rows]) for key in rows[0]}
+    return np.stack(rows)
