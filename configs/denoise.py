@@ -43,6 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
         also=(),  # more teachers, whose images are averaged with the first one's
         mix=(),
         self_ensemble=False,
+        cache="",  # its answers, kept by kdjax.cache
         dtype="float32",
     )
     config.terms = dict(

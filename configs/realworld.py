@@ -39,6 +39,7 @@ def get_config(variant: str = "") -> ConfigDict:
         also=(),
         mix=(),
         self_ensemble=False,
+        cache="",
         dtype="float32",
     )
     config.terms = dict(

@@ -131,6 +131,26 @@ def test_bfloat16_features_give_a_float32_value_near_that_of_float32(name: str, 
 
 
 @pytest.mark.parametrize("name", SPECS)
+def test_it_says_what_it_looks_at(name: str) -> None:
+    """A cache of the teacher keeps the features that a term names, and no others."""
+    read, asked = set(), []
+
+    class Watched(dict):
+        def __getitem__(self, key: str) -> jax.Array:
+            read.add(key)
+            return super().__getitem__(key)
+
+    def value(student: Forward, teacher: Forward) -> jax.Array:
+        context = Networks.context(student, teacher._replace(features=Watched(teacher.features)))
+        ask = lambda images: asked.append(images) or Networks.ask(images)  # noqa: E731
+        return loss.value(context._replace(ask_teacher=ask), loss.adapters, {})
+
+    loss, setting = built(name), Networks.setting()
+    jax.eval_shape(value, setting.student, setting.teacher)
+    assert read == set(loss.reads) and bool(asked) == loss.asks
+
+
+@pytest.mark.parametrize("name", SPECS)
 def test_it_can_be_wrong(name: str, passes: tuple) -> None:
     """A student that is what the term wants costs less than one that is further away."""
     student, teacher = passes
