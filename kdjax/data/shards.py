@@ -260,7 +260,11 @@ def new_shard(path: Path) -> Iterator[Callable[[bytes], None]]:
 
 def count_records(path: Path) -> int:
     """How many records a shard has; 0 for what is no shard."""
-    reader = array_record().ArrayRecordReader(str(path))
+    reader_of = array_record().ArrayRecordReader
+    try:
+        reader = reader_of(str(path))
+    except (RuntimeError, OSError):
+        return 0
     count = reader.num_records() if reader.ok() else 0
     reader.close()
     return count
