@@ -267,6 +267,7 @@ def main(argv: list[str]) -> None:
     out, started = Path(flags.FLAGS.output), time.monotonic()
     try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
+        sharding.use_all_cores(config.data.batch_size)
         setup = train.prepare(targets.without_cache(config))
         job = plan(setup, out, flags.FLAGS.samples)
         log.info(f"teacher: {setup.teacher.identity}, {train.describe(setup.teacher.model)}")
