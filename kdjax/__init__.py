@@ -7,7 +7,7 @@ Public names load on first use, so that `import kdjax` costs nothing:
     restore_image(model, image)  an image of any size, in tiles; uint8, uint16 or float
     psnr, ssim                   BasicSR's metrics on uint8 images
 
-Programs: `python -m kdjax.NAME` with train, study, show; evaluate, compare, restore, export, demo.
+Programs: `python -m kdjax.NAME` with train, study, show, cache; evaluate, compare, restore, export, demo.
 """
 
 from __future__ import annotations
