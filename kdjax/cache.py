@@ -8,7 +8,8 @@ teacher's output, in float16, and of its features those that the config's loss t
 has the rules and their reasons, `kdjax.data.cached` the format.
 
 The program says first what it will need, and can be killed at any moment: the same command continues after the last
-complete shard. Where it runs as several processes, each writes shards of its own, on its own devices.
+complete shard. Several processes, on one host or many, share the work: each is given --num_processes and its own
+--process_id, and writes shards of its own. They need not run at the same time, and do not wait for one another.
 """
 
 from __future__ import annotations
@@ -212,10 +213,10 @@ def check_room(job: Job, samples: int) -> None:
 def _records(job: Job, own: list[int]) -> Iterator[bytes]:
     """The records of these shards, one after another; the teacher is one batch ahead of the disk."""
     setup = job.setup
-    mesh = sharding.data_mesh(jax.local_devices())
+    mesh = setup.mesh
     params = sharding.replicate(setup.teacher.params, mesh)
     key = sharding.replicate(jax.random.key(setup.config.seed), mesh)
-    answer = jax.jit(job.answer)
+    answer = sharding.on_mesh(mesh, jax.jit(job.answer))
     batch_size = setup.config.data.batch_size
 
     def answers() -> Iterator[tuple[int, dict[str, jax.Array]]]:
@@ -229,7 +230,7 @@ def _records(job: Job, own: list[int]) -> Iterator[bytes]:
                 own[position] * job.shard_samples // batch_size,
                 -(-min(job.samples, (own[end - 1] + 1) * job.shard_samples) // batch_size),
             )
-            with train.open_batches(setup, start_step=steps.start, whole=True) as batches:
+            with train.open_batches(setup, start_step=steps.start) as batches:
                 for step in steps:
                     yield step * batch_size, answer(params, sharding.shard_batch(next(batches), mesh), key)
             position = end
@@ -265,6 +266,9 @@ def main(argv: list[str]) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     train.start_logging()
     out, started = Path(flags.FLAGS.output), time.monotonic()
+    index, count = flags.FLAGS.process_id, flags.FLAGS.num_processes
+    if not 0 <= index < count:
+        train.fail(f"--process_id={index} is not one of 0 ... {count - 1}, with --num_processes={count}")
     try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
         sharding.use_all_cores(config.data.batch_size)
@@ -272,7 +276,7 @@ def main(argv: list[str]) -> None:
         job = plan(setup, out, flags.FLAGS.samples)
         log.info(f"teacher: {setup.teacher.identity}, {train.describe(setup.teacher.model)}")
         log.info(describe(job))
-        complete = write(job, process_index=jax.process_index(), process_count=jax.process_count())
+        complete = write(job, process_index=index, process_count=count)
     except (ValueError, OSError, FloatingPointError, DataError) as error:
         train.fail(str(error))
     except KeyboardInterrupt:
@@ -287,5 +291,7 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "Config file of a run, with :VARIANT behind it if it has any.")
     flags.DEFINE_string("output", None, "Folder of the cache.")
     flags.DEFINE_integer("samples", None, "How many samples of the run to keep.")
+    flags.DEFINE_integer("num_processes", 1, "How many processes share the work.", lower_bound=1)
+    flags.DEFINE_integer("process_id", 0, "Which of them this one is, from 0.")
     flags.mark_flags_as_required(["config", "output", "samples"])
     app.run(main, flags_parser=train.parse_flags)

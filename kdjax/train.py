@@ -286,12 +286,10 @@ def export(student: models.Model, params: models.Params, workdir: Path) -> None:
         save_model(trained, workdir / f"student{suffix}")
 
 
-def open_batches(setup: Setup, *, start_step: int, whole: bool = False) -> data.TrainingData:
-    """The training batches from step `start_step` on: this process's part of them, or `whole` ones."""
+def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
+    """The training batches from step `start_step` on."""
     config = setup.config.data
-    process = dict(process_index=0, process_count=1)
-    if not whole:
-        process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
     if setup.cache:
         return data.cached_batches(
             setup.cache,
@@ -399,7 +397,7 @@ def identity(setup: Setup) -> dict[str, object]:
 
 def shared_facts(setup: Setup, monitor: Monitor) -> dict[str, object]:
     """What must be the same on all processes of a run: options, versions, and digests of what was read from files."""
-    names = {
+    names: dict[str, object] = {
         what: f"{len(found)}, digest {agreement.digest(found)}"
         for what, found in (
             ("training images", [pair.name for pair in setup.pairs]),
@@ -408,6 +406,7 @@ def shared_facts(setup: Setup, monitor: Monitor) -> dict[str, object]:
             ("validation images", [sample.name for sample in monitor.samples]),
         )
     }
+    names["cached samples"] = setup.cache and setup.cache.samples
     terms = [(term.loss.frozen, term.loss.adapters) for term in setup.recipe.terms]
     weights = {"initial weights": agreement.digest(jax.tree.leaves((setup.student.params, terms)))}
     versions = {"jax": jax.__version__, "device": jax.local_devices()[0].device_kind}
