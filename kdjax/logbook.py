@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any, Self
 import numpy as np
 
 from kdjax import sharding
+
+log = logging.getLogger("kdjax")
 
 
 class Logbook:
@@ -34,9 +37,8 @@ class Logbook:
         if not sharding.is_first():
             return
         path = workdir / "metrics.jsonl"
-        kept = [line for line in _complete_lines(path) if json.loads(line)["step"] <= resume_step]
-        write_text(path, "".join(kept if resume_step else []))
-        self._kept = [json.loads(line) for line in kept] if resume_step else []
+        self._kept = [row for row in _rows(path) if row["step"] <= resume_step] if resume_step else []
+        write_text(path, "".join(json.dumps(row) + "\n" for row in self._kept))
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -111,8 +113,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """The lines of the file that end; a killed process may leave half a line behind them."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of the file that end; a killed process may leave half a line behind them, and a bad disk anything."""
+    rows = []
+    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
+        try:
+            row = json.loads(line)
+            rows.append({"step": int(row["step"]), **row})
+        except (ValueError, KeyError, TypeError):
+            log.warning(f"WARNING: a line of {path} is damaged and left out: {line[:40]!r}")
+    return rows
