@@ -473,7 +473,9 @@ def main(argv: list[str]) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         study = parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
-        sharding.use_all_cores(math.gcd(*(config.data.batch_size for config in study.runs.values())))
+        sharding.use_all_cores(
+            math.gcd(*(config.data.batch_size // config.train.accumulate for config in study.runs.values()))
+        )
         workdir = Path(flags.FLAGS.workdir or Path("studies") / study.name).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
         train.start_logging(workdir)

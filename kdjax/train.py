@@ -73,10 +73,13 @@ def prepare(config: Config) -> Setup:
       ValueError, OSError: something is missing or does not fit; the message is for the user.
     """
     mesh = sharding.data_mesh()
-    if config.data.batch_size % mesh.size:
+    parts = config.train.accumulate
+    unit = mesh.size * parts
+    if config.data.batch_size % unit:
+        each = f" and the {parts} parts of config.train.accumulate" if parts > 1 else ""
         raise ConfigError(
-            f"config.data.batch_size={config.data.batch_size} does not divide by the {mesh.size} devices; use"
-            f" {max(1, config.data.batch_size // mesh.size) * mesh.size} or another multiple of {mesh.size}"
+            f"config.data.batch_size={config.data.batch_size} does not divide by the {mesh.size} devices{each}; use"
+            f" {max(1, config.data.batch_size // unit) * unit} or another multiple of {unit}"
         )
     for wanted, package, extra in (
         (config.log.tensorboard, "tensorboardX", "tb"),
@@ -122,7 +125,14 @@ def prepare(config: Config) -> Setup:
         degrade=make_degrade(config.degrade, scale=scale) if makes_lq else None,
         crop=config.data.crop,
         sharpen=config.data.gt_usm,
+        accumulate=parts,
     )
+    whole = [term.name for term in recipe.terms if not term.loss.is_mean]
+    if parts > 1 and whole:
+        raise ConfigError(
+            f'the loss term {whole[0]!r} has criterion="fro", a length over the whole batch, which cannot be added up'
+            f' from config.train.accumulate={parts} parts; use criterion="l1" or "l2", or accumulate=1'
+        )
     pairs = data.find_pairs(
         gt=assets.locate(config.data.gt, assets.TRAIN_PHOTOGRAPHS),
         lq=config.data.lq or None,
@@ -523,7 +533,7 @@ def main(argv: list[str]) -> None:
     try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
         if not joined:  # several processes must have equal numbers of devices, whatever their hosts are
-            sharding.use_all_cores(config.data.batch_size)
+            sharding.use_all_cores(config.data.batch_size // config.train.accumulate)
         setup = prepare(config)
         monitor = Monitor(config.val, setup.student, setup.teacher)
         workdir = Path(flags.FLAGS.workdir or Path("runs") / config.name).absolute()

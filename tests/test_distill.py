@@ -300,7 +300,7 @@ def test_a_weight_given_as_a_share_keeps_the_term_at_it(tiny: Tiny, devices: int
 
         def value(student: dict) -> jax.Array:
             params = states[0].params | {"student": student}
-            return distill.term_values(only, jnp.int32(0), params, frozen, scene)[name]
+            return distill.term_values(only, jnp.int32(0), frozen, params, scene)[name]
 
         return float(optax.tree.norm(jax.grad(value)(states[0].params["student"])))
 
