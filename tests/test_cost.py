@@ -147,7 +147,7 @@ def test_what_a_cpu_has_no_memory_for_is_refused_before_it_runs(
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed}.get)
     cost.compile_model(dncnn, (1, 8, 8, 3))
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed - 1}.get)
-    with pytest.raises(cost.OutOfMemory, match=r"a pass takes 0\.0 GiB"):
+    with pytest.raises(cost.OutOfMemory, match=r"a pass takes 0 MiB"):
         cost.compile_model(dncnn, (1, 8, 8, 3))
 
 
