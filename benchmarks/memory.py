@@ -5,8 +5,8 @@
 
 The student learns from clean images with noise of sigma 25, Charbonnier loss, Adam and EMA; with --teacher also from an
 RRDBNet 64x23. Every case runs in a process of its own: what XLA plans for its temporaries, what the step really took,
-and the time of the fastest step. On a CPU the second is the growth of the process while it runs some steps, its weights and state
-being there before; on an accelerator the peak of JAX's allocator, which counts them too.
+and the time of the fastest step. On a CPU the second is the growth of the process while it runs some steps, its weights
+and state being there before; on an accelerator the peak of JAX's allocator, which counts them too.
 """
 
 from __future__ import annotations

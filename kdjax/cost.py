@@ -30,6 +30,8 @@ from kdjax import models
 
 log = logging.getLogger("kdjax")
 
+_CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what a container may have
+
 WARM_UP = 3  # runs before the first that counts: caches, thread pools, clocks of a GPU
 
 
@@ -320,7 +322,7 @@ def device_memory() -> tuple[int, int]:
     info = Path("/proc/meminfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    limit = _CONTAINER / "memory.max"
     if limit.exists() and (text := limit.read_text(encoding="utf-8").strip()).isdigit() and int(text) < there:
         there = int(text)
         free = max(0, min(free, there - int(limit.with_name("memory.current").read_text(encoding="utf-8"))))
