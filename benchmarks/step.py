@@ -7,7 +7,7 @@
 An RRDBNet 64x23 at scale 1 teaches an SRVGGNetCompact 32x8: noise of sigma 25, Charbonnier loss to the clean image and
 L1 to the teacher's output, Adam, EMA. Both sides start from clean images on the device and run in one process, in turns
 (A B A B). PyTorch has its usual tuning: channels_last, foreach Adam and EMA, on a GPU bf16 autocast and TF32; with
---compile also torch.compile. Its code is the benchmark's own, written as BasicSR's models are.
+--compile also torch.compile. Its networks (torch_networks.py) are written as BasicSR's are.
 
     step        the whole step
     cached      the step of kdjax from a cache of the teacher's images (`kdjax.cache`) against PyTorch's whole step,
@@ -58,54 +58,7 @@ def torch_sides(gt: np.ndarray, parts: tuple[str, ...], *, with_compile: bool) -
     """The run of every part by PyTorch."""
     import torch
     from torch import nn
-
-    class DenseBlock(nn.Module):
-        def __init__(self, feat: int, grow: int) -> None:
-            super().__init__()
-            widths = [feat + i * grow for i in range(5)]
-            self.convs = nn.ModuleList(
-                nn.Conv2d(width, grow if i < 4 else feat, 3, padding=1) for i, width in enumerate(widths)
-            )
-
-        def forward(self, x: Any) -> Any:
-            parts = [x]
-            for conv in self.convs[:-1]:
-                parts.append(nn.functional.leaky_relu(conv(torch.cat(parts, 1)), 0.2, inplace=True))
-            return x + 0.2 * self.convs[-1](torch.cat(parts, 1))
-
-    class RRDB(nn.Module):
-        def __init__(self, feat: int, grow: int) -> None:
-            super().__init__()
-            self.blocks = nn.Sequential(*(DenseBlock(feat, grow) for _ in range(3)))
-
-        def forward(self, x: Any) -> Any:
-            return x + 0.2 * self.blocks(x)
-
-    class RRDBNet(nn.Module):
-        def __init__(self, feat: int, blocks: int, grow: int) -> None:
-            super().__init__()
-            self.first, self.last = nn.Conv2d(48, feat, 3, padding=1), nn.Conv2d(feat, 3, 3, padding=1)
-            self.body = nn.Sequential(*(RRDB(feat, grow) for _ in range(blocks)))
-            self.body_conv, self.up1, self.up2, self.hr = (nn.Conv2d(feat, feat, 3, padding=1) for _ in range(4))
-
-        def forward(self, x: Any) -> Any:
-            x = self.first(nn.functional.pixel_unshuffle(x, 4))
-            x = x + self.body_conv(self.body(x))
-            for conv in (self.up1, self.up2):
-                x = nn.functional.interpolate(x, scale_factor=2, mode="nearest")
-                x = nn.functional.leaky_relu(conv(x), 0.2, inplace=True)
-            return self.last(nn.functional.leaky_relu(self.hr(x), 0.2, inplace=True))
-
-    class Compact(nn.Module):
-        def __init__(self, feat: int, convs: int) -> None:
-            super().__init__()
-            layers = [nn.Conv2d(3, feat, 3, padding=1), nn.PReLU(feat)]
-            for _ in range(convs):
-                layers += [nn.Conv2d(feat, feat, 3, padding=1), nn.PReLU(feat)]
-            self.body = nn.Sequential(*layers, nn.Conv2d(feat, 3, 3, padding=1))
-
-        def forward(self, x: Any) -> Any:
-            return x + self.body(x)
+    from torch_networks import Compact, RRDBNet
 
     on_gpu = jax.default_backend() == "gpu"
     if on_gpu and not torch.cuda.is_available():

@@ -94,6 +94,7 @@ def get_config(variant: str = "") -> ConfigDict:
         weight_decay=0.0,
         grad_clip=0.0,
         ema_decay=0.999,  # ema_decay
+        accumulate=1,  # parts of a batch, one after another, where memory is short
     )
     config.log = dict(every=100, diagnose=True, tensorboard=False, wandb="")  # print_freq, use_tb_logger, wandb
     config.checkpoint = dict(every=5_000, keep=2)  # save_checkpoint_freq
@@ -104,7 +105,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.student.hparams = ConfigDict(dict(num_feat=16, depth=7))
         config.data.update(crop=64, batch_size=8, workers=0)
         config.val.update(crop=256, every=400)
-        config.train = ConfigDict(dict(steps=1_200, optimizer="adam", betas=(0.9, 0.99), ema_decay=0.99))
+        config.train = ConfigDict(dict(steps=1_200, optimizer="adam", betas=(0.9, 0.99), ema_decay=0.99, accumulate=1))
         # The end of the cosine follows --config.train.steps.
         steps = config.train.get_oneway_ref("steps")
         config.train.lr = dict(name="cosine", value=2e-3, steps=steps, final=1e-5, warmup=50)

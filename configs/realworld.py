@@ -125,6 +125,7 @@ def get_config(variant: str = "") -> ConfigDict:
         weight_decay=0.0,
         grad_clip=0.0,
         ema_decay=0.999,  # ema_decay
+        accumulate=1,  # parts of a batch, one after another, where memory is short
     )
     config.log = dict(every=100, diagnose=True, tensorboard=False, wandb="")  # print_freq, use_tb_logger, wandb
     config.checkpoint = dict(every=5_000, keep=2)  # save_checkpoint_freq

@@ -32,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
         base.student.hparams.depth = 7
     if variant != "debug":
         base.data.update(crop=40, batch_size=4, workers=0)
-        base.train = ConfigDict(dict(steps=1_500, optimizer="adam", betas=(0.9, 0.99), ema_decay=0.99))
+        base.train = ConfigDict(dict(steps=1_500, optimizer="adam", betas=(0.9, 0.99), ema_decay=0.99, accumulate=1))
         # The end of the cosine follows --config.base.train.steps.
         steps = base.train.get_oneway_ref("steps")
         base.train.lr = dict(name="cosine", value=2e-3, steps=steps, final=1e-5, warmup=50)

@@ -25,7 +25,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data = dict(gt="embedded", crop=64, batch_size=8, hflip=True, rot=True, workers=0, cache_mb=512)
     config.val = dict(gt="embedded", sigma=25.0, crop=0, limit=12, every=2_000, save_images=4)
 
-    config.train = ConfigDict(dict(steps=10_000, optimizer="adam", betas=(0.9, 0.99), grad_clip=0.0, ema_decay=0.999))
+    config.train = ConfigDict(
+        dict(steps=10_000, optimizer="adam", betas=(0.9, 0.99), grad_clip=0.0, ema_decay=0.999, accumulate=1)
+    )
     # The end of the cosine follows --config.train.steps.
     steps = config.train.get_oneway_ref("steps")
     config.train.lr = dict(name="cosine", value=1e-3, steps=steps, final=1e-6, warmup=500)

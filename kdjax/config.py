@@ -92,6 +92,7 @@ class Train:
     weight_decay: float = 0.0
     grad_clip: float = 0.0  # largest norm of the gradient; 0 does not clip
     ema_decay: float = 0.999
+    accumulate: int = 1  # parts that a batch is taken in, one after another: less memory, the same update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Config:
 
     def __post_init__(self) -> None:
         positive = ("data.crop", "data.batch_size", "train.steps", "log.every", "val.every", "checkpoint.every")
-        for path, least in [*((path, 1) for path in positive), ("checkpoint.keep", 1)]:
+        for path, least in [*((path, 1) for path in positive), ("checkpoint.keep", 1), ("train.accumulate", 1)]:
             _require(self, path, lambda value, least=least: value >= least, f"at least {least}")
         for path in ("data.limit", "data.workers", "data.cache_mb", "val.crop", "val.limit", "val.save_images", "seed"):
             _require(self, path, lambda value: value >= 0, "0 or more")

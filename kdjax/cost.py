@@ -1,16 +1,18 @@
-"""What a model costs to run: compiling it, the memory it takes, the time of a pass, and the machine that was measured.
+"""What a program costs to run: compiling it, its memory, the time of a pass, and the machine that was measured.
 
 A pass is one call of the compiled model that returns its image only, so that XLA drops the features nobody asked for.
 Weights and input are on the device before the clock starts, and it stops when the result is ready there. Machines are
 noisy: models that are to be compared are run in turns, and times are given as quartiles.
 
 `measure` is the whole account of several models at one size. Multiply-accumulates come from `kdjax.models.count_macs`.
+`Planned` is a step of training whose memory is known, and compared with the machine's, before it runs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import logging
 import math
 import os
 import platform
@@ -26,11 +28,15 @@ import numpy as np
 
 from kdjax import models
 
+log = logging.getLogger("kdjax")
+
+_CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what a container may have
+
 WARM_UP = 3  # runs before the first that counts: caches, thread pools, clocks of a GPU
 
 
 class OutOfMemory(Exception):
-    """A model does not fit into the memory of the device at this size."""
+    """A program does not fit into the memory of the device; the message says what was wanted and what there is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +50,14 @@ class Quartiles:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that a compiled model takes in one pass, as XLA plans them.
+    """Bytes that a compiled program takes on each of its devices in one pass, as XLA plans them.
 
     Attributes:
       arguments: weights and input.
-      outputs: the image.
+      outputs: the image; of a step of training, the next state.
       temporaries: everything in between that is there at one time. Scratch that a library takes for itself while it
         runs is not known to XLA: on a CPU that of convolutions is not in here.
-      peak: all three.
+      peak: all three, without outputs that take the place of arguments.
     """
 
     arguments: int
@@ -169,8 +175,8 @@ def compile_model(model: models.Model, shape: tuple[int, int, int, int], *, dtyp
         started = time.perf_counter()
         executable = image_only.lower(params, jax.ShapeDtypeStruct(shape, jnp.float32)).compile()
         seconds = time.perf_counter() - started
-        memory = _planned_memory(executable)
-        _check_it_fits(memory)
+        memory = planned_memory(executable)
+        check_it_fits(memory)
         image = jax.block_until_ready(jax.random.uniform(jax.random.key(0), shape))
 
     def run() -> jax.Array:
@@ -203,16 +209,71 @@ def time_in_turns(
 
 
 @contextmanager
-def telling_out_of_memory() -> Iterator[None]:
-    """Turns what JAX and NumPy raise for want of memory into `OutOfMemory`."""
+def telling_out_of_memory(needs: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turns what JAX and NumPy raise for want of memory into `OutOfMemory`, with what `needs` says behind it."""
     try:
         yield
-    except MemoryError as error:
-        raise OutOfMemory(str(error)) from None
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except (MemoryError, OutOfMemory, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemory(str(error).splitlines()[0]) from None
+        said = (str(error).splitlines() or ["no memory"])[0]
+        raise OutOfMemory(f"{said.rstrip('.')}; {needs()}" if needs() else said) from None
+
+
+class Planned:
+    """A jitted function that is compiled at its first call, for the shapes and devices of its arguments.
+
+    The log then tells what memory it takes, and that there may be too little. On a CPU every device computes in the
+    same memory, which so has to hold what all of them take.
+
+    Args:
+      jitted: from `jax.jit`; what it returns has to have the sharding of what it is called with next.
+      what: what one call is, for messages, such as "a step".
+    """
+
+    def __init__(self, jitted: jax.stages.Wrapped, what: str) -> None:
+        self._jitted, self._what, self._compiled = jitted, what, None
+        self.needs = ""
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Calls it.
+
+        Raises:
+          OutOfMemory: it does not fit, and was not run; or it was, and did not.
+        """
+        with telling_out_of_memory():
+            if self._compiled is None:
+                self._compiled = self._compile(arguments)
+            return self._compiled(*arguments)
+
+    def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+        compiled = self._jitted.lower(*arguments).compile()
+        memory = planned_memory(compiled)
+        if memory is None:
+            return compiled
+        devices = {device for leaf in jax.tree.leaves(arguments) for device in leaf.sharding.addressable_devices}
+        count = len(devices) if jax.default_backend() == "cpu" else 1
+        there, free = device_memory()
+        inside = f"{amount(memory.temporaries)} of them for what it computes in between"
+        if count > 1:
+            self.needs = f"{self._what} takes {amount(count * memory.peak)}: {amount(memory.peak)} for each of {count}"
+            self.needs += f" devices, {inside}"
+        else:
+            self.needs = f"{self._what} takes {amount(memory.peak)} on each device, {inside}"
+        self.needs += f"; there are {amount(there)}" if there else ""
+        log.info(f"memory: {self.needs}")
+        check_it_fits(memory, self._what, devices=count)
+        if free and count * (memory.peak - memory.arguments) > free:
+            log.warning(
+                f"WARNING: THERE MAY BE TOO LITTLE MEMORY: only {amount(free)} are free now; if this machine runs out,"
+                " it ends the program without a message"
+            )
+        return compiled
+
+
+def amount(count: float) -> str:
+    """Bytes for people: "1.50 GiB", "20 MiB"."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
@@ -236,6 +297,51 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def planned_memory(executable: jax.stages.Compiled) -> Memory | None:
+    """What a compiled program takes; None where the backend does not tell."""
+    plan = executable.memory_analysis()
+    if plan is None:
+        return None
+    parts = plan.argument_size_in_bytes, plan.output_size_in_bytes, plan.temp_size_in_bytes
+    return Memory(*parts, peak=sum(parts) - plan.alias_size_in_bytes)
+
+
+def device_memory() -> tuple[int, int]:
+    """Bytes that there are for programs: of an accelerator, as much as JAX may take of it; for a CPU, the machine's.
+
+    Returns:
+      In all, and what is free now; 0 where it is not known.
+    """
+    if jax.default_backend() != "cpu":
+        stats = jax.local_devices()[0].memory_stats() or {}
+        limit = stats.get("bytes_limit", 0)
+        return limit, max(0, limit - stats.get("bytes_in_use", 0))
+    if not hasattr(os, "sysconf"):
+        return 0, 0
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    info = Path("/proc/meminfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
+    limit = _CONTAINER / "memory.max"
+    if limit.exists() and (text := limit.read_text(encoding="utf-8").strip()).isdigit() and int(text) < there:
+        there = int(text)
+        free = max(0, min(free, there - int(limit.with_name("memory.current").read_text(encoding="utf-8"))))
+    return there, free
+
+
+def check_it_fits(memory: Memory | None, what: str = "a pass", *, devices: int = 1) -> None:
+    """On a CPU, refuses what is larger than the machine: Linux would hand it out, and kill the process for using it.
+
+    Raises:
+      OutOfMemory: `devices` that take `memory` each need more than there is.
+    """
+    if memory is None or jax.default_backend() != "cpu":
+        return
+    there, _ = device_memory()
+    if there and devices * memory.peak > there:
+        raise OutOfMemory(f"{what} takes {amount(devices * memory.peak)}, the machine has {amount(there)}")
+
+
 def allocator_peak() -> int | None:
     """The most bytes that were in use on an accelerator since the process began; None on a CPU, which does not count.
 
@@ -250,23 +356,6 @@ def _timing(seconds: list[float], first: list[float] | None, batch: int, size: t
     rate = 1000 * batch / milliseconds.median
     ratios = first and quartiles([theirs / ours for theirs, ours in zip(first, seconds, strict=True)])
     return Timing(seconds, milliseconds, rate, rate * math.prod(size) / 1e6, ratios)
-
-
-def _planned_memory(executable: jax.stages.Compiled) -> Memory | None:
-    plan = executable.memory_analysis()
-    if plan is None:
-        return None
-    parts = plan.argument_size_in_bytes, plan.output_size_in_bytes, plan.temp_size_in_bytes
-    return Memory(*parts, peak=sum(parts))
-
-
-def _check_it_fits(memory: Memory | None) -> None:
-    """On a CPU, refuses what is larger than the machine: Linux would hand it out, and kill the process for using it."""
-    if memory is None or jax.default_backend() != "cpu" or not hasattr(os, "sysconf"):
-        return
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if memory.peak > there:
-        raise OutOfMemory(f"a pass takes {memory.peak / 2**30:,.1f} GiB, the machine has {there / 2**30:,.1f}")
 
 
 def _cpu_name() -> str:

@@ -16,6 +16,9 @@ what the clean image is, and with `lq` also `is_paired` (b,), false where lq is 
 cache has `teacher`, {"output": ..., "features": {name: ...}}: what the teacher says of lq, which then is not asked.
 
 `train_step` is `observe` and then `learn`, so that several students can learn from one teacher's forward pass.
+
+Both can take a batch in `accumulate` parts, one after another: every loss is a mean over samples, so that the mean over
+parts of equal size is that of the batch, and so is its gradient, while activations take the memory of one part.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ class Recipe:
 
     `degrade(key, image, window)` makes the lq of one (h, w, c) image where a batch has none. `crop` is the side of the
     gt square that is learnt from, cut from larger images as if after they were degraded; 0 takes them whole. `sharpen`
-    sharpens gt first. `learning_rate` is here only to be reported; the optimizer already contains it.
+    sharpens gt first. `learning_rate` is here only to be reported; the optimizer already contains it. `accumulate` is
+    the number of parts that a batch is taken in.
     """
 
     student: Apply
@@ -64,6 +68,7 @@ class Recipe:
     degrade: Degrade | None = None
     crop: int = 0
     sharpen: bool = False
+    accumulate: int = 1
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +88,10 @@ class State:
 
 
 class Scene(NamedTuple):
-    """What a step looks at: the images of a batch, what the teacher says of them, and a key for each sample."""
+    """What a step looks at: the images of a batch, what the teacher says of them, and a key for each sample.
+
+    `labelled` is as in `kdjax.terms.Context`.
+    """
 
     gt: jax.Array
     lq: jax.Array
@@ -174,12 +182,23 @@ def train_step(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: ja
 
 def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
     """Degrades the batch, and runs the teacher if one of the `recipes`, at its step, has use for it and its answers did
-    not come with the batch."""
-    recipes = list(recipes)
+    not come with the batch.
+
+    The recipes have the same data; the batch is taken in the parts that the first one wants.
+    """
+    recipes, steps = list(recipes), list(steps)
+    batch = batch | {"index": _sample_numbers(batch)}
+    if "labelled" in batch:
+        labelled = batch["labelled"].astype(jnp.float32)[:, None, None, None]
+        batch["labelled"] = labelled / jnp.maximum(jnp.mean(labelled), 1 / len(labelled))
+    return _map_parts(lambda part: _observe(recipes, steps, frozen, part, key), batch, recipes[0].accumulate)
+
+
+def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
+    """`observe` of one part, whose `labelled` are weights."""
     gt, lq = make_pair(recipes[0], batch, key)
-    index = _sample_numbers(batch)
-    keys = sample_keys(jax.random.fold_in(key, _TERMS_STREAM), index)
-    labelled = batch["labelled"].astype(jnp.float32)[:, None, None, None] if "labelled" in batch else None
+    keys = sample_keys(jax.random.fold_in(key, _TERMS_STREAM), batch["index"])
+    labelled = batch.get("labelled")
     users = [(t, step) for recipe, step in zip(recipes, steps, strict=True) for t in recipe.terms if t.needs_teacher]
     if not users:
         return Scene(gt, lq, labelled, None, keys)
@@ -197,18 +216,20 @@ def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree,
 
 def learn(recipe: Recipe, state: State, frozen: Tree, scene: Scene) -> tuple[State, Metrics]:
     """The student's part of `train_step`."""
-    values_of = lambda params: term_values(recipe, state.step, params, frozen, scene)  # noqa: E731
+    values_of = functools.partial(term_values, recipe, state.step, frozen)
     balance = state.balance
     if balance:
-        measure = lambda: rebalance(recipe, state.step, gradient_norms(values_of, state.params))  # noqa: E731
+        norms = lambda: gradient_norms(values_of, state.params, scene, recipe.accumulate)  # noqa: E731
+        measure = lambda: rebalance(recipe, state.step, norms())  # noqa: E731
         balance = jax.lax.cond(state.step % SHARES_EVERY == 0, measure, lambda: state.balance)
     weights = term_weights(recipe, state.step, balance)
 
-    def total_loss(params: Params) -> tuple[jax.Array, Metrics]:
-        values = values_of(params)
+    def total_loss(params: Params, part: Scene) -> tuple[jax.Array, Metrics]:
+        values = values_of(params, part)
         return sum(weights[name] * value for name, value in values.items()), values
 
-    (total, values), grads = jax.value_and_grad(total_loss, has_aux=True)(state.params)
+    gradient = functools.partial(jax.value_and_grad(total_loss, has_aux=True), state.params)
+    (total, values), grads = _mean_over_parts(gradient, scene, recipe.accumulate)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     grad_norm = optax.tree.norm(grads)
@@ -231,7 +252,7 @@ def learn(recipe: Recipe, state: State, frozen: Tree, scene: Scene) -> tuple[Sta
     return next_state, metrics
 
 
-def term_values(recipe: Recipe, step: jax.Array, params: Params, frozen: Tree, scene: Scene) -> Metrics:
+def term_values(recipe: Recipe, step: jax.Array, frozen: Tree, params: Params, scene: Scene) -> Metrics:
     """The raw value of every term; 0, and no work, for one whose weight is 0 at this step."""
     ask_teacher = recipe.teacher and (lambda images: Forward(*recipe.teacher(frozen["teacher"], images)))
     student = Forward(*recipe.student(params["student"], scene.lq))
@@ -254,19 +275,22 @@ def term_weights(recipe: Recipe, step: jax.Array, balance: dict[str, jax.Array])
     return {term.name: balance[term.name] if term.share else term.weight(step) for term in recipe.terms}
 
 
-def gradient_norms(values_of: Callable[[Params], Metrics], params: Params) -> Metrics:
+def gradient_norms(values_of: Callable[[Params, Scene], Metrics], params: Params, scene: Scene, parts: int) -> Metrics:
     """The norm of the gradient of every raw term with respect to the student's parameters.
 
-    One forward pass, then one backward pass a term, one after another.
+    One forward pass, then one backward pass a term, one after another; of each of the `parts`, before norms are taken.
     """
+    names = list(jax.eval_shape(values_of, params, scene))
 
-    def student_only(student: Params) -> tuple[jax.Array, ...]:
-        values = values_of(params | {"student": student})
-        return jnp.stack([values[name] for name in names])
+    def gradients(part: Scene) -> Params:
+        def student_only(student: Params) -> jax.Array:
+            values = values_of(params | {"student": student}, part)
+            return jnp.stack([values[name] for name in names])
 
-    names = list(jax.eval_shape(values_of, params))
-    _, backward = jax.vjp(student_only, params["student"])
-    norms = jax.lax.map(lambda one: optax.tree.norm(backward(one)[0]), jnp.eye(len(names)))
+        _, backward = jax.vjp(student_only, params["student"])
+        return jax.lax.map(lambda one: backward(one)[0], jnp.eye(len(names)))
+
+    norms = jax.vmap(optax.tree.norm)(_mean_over_parts(gradients, scene, parts))
     return dict(zip(names, norms, strict=True))
 
 
@@ -294,8 +318,8 @@ def diagnose(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.
       the teacher is nearer to the clean image than the student.
     """
     scene = observe([recipe], [state.step], frozen, batch, key)
-    values_of = lambda params: term_values(recipe, state.step, params, frozen, scene)  # noqa: E731
-    norms = gradient_norms(values_of, state.params)
+    values_of = functools.partial(term_values, recipe, state.step, frozen)
+    norms = gradient_norms(values_of, state.params, scene, recipe.accumulate)
     balance = jax.lax.cond(
         state.step % SHARES_EVERY == 0, lambda: rebalance(recipe, state.step, norms), lambda: state.balance
     )
@@ -303,15 +327,18 @@ def diagnose(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.
     weighted = {name: abs(weights[name]) * norm for name, norm in norms.items()}
     total = jnp.maximum(sum(weighted.values()), 1e-30)
     metrics = {f"share/{name}": value / total for name, value in weighted.items()}
-    if scene.teacher is not None:
-        output = recipe.student(state.params["student"], scene.lq)[0]
-        better = losses.teacher_is_better(output, scene.teacher.output, scene.gt)
-        labelled = jnp.ones((len(output), 1, 1, 1)) if scene.labelled is None else scene.labelled
-        metrics["teacher_better"] = jnp.sum(better * labelled) / jnp.maximum(
-            jnp.sum(jnp.broadcast_to(labelled, better.shape)), 1
-        )
-        metrics["psnr_student_teacher"] = losses.psnr_between(output, scene.teacher.output)
-    return metrics
+    if scene.teacher is None:
+        return metrics
+
+    def compare(part: Scene) -> Metrics:
+        output = recipe.student(state.params["student"], part.lq)[0]
+        better = losses.teacher_is_better(output, part.teacher.output, part.gt)
+        return {
+            "teacher_better": jnp.mean(better if part.labelled is None else better * part.labelled),
+            "psnr_student_teacher": losses.psnr_between(output, part.teacher.output),
+        }
+
+    return metrics | _mean_over_parts(compare, scene, recipe.accumulate)
 
 
 def make_pair(recipe: Recipe, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -349,6 +376,34 @@ def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
 
 def _sample_numbers(batch: Batch) -> jax.Array:
     return batch.get("index", jnp.arange(len(batch["gt"])))
+
+
+def _in_parts(batch: Tree | Scene, parts: int) -> Tree | Scene:
+    """Every array (b, ...) as (parts, b / parts, ...).
+
+    Sample i is in part i % parts. A device has its samples side by side, so it has as many in every part, and no image
+    moves to another device.
+    """
+    return jax.tree.map(lambda array: array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1), batch)
+
+
+def _map_parts(function: Callable[[Tree], Scene], batch: Tree, parts: int) -> Scene:
+    """The function of every part of a batch, one after another, put together again."""
+    if parts == 1:
+        return function(batch)
+    results = jax.lax.map(function, _in_parts(batch, parts))
+    return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(-1, *array.shape[2:]), results)
+
+
+def _mean_over_parts(function: Callable[[Scene], Any], scene: Scene, parts: int) -> Any:
+    """The mean of the function, a tree of arrays, over the parts of a scene, one after another."""
+    if parts == 1:
+        return function(scene)
+    scenes = _in_parts(scene, parts)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda array: array[0], scenes))
+    nothing = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(part)), None), nothing, scenes)
+    return jax.tree.map(lambda array: array / parts, total)
 
 
 def eval_step(apply: Apply, params: Params, lq: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import assets, data, models, report, sharding, validation
+from kdjax import assets, cost, data, models, report, sharding, validation
 from kdjax.logbook import finite, write_json, write_text
 from kdjax.metrics import named, niqe
 from kdjax.metrics.named import METRICS
@@ -478,9 +478,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{name}: {one.path}, {one.model.arch}, {size:,} parameters, {one.layout} layout,")
         print(f"  weights under {one.key!r}, sha256 {one.sha256}")
     try:
-        run(request, options)
+        with cost.telling_out_of_memory():
+            run(request, options)
     except (data.ImageError, OSError) as error:
         sys.exit(f"error: {error}")
+    except cost.OutOfMemory as error:
+        advice = "give a smaller --tile" if options.tile else "give --tile 256: images are then restored in parts"
+        sys.exit(f"error: out of memory: {error}; {advice}")
 
 
 if __name__ == "__main__":

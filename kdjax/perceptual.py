@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from kdjax.convolution import convolve
 from kdjax.names import pick
 
 Params = Mapping[str, Mapping[str, jax.Array]]
@@ -77,9 +78,7 @@ def vgg_features(
     features = {}
     for name in needed_layers(vgg_type, layers):
         if name.startswith("conv"):
-            layout = ("NHWC", "HWIO", "NHWC")
-            x = jax.lax.conv_general_dilated(x, params[name]["kernel"], (1, 1), "SAME", dimension_numbers=layout)
-            x = x + params[name]["bias"]
+            x = convolve(x, params[name]["kernel"]) + params[name]["bias"]
         elif name.startswith("relu"):
             x = jax.nn.relu(x)
         elif not remove_pooling:

@@ -36,7 +36,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from kdjax import config as config_lib
-from kdjax import distill, ladder, metrics, models, sharding, train, validation
+from kdjax import cost, distill, ladder, metrics, models, sharding, train, validation
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
 from kdjax.data import DataError
@@ -220,7 +220,9 @@ def train_group(group: Group, folder: Path, checkpoints: Checkpoints, curve_imag
     """The loop of `train.train` for several students at once; returns their states at the last step, or at a signal."""
     config, mesh = group.config, group.mesh
     recipes = {column: setup.recipe for column, setup in group.setups.items()}
-    step_fn = sharding.on_mesh(mesh, jax.jit(functools.partial(joint_step, recipes), donate_argnums=0))
+    jitted = jax.jit(functools.partial(joint_step, recipes), donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    planned = cost.Planned(jitted, f"a step of {len(recipes)} columns")
+    step_fn = sharding.on_mesh(mesh, planned)
     diagnose_fns = {column: jax.jit(functools.partial(distill.diagnose, recipe)) for column, recipe in recipes.items()}
     key = sharding.replicate(jax.random.key(config.seed), mesh)
     by_column = {column: distill.init_state(s.recipe, s.student.params) for column, s in group.setups.items()}
@@ -239,6 +241,7 @@ def train_group(group: Group, folder: Path, checkpoints: Checkpoints, curve_imag
             raise train.NonFiniteLoss(f"column {column!r}, seed {config.seed}: {error}") from None
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(cost.telling_out_of_memory(lambda: planned.needs))
         logbooks = {}
         for column, setup in group.setups.items():
             (folder / column).mkdir(parents=True, exist_ok=True)
@@ -473,13 +476,19 @@ def main(argv: list[str]) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         study = parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
-        sharding.use_all_cores(math.gcd(*(config.data.batch_size for config in study.runs.values())))
+        sharding.use_all_cores(
+            math.gcd(*(config.data.batch_size // config.train.accumulate for config in study.runs.values()))
+        )
         workdir = Path(flags.FLAGS.workdir or Path("studies") / study.name).absolute()
         workdir.mkdir(parents=True, exist_ok=True)
         train.start_logging(workdir)
-        log.info(run(study, workdir))
+        with cost.telling_out_of_memory():
+            log.info(run(study, workdir))
     except (ValueError, OSError, train.NonFiniteLoss, CheckpointError, DataError) as error:
         train.fail(str(error))
+    except cost.OutOfMemory as error:
+        config = next(iter(study.runs.values()))
+        train.fail(f"out of memory: {error}. {train.how_to_save_memory(config, 'config.base.')}, or have fewer columns")
 
 
 if __name__ == "__main__":

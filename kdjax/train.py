@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from ml_collections import config_flags
 
-from kdjax import agreement, assets, data, distill, models, sharding, targets
+from kdjax import agreement, assets, cost, data, distill, models, sharding, targets
 from kdjax import config as config_lib
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
@@ -73,10 +73,13 @@ def prepare(config: Config) -> Setup:
       ValueError, OSError: something is missing or does not fit; the message is for the user.
     """
     mesh = sharding.data_mesh()
-    if config.data.batch_size % mesh.size:
+    parts = config.train.accumulate
+    unit = mesh.size * parts
+    if config.data.batch_size % unit:
+        each = f" and the {parts} parts of config.train.accumulate" if parts > 1 else ""
         raise ConfigError(
-            f"config.data.batch_size={config.data.batch_size} does not divide by the {mesh.size} devices; use"
-            f" {max(1, config.data.batch_size // mesh.size) * mesh.size} or another multiple of {mesh.size}"
+            f"config.data.batch_size={config.data.batch_size} does not divide by the {mesh.size} devices{each}; use"
+            f" {max(1, config.data.batch_size // unit) * unit} or another multiple of {unit}"
         )
     for wanted, package, extra in (
         (config.log.tensorboard, "tensorboardX", "tb"),
@@ -122,7 +125,14 @@ def prepare(config: Config) -> Setup:
         degrade=make_degrade(config.degrade, scale=scale) if makes_lq else None,
         crop=config.data.crop,
         sharpen=config.data.gt_usm,
+        accumulate=parts,
     )
+    whole = [term.name for term in recipe.terms if not term.loss.is_mean]
+    if parts > 1 and whole:
+        raise ConfigError(
+            f'the loss term {whole[0]!r} has criterion="fro", a length over the whole batch, which cannot be added up'
+            f' from config.train.accumulate={parts} parts; use criterion="l1" or "l2", or accumulate=1'
+        )
     pairs = data.find_pairs(
         gt=assets.locate(config.data.gt, assets.TRAIN_PHOTOGRAPHS),
         lq=config.data.lq or None,
@@ -186,6 +196,7 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
     Raises:
       NonFiniteLoss: the run diverged; its last checkpoint is from before.
       ConfigError: `workdir` holds a run with another student or teacher.
+      cost.OutOfMemory: the step, a validation or the data takes more memory than there is.
       data.DataError: hardly any training image can be read.
     """
     config, recipe = setup.config, setup.recipe
@@ -193,7 +204,10 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
     teacher_params = setup.teacher.params if recipe.teacher else None
     frozen = sharding.replicate(distill.make_frozen(recipe.terms, teacher_params), setup.mesh)
     on_mesh = functools.partial(sharding.on_mesh, setup.mesh)
-    step_fn = on_mesh(jax.jit(functools.partial(distill.train_step, recipe), donate_argnums=0))
+    replicated = sharding.replicated(setup.mesh)
+    train_step = functools.partial(distill.train_step, recipe)
+    planned = cost.Planned(jax.jit(train_step, donate_argnums=0, out_shardings=replicated), "a step")
+    step_fn = on_mesh(planned)
     diagnose_fn = on_mesh(jax.jit(functools.partial(distill.diagnose, recipe)))
     key = sharding.replicate(jax.random.key(config.seed), setup.mesh)
 
@@ -217,6 +231,7 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
                 tensorboard=config.log.tensorboard,
                 wandb=config.log.wandb,
             ) as logbook,
+            cost.telling_out_of_memory(lambda: planned.needs),
         ):
 
             def validate() -> float | None:
@@ -523,18 +538,23 @@ def main(argv: list[str]) -> None:
     try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
         if not joined:  # several processes must have equal numbers of devices, whatever their hosts are
-            sharding.use_all_cores(config.data.batch_size)
-        setup = prepare(config)
-        monitor = Monitor(config.val, setup.student, setup.teacher)
+            sharding.use_all_cores(config.data.batch_size // config.train.accumulate)
+        with cost.telling_out_of_memory():
+            setup = prepare(config)
+            monitor = Monitor(config.val, setup.student, setup.teacher)
         workdir = Path(flags.FLAGS.workdir or Path("runs") / config.name).absolute()
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         problem = str(error)
+    except cost.OutOfMemory as error:
+        problem = f"out of memory: {error}. {how_to_save_memory(config)}"
     try:
         agreement.check(problem, lambda: shared_facts(setup, monitor), workdir)
         start_logging(workdir, process=process)
         log.info(train(setup, monitor, workdir))
     except (sharding.AgreedError, ConfigError) as error:  # which all processes meet
         fail(str(error))
+    except cost.OutOfMemory as error:
+        fail(f"out of memory: {error}. {how_to_save_memory(config)}", alone=jax.process_count() > 1)
     except (CheckpointError, WeightsError, data.DataError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         more = f": make room for {workdir}; the same command continues" if full else ""
@@ -550,6 +570,20 @@ def main(argv: list[str]) -> None:
             )
         traceback.print_exc()
         fail(f"{type(error).__name__}: {error}", alone=True)
+
+
+def how_to_save_memory(config: Config, prefix: str = "config.") -> str:
+    """What the user can change, what costs least first; flags begin with `prefix`."""
+    parts, asks_teacher = config.train.accumulate, needs_teacher(config.terms) and not config.teacher.cache
+    ways = [
+        f"train.accumulate={2 * parts} (the batch in {2 * parts} parts, one after another, with the same update)",
+        "student.remat=True (activations are computed again in place of kept)" * (not config.student.remat),
+        "teacher.dtype=bfloat16" * (asks_teacher and config.teacher.dtype != "bfloat16"),
+        "teacher.cache=DIR, from python -m kdjax.cache" * asks_teacher,
+        f"a smaller data.batch_size (now {config.data.batch_size}) or data.crop (now {config.data.crop})",
+        f"a smaller data.cache_mb (now {config.data.cache_mb})" * (jax.default_backend() == "cpu"),
+    ]
+    return f"Set with --{prefix}KEY=VALUE: {'; '.join(filter(None, ways))}. See docs/memory.md"
 
 
 def fail(message: str, *, alone: bool = False) -> NoReturn:

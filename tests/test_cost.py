@@ -2,13 +2,15 @@
 
 import math
 import os
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from kdjax import cost, models
+from kdjax import cost, models, sharding
 
 HEIGHT, WIDTH, FEATURES = 48, 40, 8
 IMAGE_BYTES = HEIGHT * WIDTH * 3 * 4
@@ -147,7 +149,7 @@ def test_what_a_cpu_has_no_memory_for_is_refused_before_it_runs(
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed}.get)
     cost.compile_model(dncnn, (1, 8, 8, 3))
     monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed - 1}.get)
-    with pytest.raises(cost.OutOfMemory, match=r"a pass takes 0\.0 GiB"):
+    with pytest.raises(cost.OutOfMemory, match=r"a pass takes 0 MiB"):
         cost.compile_model(dncnn, (1, 8, 8, 3))
 
 
@@ -169,3 +171,41 @@ def test_the_machine_is_told() -> None:
     assert machine["platform"] == "cpu" and machine["device"] not in ("", "cpu") and machine["cores"] >= 1
     assert machine["jax"] == jax.__version__ and machine["date"][:2] == "20"
     assert cost.allocator_peak() is None or math.isfinite(cost.allocator_peak())
+
+
+def test_a_planned_step_tells_what_it_takes_and_is_compiled_once(caplog: pytest.LogCaptureFixture) -> None:
+    traced = []
+
+    def step(state: jax.Array, batch: jax.Array) -> jax.Array:
+        traced.append(1)
+        return state + jnp.sin(batch).sum()
+
+    planned = cost.Planned(jax.jit(step, donate_argnums=0), "a step")
+    batch = jnp.ones((1 << 20,))
+    with caplog.at_level("INFO", logger="kdjax"):
+        state = planned(planned(jnp.zeros(()), batch), batch)
+    assert float(state) == pytest.approx(2 * (1 << 20) * math.sin(1), rel=1e-3) and len(traced) == 1
+    (line,) = (record.message for record in caplog.records)
+    assert re.match(r"memory: a step takes \d+ MiB on each device, \d+ MiB of them for .*; there are [\d.]+ GiB", line)
+
+
+def test_devices_of_one_cpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = sharding.data_mesh(jax.devices()[:4])
+    arguments = (sharding.replicate(jnp.zeros((1 << 20,)), mesh),)
+    planned = cost.Planned(jax.jit(lambda state: state + 1, donate_argnums=0), "a step")
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 15 << 20}.get)
+    with pytest.raises(cost.OutOfMemory, match="a step takes 16 MiB, the machine has 15 MiB"):
+        planned(*arguments)
+    assert "16 MiB: 4 MiB for each of 4 devices" in planned.needs
+
+
+@pytest.mark.parametrize(("limit", "expected"), [("max", None), ("1048576", (1 << 20, 1 << 19))])
+def test_a_container_may_have_less_memory_than_its_machine(
+    limit: str, expected: tuple[int, int] | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine = cost.device_memory()[0]
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text(f"{1 << 19}\n")
+    monkeypatch.setattr(cost, "_CONTAINER", tmp_path)
+    there, free = cost.device_memory()
+    assert (there, free) == expected if expected else there >= machine

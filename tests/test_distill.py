@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -281,6 +282,54 @@ PAIR = (("model.1", "body.0", 1.0),)
 
 
 @pytest.mark.parametrize("devices", [1, 4])
+def test_a_batch_in_parts_gives_the_update_of_the_whole(tiny: Tiny, devices: int) -> None:
+    """With terms over some of the samples, of a share and of a phase; in less memory; no image changes its device."""
+    phase = dict(name="piecewise", values=(1.0, 0.0), boundaries=(1,))
+    base = tiny.recipe(
+        {
+            "task": TASK,
+            "output": dict(criterion="l1", weight=0.5, gate=True),
+            "hint": dict(pairs=PAIR, weight=dict(share=0.2)),
+            "label_consistency": dict(criterion="l1", weight=phase),
+        }
+    )
+    mesh = sharding.data_mesh(jax.devices()[:devices])
+    frozen = sharding.replicate(distill.make_frozen(base.terms, tiny.teacher.params), mesh)
+    key = sharding.replicate(jax.random.key(7), mesh)
+    batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32), "labelled": np.arange(8) % 3 != 1}
+    batch = sharding.shard_batch(batch, mesh)
+    results, bytes_between = {}, {}
+    for parts in (1, 8 // devices):
+        recipe = dataclasses.replace(base, accumulate=parts)
+        state = sharding.replicate(distill.init_state(recipe, tiny.student.params), mesh)
+        step = jax.jit(functools.partial(distill.train_step, recipe), out_shardings=sharding.replicated(mesh))
+        step = step.lower(state, frozen, batch, key).compile()
+        assert not set(re.findall("all-to-all|all-gather|collective-permute", step.as_text()))
+        bytes_between[parts] = step.memory_analysis().temp_size_in_bytes
+        for _ in range(2):
+            state, metrics = step(state, frozen, batch, key)
+        results[parts] = state.params, state.balance, metrics
+    whole, in_parts = results.values()
+    assert_trees_close(whole[0], in_parts[0], 1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole[1:], in_parts[1:])
+    assert bytes_between[8 // devices] < 0.6 * bytes_between[1]
+
+
+def test_a_diagnosis_in_parts_is_that_of_the_whole(tiny: Tiny) -> None:
+    base = tiny.recipe()
+    state = distill.init_state(base, tiny.student.params)
+    frozen = distill.make_frozen(base.terms, tiny.teacher.params)
+    batch = {"gt": tiny.gt, "labelled": np.arange(8) % 3 != 1}
+    whole, in_parts = (
+        jax.jit(functools.partial(distill.diagnose, dataclasses.replace(base, accumulate=parts)))(
+            state, frozen, batch, jax.random.key(7)
+        )
+        for parts in (1, 4)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, in_parts)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
 def test_a_weight_given_as_a_share_keeps_the_term_at_it(tiny: Tiny, devices: int) -> None:
     """Measured on the step at which the weights are set, by the gradients of each term on its own."""
     specs = {
@@ -300,7 +349,7 @@ def test_a_weight_given_as_a_share_keeps_the_term_at_it(tiny: Tiny, devices: int
 
         def value(student: dict) -> jax.Array:
             params = states[0].params | {"student": student}
-            return distill.term_values(only, jnp.int32(0), params, frozen, scene)[name]
+            return distill.term_values(only, jnp.int32(0), frozen, params, scene)[name]
 
         return float(optax.tree.norm(jax.grad(value)(states[0].params["student"])))
 

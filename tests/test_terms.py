@@ -235,7 +235,7 @@ def test_gate_imitates_only_where_the_teacher_is_nearer_to_the_clean_image(passe
 def test_unlabelled_samples_have_no_clean_image(name: str, passes: tuple) -> None:
     """Where only the teacher knows, the clean image changes nothing, and the gate is open."""
     student, teacher = passes
-    labelled = jnp.array([1.0, 0, 1, 0])[:, None, None, None]
+    labelled = jnp.array([2.0, 0, 2, 0])[:, None, None, None]
     loss = built(name)
 
     def value(gt: jax.Array, output: jax.Array) -> jax.Array:

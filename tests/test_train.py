@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -186,6 +188,10 @@ def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
         (("--config.train.stpes=4",), 'Did you mean "steps"'),
         (("--config.train.steps=many",), "many"),
         (("--config.data.batch_size=6",), "config.data.batch_size=6 does not divide by the 4 devices; use 4"),
+        (
+            ("--config.train.accumulate=3",),
+            "batch_size=4 does not divide by the 4 devices and the 3 parts of config.train.accumulate; use 12",
+        ),
         (("extra",), "unexpected argument 'extra'"),
         (("--config", "configs/denoise.py:quik"), "error: configs/denoise.py has no variant 'quik'"),
     ],
@@ -196,6 +202,18 @@ def test_refusals_are_one_message(tmp_path: Path, flags: tuple[str, ...], messag
     assert process.returncode == 1
     assert message in output and "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+def test_too_little_memory_is_one_message_with_what_helps(tmp_path: Path) -> None:
+    """The step takes about twice what the process may have, so that XLA asks for it in vain."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # noqa: E731
+    process = start(tmp_path / "run", "--config.data.crop=2048", preexec_fn=limit)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    message = output.splitlines()[-1]
+    assert re.match(r"error: out of memory: .*; a step takes [\d.]+ GiB on each device, ", message), output
+    assert "train.accumulate=2" in message and "student.remat=True" in message and "data.crop (now 2048)" in message
+    assert "memory: a step takes " in output  # before it ran
 
 
 def prepared(**changes: dict) -> tuple[train.Setup, Monitor]:
@@ -220,6 +238,7 @@ def prepared(**changes: dict) -> tuple[train.Setup, Monitor]:
         ({"degrade": {"name": "awgn", "sigma": 400.0}}, "from 0 to 255"),
         ({"data": {"gt": "no/such/folder"}}, "no/such/folder"),
         ({"val": {"gt": "no/such/folder"}}, "no/such/folder"),
+        ({"train": {"accumulate": 0}}, r"config.train.accumulate=0 must be at least 1"),
         ({"train": {"optimizer": "sgd"}}, "unknown optimizer 'sgd'"),
         ({"log": {"wandb": "project"}}, r"wandb, which is not installed: pip install 'kdjax\[wandb\]'"),
         ({"train": {"lr": {"name": "cosine", "value": 1.0}}}, "steps"),

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from kdjax.convolution import convolve
 from kdjax.models.winograd import narrow_conv3x3
 
 # torch's default for a convolution: weight and bias uniform in +-1/sqrt(fan_in).
@@ -30,7 +31,6 @@ def conv3x3(
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     kernel_init = RESIDUAL_KERNEL_INIT if residual_init else TORCH_KERNEL_INIT
-    convolve = _narrow if narrow else jax.lax.conv_general_dilated
     return nnx.Conv(
         num_in,
         num_out,
@@ -38,9 +38,14 @@ def conv3x3(
         padding=1,
         kernel_init=kernel_init,
         bias_init=bias_init,
-        conv_general_dilated=convolve,
+        conv_general_dilated=_narrow if narrow else _same,
         rngs=rngs,
     )
+
+
+def _same(x: jax.Array, kernel: jax.Array, *_: object, **__: object) -> jax.Array:
+    """In place of `jax.lax.conv_general_dilated`, with the arguments that keep the size."""
+    return convolve(x, kernel)
 
 
 def _narrow(x: jax.Array, kernel: jax.Array, *_: object, **__: object) -> jax.Array:
@@ -65,6 +70,7 @@ def conv(
         padding=(size - 1) // 2,
         feature_group_count=groups,
         use_bias=bias,
+        conv_general_dilated=_same if stride == groups == 1 and size % 2 else jax.lax.conv_general_dilated,
         kernel_init=TORCH_KERNEL_INIT,
         bias_init=bias_init,
         rngs=rngs,

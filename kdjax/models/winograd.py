@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdjax import convolution
+
 # Lavin & Gray, equation 11, for the points 0, 1, -1, 2, -2 and infinity: output x ((kernel x g) * (input x d)).
 _TILE = 4
 _INPUT = np.float32(
@@ -54,8 +56,8 @@ def narrow_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
 @jax.custom_vjp
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if not _pays(x.shape, kernel.shape, x.dtype):
-        return _plain(x, kernel)
-    return jax.lax.platform_dependent(x, kernel, cpu=_winograd, default=_plain)
+        return convolution.plain(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=_winograd, default=convolution.plain)
 
 
 def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -63,8 +65,8 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # XLA's own gradients are faster than the transposed transforms.
-    return jax.vjp(_plain, *saved)[1](gradient)
+    # Faster than the transposed transforms.
+    return convolution.gradients(*saved, gradient)
 
 
 _convolve.defvjp(_forward, _backward)
@@ -75,10 +77,6 @@ def _pays(x: tuple, kernel: tuple, dtype: jnp.dtype) -> bool:
     known = isinstance(height, int) and isinstance(width, int)  # not the symbolic sizes of an export
     narrow = num_in >= 2 * kernel[3] and kernel[3] >= 16
     return known and narrow and dtype == jnp.float32 and height * width <= _LARGEST_MAP
-
-
-def _plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -197,14 +197,12 @@ def _vgg_term(
     params = load_vgg(vgg, vgg_type=vgg_type, layers=layers)
     features = jax.eval_shape(extract, params, setting.student.output)  # refuses unknown options now
     jax.eval_shape(lambda f: compare(f, f, layer_weights=layer_weights, criterion=criterion), features)
-    return Loss(value, frozen=params)
+    return Loss(value, frozen=params, is_mean=criterion != "fro")
 
 
-def _mean(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """The mean over all elements, or over those of the samples that a (b, 1, 1, 1) mask keeps; 0 if it keeps none."""
-    if mask is None:
-        return jnp.mean(values)
-    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(jnp.broadcast_to(mask, values.shape)), 1)
+def _mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """The mean over all elements, with the (b, 1, 1, 1) weight of their sample."""
+    return jnp.mean(values if weights is None else values * weights)
 
 
 def _gate(context: Context) -> jax.Array:

@@ -26,7 +26,9 @@ class Context(NamedTuple):
     Attributes:
       student, teacher: what they returned for `lq`; the teacher is a constant, and None where no term needs it.
       gt, lq: the clean and the degraded images.
-      labelled: (b, 1, 1, 1), 1 where `gt` may be used and 0 where only the teacher knows; None where all may.
+      labelled: (b, 1, 1, 1), 0 where only the teacher knows what the clean image is, and elsewhere the weight that
+        makes a mean over the whole batch, however it is taken apart, one over the samples with a clean image; None
+        where all have one.
       ask_teacher: what the teacher returns for other images; gradients flow to the images.
       keys: (b,) random keys, which depend on the run and the number of the sample only.
     """
@@ -57,6 +59,7 @@ class Loss(NamedTuple):
     are given back to `value` as arguments, since arrays of that size must not become constants of a compiled program.
     `reads` names the features of `context.teacher` that `value` looks at, and `asks` tells whether it uses
     `context.ask_teacher`: what a cache of the teacher has to hold, and whether one will do.
+    `is_mean` tells that the value is a mean over samples, so that a batch may be taken in parts.
     """
 
     value: Callable[[Context, Tree, Tree], jax.Array]
@@ -64,6 +67,7 @@ class Loss(NamedTuple):
     frozen: Tree = {}  # noqa: RUF012
     reads: tuple[str, ...] = ()
     asks: bool = False
+    is_mean: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
