@@ -30,7 +30,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from kdjax import config as config_lib
-from kdjax import sharding, targets, train
+from kdjax import preparation, sharding, targets, train
 from kdjax.config import ConfigError
 from kdjax.data import DataError, shards
 from kdjax.data.cached import CACHE, PLAN, Field
@@ -46,7 +46,7 @@ _SPARE = 1.02  # of the bytes of the records: what the format adds
 class Job:
     """A cache to be written; all of it has been checked but for the room on the disk."""
 
-    setup: train.Setup
+    setup: preparation.Setup
     out: Path
     samples: int
     shard_samples: int
@@ -72,11 +72,11 @@ class Job:
             "shard_samples": self.shard_samples,
             "batch_size": self.setup.config.data.batch_size,  # of which the places of unlabelled images are a part
             "fields": [[field.name, field.dtype, list(field.shape)] for field in self.fields],
-            "settings": train.sample_settings(self.setup),
+            "settings": preparation.sample_settings(self.setup),
         }
 
 
-def plan(setup: train.Setup, out: Path, samples: int, *, shard_bytes: int = SHARD_BYTES) -> Job:
+def plan(setup: preparation.Setup, out: Path, samples: int, *, shard_bytes: int = SHARD_BYTES) -> Job:
     """The job of writing the first `samples` samples of a run to the folder `out`.
 
     Args:
@@ -89,8 +89,8 @@ def plan(setup: train.Setup, out: Path, samples: int, *, shard_bytes: int = SHAR
         raise ConfigError("no loss term of the config looks at the teacher, so there is nothing to keep of it")
     if samples < 1:
         raise ConfigError(f"--samples={samples}; it must be 1 or more")
-    answer = targets.make_answer(setup.config, setup.recipe, setup.teacher, side=train.loaded_side(setup))
-    fields = targets.make_fields(answer, setup.teacher.params, train.batch_shapes(setup))
+    answer = targets.make_answer(setup.config, setup.recipe, setup.teacher, side=preparation.loaded_side(setup))
+    fields = targets.make_fields(answer, setup.teacher.params, preparation.batch_shapes(setup))
     batch = setup.config.data.batch_size
     in_shard = batch * max(1, shard_bytes // (batch * sum(field.bytes for field in fields)))
     job = Job(setup, out, samples, in_shard, fields, answer)
@@ -230,7 +230,7 @@ def _records(job: Job, own: list[int]) -> Iterator[bytes]:
                 own[position] * job.shard_samples // batch_size,
                 -(-min(job.samples, (own[end - 1] + 1) * job.shard_samples) // batch_size),
             )
-            with train.open_batches(setup, start_step=steps.start) as batches:
+            with preparation.open_batches(setup, start_step=steps.start) as batches:
                 for step in steps:
                     yield step * batch_size, answer(params, sharding.shard_batch(next(batches), mesh), key)
             position = end
@@ -272,9 +272,9 @@ def main(argv: list[str]) -> None:
     try:
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
         sharding.use_all_cores(config.data.batch_size)
-        setup = train.prepare(targets.without_cache(config))
+        setup = preparation.prepare(targets.without_cache(config))
         job = plan(setup, out, flags.FLAGS.samples)
-        log.info(f"teacher: {setup.teacher.identity}, {train.describe(setup.teacher.model)}")
+        log.info(f"teacher: {setup.teacher.identity}, {preparation.describe(setup.teacher.model)}")
         log.info(describe(job))
         complete = write(job, process_index=index, process_count=count)
     except (ValueError, OSError, FloatingPointError, DataError) as error:

@@ -19,7 +19,7 @@ from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
 from kdjax import config as config_lib
-from kdjax import data, degradations, distill, ops, targets, train
+from kdjax import data, degradations, distill, ops, preparation, targets, train
 from kdjax.data import DataError
 from kdjax.degradations import realesrgan
 from kdjax.degradations.resize import MODES
@@ -29,12 +29,12 @@ _KERNEL_ZOOM = 4
 _LARGEST = 320  # of an image on the sheet, pixels
 
 
-def draw_sheet(setup: train.Setup, *, count: int, step: int = 0) -> np.ndarray:
+def draw_sheet(setup: preparation.Setup, *, count: int, step: int = 0) -> np.ndarray:
     """The sheet of the first `count` samples from training step `step` on, uint8 (h, w, 3)."""
     key = jax.random.key(setup.config.seed)
     rows: list[np.ndarray] = []
     make_pair = jax.jit(lambda batch: distill.make_pair(setup.recipe, batch, key))
-    with train.open_batches(setup, start_step=step) as batches:
+    with preparation.open_batches(setup, start_step=step) as batches:
         while len(rows) < count:
             batch = next(batches)
             pair = [np.asarray(ops.to_uint8(images)) for images in make_pair(batch)]
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
         if output.suffix.lower() not in data.IMAGE_SUFFIXES:
             raise ValueError(f"--output={output} must end in one of {', '.join(data.IMAGE_SUFFIXES)}")
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
-        setup = train.prepare(targets.without_cache(config))
+        setup = preparation.prepare(targets.without_cache(config))
         data.write_image(output, draw_sheet(setup, count=flags.FLAGS.count, step=flags.FLAGS.step))
     except (ValueError, OSError, DataError) as error:
         train.fail(str(error))

@@ -36,7 +36,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from kdjax import config as config_lib
-from kdjax import cost, distill, ladder, metrics, models, sharding, train, validation
+from kdjax import cost, distill, ladder, metrics, models, preparation, sharding, train, validation
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
 from kdjax.data import DataError
@@ -74,13 +74,13 @@ class Baseline:
 class Group:
     """Columns that are trained together: all but the student, its losses and its learning is the same."""
 
-    setups: dict[str, train.Setup]
+    setups: dict[str, preparation.Setup]
     teacher: Teacher
     frozen: dict[str, Any]  # {"teacher": parameters, "terms": {column: constants of its terms}}
     samples: list[Sample]
 
     @property
-    def first(self) -> train.Setup:
+    def first(self) -> preparation.Setup:
         """The setup that stands for all where they are the same."""
         return next(iter(self.setups.values()))
 
@@ -187,7 +187,7 @@ def train_together(
     group = make_group(configs)
     config = group.config
     log.info(f"seed {config.seed}: {', '.join(configs)}, {config.train.steps:,} steps, in {folder}")
-    train.warn_of_other_degradation(group.first)
+    preparation.warn_of_other_degradation(group.first)
     baselines = {} if baselines is None else baselines
     subject = json.dumps([config_lib.to_dict(config)[part] for part in ("teacher", "val")])
     if subject not in baselines:
@@ -207,7 +207,7 @@ def train_together(
 
 def make_group(configs: Mapping[str, Config]) -> Group:
     """Networks and data of the columns; one teacher, whether or not the first column needs it."""
-    setups = {column: train.prepare(config) for column, config in configs.items()}
+    setups = {column: preparation.prepare(config) for column, config in configs.items()}
     first = next(iter(setups.values()))
     teacher = load_teacher(first.config.teacher, first.student)
     terms = {column: distill.make_frozen(s.recipe.terms, None)["terms"] for column, s in setups.items()}
@@ -248,7 +248,7 @@ def train_group(group: Group, folder: Path, checkpoints: Checkpoints, curve_imag
             write_json(folder / column / "config.json", config_lib.to_dict(setup.config))
             logbook = Logbook(folder / column, resume_step=step, name=column, tensorboard=False, wandb="")
             logbooks[column] = stack.enter_context(logbook)
-        batches = stack.enter_context(train.open_batches(group.first, start_step=step))
+        batches = stack.enter_context(preparation.open_batches(group.first, start_step=step))
         while step < config.train.steps and not stop.requested:
             batch = sharding.shard_batch(next(batches), mesh)
             logs = (step + 1) % config.log.every == 0
@@ -297,9 +297,9 @@ def make_result(group: Group, column: str, state: distill.State, baseline: Basel
         "column": column,
         "seed": setup.config.seed,
         "steps": setup.config.train.steps,
-        "macs_per_step": step_macs(setup, state, group.frozen_of(column), train.batch_shapes(setup)),
+        "macs_per_step": step_macs(setup, state, group.frozen_of(column), preparation.batch_shapes(setup)),
         "teacher": group.teacher.identity,
-        "student": train.describe(setup.student),
+        "student": preparation.describe(setup.student),
         "curve": [[row["step"], row["val/student_psnr"]] for row in rows if "val/student_psnr" in row],
     }
     log.info(f"{column}, seed {setup.config.seed}: {result['psnr']:.3f} dB")
@@ -324,7 +324,7 @@ def joint_step(
     return States(states.step + 1, updated), metrics_by_column
 
 
-def step_macs(setup: train.Setup, state: distill.State, frozen: Mapping[str, Any], batch: distill.Batch) -> int:
+def step_macs(setup: preparation.Setup, state: distill.State, frozen: Mapping[str, Any], batch: distill.Batch) -> int:
     """Multiply-accumulates of one step of this run on its own, with the measuring of shares spread over the steps."""
 
     def count(recipe: distill.Recipe, state: distill.State) -> int:
@@ -434,10 +434,10 @@ def _settings(column: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compute(config: Config) -> int:
     """Multiply-accumulates of the whole training."""
-    setup = train.prepare(config)
+    setup = preparation.prepare(config)
     state = distill.init_state(setup.recipe, setup.student.params)
     frozen = distill.make_frozen(setup.recipe.terms, setup.teacher and setup.teacher.params)
-    return config.train.steps * step_macs(setup, state, frozen, train.batch_shapes(setup))
+    return config.train.steps * step_macs(setup, state, frozen, preparation.batch_shapes(setup))
 
 
 def _parse_column(column: str, settings: Mapping[str, Any]) -> Config:

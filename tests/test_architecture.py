@@ -15,7 +15,7 @@ FLOORS = [
     {"terms", "teachers", "cost"},  # the losses of a config, and its teacher; what a model costs
     {"distill", "tiles"},  # the step; a trained model over images of any size
     {"validation", "targets"},  # measuring; what the teacher said of a run, kept
-    {"monitor", "report", "tradeoff"},  # what was measured, written down
+    {"preparation", "monitor", "report", "tradeoff"},  # what a run works with; what was measured, written down
     {"train", "evaluate", "restore", "export", "demo"},  # programs
     {"study", "show", "compare", "cache"},  # programs over programs
 ]

@@ -20,7 +20,7 @@ from PIL import Image
 from test_config import load
 from test_perceptual import write_vgg
 
-from kdjax import assets, config, models, train, validation
+from kdjax import assets, config, models, preparation, train, validation
 from kdjax.basicsr import Translation, format_account, translate
 from kdjax.basicsr.keys import DEGRADATION, KEYS
 from kdjax.config import ConfigError, parse
@@ -568,9 +568,9 @@ def test_pairs_and_clean_images_are_trained_on_together(tmp_path: Path) -> None:
         datasets__train__meta_info_unpaired=...,
         train__perceptual_opt__perceptual_weight=0,
     )
-    setup = train.prepare(parse(translate(options).config))
+    setup = preparation.prepare(parse(translate(options).config))
     assert len(setup.unpaired) == 6 and len(setup.pairs) == 2 and setup.recipe.degrade is not None
-    with train.open_batches(setup, start_step=0) as batches:
+    with preparation.open_batches(setup, start_step=0) as batches:
         batch = next(batches)
     assert batch["gt"].shape == (4, 400, 400, 3) and sorted(batch["is_paired"]) == [False, False, True, True]
 

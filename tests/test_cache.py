@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from test_config import load
 
-from kdjax import cache, config, data, distill, models, sharding, targets, train
+from kdjax import cache, config, data, distill, models, preparation, sharding, targets
 from kdjax.data import DataError, shards
 from kdjax.weights import save_model
 
@@ -61,7 +61,7 @@ def configured(files: Path, **changes: dict) -> config.Config:
     return config.parse(values)
 
 
-def written(setup: train.Setup, out: Path, samples: int, **options: object) -> Path:
+def written(setup: preparation.Setup, out: Path, samples: int, **options: object) -> Path:
     assert cache.write(cache.plan(setup, out, samples, **options), tell=lambda line: None)
     return out
 
@@ -70,7 +70,7 @@ def written(setup: train.Setup, out: Path, samples: int, **options: object) -> P
 def made(files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of ten samples in three shards."""
     folder = tmp_path_factory.mktemp("made") / "cache"
-    return written(train.prepare(configured(files)), folder, 10, shard_bytes=1)
+    return written(preparation.prepare(configured(files)), folder, 10, shard_bytes=1)
 
 
 def take(folder: Path, steps: int, **options: object) -> list[dict]:
@@ -86,7 +86,7 @@ def content(folder: Path) -> dict[str, bytes]:
 # The same losses as the live teacher
 
 
-def quantised(setup: train.Setup) -> train.Setup:
+def quantised(setup: preparation.Setup) -> preparation.Setup:
     """The run with the teacher's answers rounded to sixteenths from -1 to 1, which a cache keeps exactly."""
     live = setup.teacher.apply
     apply = lambda params, x: jax.tree.map(lambda y: jnp.round(jnp.clip(y, -1, 1) * 16) / 16, live(params, x))  # noqa: E731
@@ -94,7 +94,7 @@ def quantised(setup: train.Setup) -> train.Setup:
     return dataclasses.replace(setup, teacher=teacher, recipe=dataclasses.replace(setup.recipe, teacher=apply))
 
 
-def losses(setup: train.Setup, steps: int = 3) -> list[dict[str, float]]:
+def losses(setup: preparation.Setup, steps: int = 3) -> list[dict[str, float]]:
     """Three steps, each on what the run's own stream gives."""
     mesh, recipe = setup.mesh, setup.recipe
     state = sharding.replicate(distill.init_state(recipe, setup.student.params), mesh)
@@ -102,10 +102,12 @@ def losses(setup: train.Setup, steps: int = 3) -> list[dict[str, float]]:
     frozen, key = sharding.replicate((frozen, jax.random.key(setup.config.seed)), mesh)
     step = jax.jit(functools.partial(distill.train_step, recipe))
     seen = []
-    with train.open_batches(setup, start_step=0) as batches:
+    with preparation.open_batches(setup, start_step=0) as batches:
         for _ in range(steps):
             batch = sharding.shard_batch(next(batches), mesh)
-            assert jax.tree.map(jnp.shape, batch) == jax.tree.map(lambda leaf: leaf.shape, train.batch_shapes(setup))
+            assert jax.tree.map(jnp.shape, batch) == jax.tree.map(
+                lambda leaf: leaf.shape, preparation.batch_shapes(setup)
+            )
             state, metrics = step(state, frozen, batch, key)
             seen.append({name: float(value) for name, value in metrics.items()})
     return seen
@@ -113,10 +115,10 @@ def losses(setup: train.Setup, steps: int = 3) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("lossless", [True, False])
 def test_gives_the_losses_of_the_live_teacher(files: Path, tmp_path: Path, lossless: bool) -> None:
-    setup = train.prepare(configured(files))
+    setup = preparation.prepare(configured(files))
     setup = quantised(setup) if lossless else setup
     folder = written(setup, tmp_path / "cache", 12)
-    from_cache = train.prepare(configured(files, teacher={"cache": str(folder)}))
+    from_cache = preparation.prepare(configured(files, teacher={"cache": str(folder)}))
     assert from_cache.recipe.teacher is None  # the step does not even have it
     for live, cached in zip(losses(setup), losses(from_cache), strict=True):
         for name, value in live.items():
@@ -148,9 +150,9 @@ def test_batches_are_what_the_live_step_sees(files: Path, tmp_path: Path, change
     """gt and lq after crop, sharpening and degradation: to the last bit where bytes or the sample's number are kept."""
     folders = {key: str(files / value) for key, value in changes.get("data", {}).items() if isinstance(value, str)}
     changes = changes | {"data": changes.get("data", {}) | folders}
-    setup = train.prepare(configured(files, **changes))
+    setup = preparation.prepare(configured(files, **changes))
     folder = written(setup, tmp_path / "cache", 8)
-    cached = train.prepare(configured(files, **changes | {"teacher": {"cache": str(folder)}}))
+    cached = preparation.prepare(configured(files, **changes | {"teacher": {"cache": str(folder)}}))
     fields = {field.name: field for field in cached.cache.fields}
     assert {name: fields[name].dtype for name in kept} == kept
     assert ("lq" in fields) == ("lq" in kept or bool(cached.config.data.lq)) and "is_paired" not in fields
@@ -159,7 +161,7 @@ def test_batches_are_what_the_live_step_sees(files: Path, tmp_path: Path, change
     key = jax.random.key(0)
     for run in (setup, cached):
         make_pair = jax.jit(functools.partial(distill.make_pair, run.recipe))
-        with train.open_batches(run, start_step=1) as batches:
+        with preparation.open_batches(run, start_step=1) as batches:
             batch = next(batches)
             pairs.append([*make_pair(batch, key), batch["index"], batch.get("labelled", np.ones(4))])
     for name, live, ours in zip(("gt", "lq", "index", "labelled"), *pairs, strict=True):
@@ -171,7 +173,7 @@ def test_batches_are_what_the_live_step_sees(files: Path, tmp_path: Path, change
 
 def test_unlabelled_places_are_those_of_the_run(files: Path, tmp_path: Path) -> None:
     changes = {"data": dict(unlabelled=str(files / "noisy"), unlabelled_part=0.25)}
-    folder = written(train.prepare(configured(files, **changes)), tmp_path / "cache", 8)
+    folder = written(preparation.prepare(configured(files, **changes)), tmp_path / "cache", 8)
     for batch in take(folder, 2):
         assert batch["labelled"].tolist() == [True, True, True, False]
 
@@ -206,7 +208,7 @@ def test_workers_give_the_same_batches(made: Path) -> None:
 
 
 def test_wherever_it_is_stopped_it_continues_with_the_same_bytes(files: Path, made: Path, tmp_path: Path) -> None:
-    job = cache.plan(train.prepare(configured(files)), tmp_path / "cache", 10, shard_bytes=1)
+    job = cache.plan(preparation.prepare(configured(files)), tmp_path / "cache", 10, shard_bytes=1)
     said: list[str] = []
 
     def stop(line: str) -> None:
@@ -228,7 +230,7 @@ def test_wherever_it_is_stopped_it_continues_with_the_same_bytes(files: Path, ma
 
 
 def test_processes_share_the_work(files: Path, made: Path, tmp_path: Path) -> None:
-    job = cache.plan(train.prepare(configured(files)), tmp_path / "cache", 10, shard_bytes=1)
+    job = cache.plan(preparation.prepare(configured(files)), tmp_path / "cache", 10, shard_bytes=1)
     assert not cache.write(job, process_index=1, process_count=2)
     assert sorted(content(job.out)) == ["00001.arrayrecord", "00002.arrayrecord", "cache.unfinished.json"]
     assert cache.write(job, process_index=0, process_count=2)
@@ -236,12 +238,12 @@ def test_processes_share_the_work(files: Path, made: Path, tmp_path: Path) -> No
 
 
 def test_what_cannot_be_written_is_refused(files: Path, made: Path, tmp_path: Path) -> None:
-    setup = train.prepare(configured(files))
+    setup = preparation.prepare(configured(files))
     (tmp_path / "file").touch()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").touch()
-    asking = train.prepare(configured(files, terms=TERMS | {"label_consistency": dict(weight=1.0)}))
-    alone = train.prepare(configured(files, terms={"task": TERMS["task"]}))
+    asking = preparation.prepare(configured(files, terms=TERMS | {"label_consistency": dict(weight=1.0)}))
+    alone = preparation.prepare(configured(files, terms={"task": TERMS["task"]}))
     for arguments, message in [
         ((setup, tmp_path / "file", 8), "is a file"),
         ((setup, tmp_path / "other", 8), "holds other files"),
@@ -261,7 +263,7 @@ def test_what_cannot_be_written_is_refused(files: Path, made: Path, tmp_path: Pa
 
 
 def test_a_teacher_that_overflows_is_told(files: Path, tmp_path: Path) -> None:
-    setup = train.prepare(configured(files))
+    setup = preparation.prepare(configured(files))
     live = setup.teacher.apply
     apply = lambda params, x: jax.tree.map(lambda y: y + 1e5, live(params, x))  # noqa: E731
     setup = dataclasses.replace(setup, teacher=dataclasses.replace(setup.teacher, apply=apply))
@@ -311,13 +313,13 @@ def test_a_cache_that_does_not_fit_is_refused(files: Path, made: Path, changes: 
     if "weights" in teacher:
         teacher["weights"] = str(files / teacher["weights"])
     with pytest.raises((config.ConfigError, DataError), match=message):
-        train.prepare(configured(files, **changes | {"teacher": teacher}))
+        preparation.prepare(configured(files, **changes | {"teacher": teacher}))
 
 
 def test_the_number_of_images_in_a_batch_and_the_folder_may_change(files: Path, made: Path, tmp_path: Path) -> None:
     shutil.copytree(files / "gt", tmp_path / "moved")
     changes = dict(batch_size=8, gt=str(tmp_path / "moved"))
-    setup = train.prepare(configured(files, data=changes, teacher={"cache": str(made)}))
+    setup = preparation.prepare(configured(files, data=changes, teacher={"cache": str(made)}))
     assert setup.cache.samples == 10
     assert targets.without_cache(setup.config) == configured(files, data=changes)
 

@@ -16,7 +16,7 @@ from flax import nnx
 from test_config import load
 
 from kdjax import config as config_lib
-from kdjax import models, ops, train
+from kdjax import models, ops, preparation, train
 from kdjax.export import FORMATS, ExportError, card, export_model, verify_onnx, verify_stablehlo, verify_weights
 from kdjax.export.__main__ import main
 from kdjax.logbook import Logbook, write_json
@@ -324,8 +324,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a finished run, by the functions that write them, without its steps."""
     folder = tmp_path_factory.mktemp("run")
     config = config_lib.parse(load("denoise", "debug").copy_and_resolve_references().to_dict())
-    setup = train.prepare(config)
-    write_json(folder / "run.json", train.identity(setup))
+    setup = preparation.prepare(config)
+    write_json(folder / "run.json", preparation.identity(setup))
     write_json(folder / "config.json", config_lib.to_dict(config))
     with Logbook(folder, resume_step=0, name="run", tensorboard=False, wandb="") as logbook:
         logbook.write(2, {"val/student_psnr": 11.0})

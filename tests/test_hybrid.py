@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdjax import train
+from kdjax import preparation, train
 from kdjax.config import ConfigError, parse
 from kdjax.data import DataError, ImagePair, find_pairs, find_unlabelled, training_batches, write_image
 
@@ -175,24 +175,24 @@ def test_a_run_finds_the_unpaired_images_and_loads_the_canvas(
 ) -> None:
     (tmp_path / "clean.txt").write_text("3.png (20,24,3)\n1.png\n")
     clean = dict(unpaired=str(tmp_path / "clean"), unpaired_meta_info=str(tmp_path / "clean.txt"))
-    setup = train.prepare(parse(config(tmp_path, **clean, canvas=12)))
+    setup = preparation.prepare(parse(config(tmp_path, **clean, canvas=12)))
     assert [pair.name for pair in setup.unpaired] == ["3.png", "1.png"] and len(setup.pairs) == 5
-    with train.open_batches(setup, start_step=0) as batches:
+    with preparation.open_batches(setup, start_step=0) as batches:
         batch = next(batches)
     assert batch["gt"].shape == batch["lq"].shape == (8, 12, 12, 3) and batch["is_paired"].sum() == 4
     monkeypatch.setattr(train.log, "propagate", True)
     with caplog.at_level("INFO", "kdjax"):
-        train.report(setup)
+        preparation.report(setup)
     assert f"unpaired images: 2 from {tmp_path / 'clean'}" in caplog.text and "squares of 12" in caplog.text
     with pytest.raises(DataError, match=r"unpaired images \(gt\): .*nowhere' does not exist"):
-        train.prepare(parse(config(tmp_path, unpaired=str(tmp_path / "nowhere"))))
+        preparation.prepare(parse(config(tmp_path, unpaired=str(tmp_path / "nowhere"))))
 
 
 def test_pairs_alone_are_loaded_at_the_size_of_the_crop(sources: Sources, tmp_path: Path) -> None:
-    setup = train.prepare(parse(config(tmp_path, canvas=12)))
-    with train.open_batches(setup, start_step=0) as batches:
+    setup = preparation.prepare(parse(config(tmp_path, canvas=12)))
+    with preparation.open_batches(setup, start_step=0) as batches:
         assert next(batches)["gt"].shape == (8, 8, 8, 3)
-    assert train.batch_shapes(setup)["gt"].shape == train.batch_shapes(setup)["lq"].shape == (8, 8, 8, 3)
+    assert preparation.batch_shapes(setup)["gt"].shape == preparation.batch_shapes(setup)["lq"].shape == (8, 8, 8, 3)
 
 
 def test_crop_and_canvas_are_multiples_of_the_scale(sources: Sources, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_crop_and_canvas_are_multiples_of_the_scale(sources: Sources, tmp_path: 
         values = config(tmp_path, **options)
         values["student"]["hparams"]["upscale"] = 4
         with pytest.raises(ConfigError, match=message):
-            train.prepare(parse(values))
+            preparation.prepare(parse(values))
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def test_validation_on_another_degradation_is_warned_about(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = {"lq": values.pop("lq")} if "lq" in values else {}
-    setup = train.prepare(parse(config(tmp_path, **data) | values))
+    setup = preparation.prepare(parse(config(tmp_path, **data) | values))
     monkeypatch.setattr(train.log, "propagate", True)
-    train.report(setup)
+    preparation.report(setup)
     assert ("WARNING: VALIDATION IS NOT ON WHAT THE RUN TRAINS ON" in caplog.text) == bool(warned)
     assert warned in caplog.text

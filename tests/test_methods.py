@@ -9,7 +9,7 @@ from test_config import METHODS, load
 from test_perceptual import write_vgg
 
 from kdjax import config as config_lib
-from kdjax import train
+from kdjax import preparation, train
 from kdjax.monitor import Monitor
 
 
@@ -31,7 +31,7 @@ def test_the_quick_form_runs(name: str, tmp_path: Path) -> None:
             values.terms[term].update(vgg=str(tmp_path / "vgg.pth"), weight=0.1)
             values.terms[term].layer_weights = dict(conv1_2=1.0)
     config = config_lib.parse(values.copy_and_resolve_references().to_dict())
-    setup = train.prepare(config)
+    setup = preparation.prepare(config)
     result = train.train(setup, Monitor(config.val, setup.student, setup.teacher), tmp_path)
     assert "step 4:" in result
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -11,7 +11,7 @@ from PIL import Image
 from test_config import load
 
 from kdjax import config as config_lib
-from kdjax import show, train
+from kdjax import preparation, show
 from kdjax.degradations import realesrgan
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def test_pairs_from_files_are_shown_as_such(tmp_path: Path) -> None:
             Image.new("RGB", (40, 40), (level + i, level, level)).save(tmp_path / name / f"{i}.png")
     values = load("denoise", "debug")
     values.data.update(gt=str(tmp_path / "gt"), lq=str(tmp_path / "lq"), crop=32)
-    setup = train.prepare(config_lib.parse(values.copy_and_resolve_references().to_dict()))
+    setup = preparation.prepare(config_lib.parse(values.copy_and_resolve_references().to_dict()))
     sheet = show.draw_sheet(setup, count=2)
     assert sheet[0, 0, 1] == 200 and sheet[0, 32 + 6, 1] == 50
 

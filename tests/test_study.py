@@ -13,7 +13,7 @@ from PIL import Image
 from test_config import load
 
 from kdjax import config as config_lib
-from kdjax import ladder, study, train
+from kdjax import ladder, preparation, study, train
 from kdjax.config import ConfigError
 from kdjax.monitor import Monitor
 from kdjax.weights import load_model
@@ -110,7 +110,7 @@ def test_columns_trained_together_are_what_the_training_program_makes_and_surviv
     assert not (tmp_path / "broken" / "hint" / "result.json").exists()
     study.train_together(configs, tmp_path / "broken", 1, StopAfter(100))
     for column, config in configs.items():
-        setup = train.prepare(config)
+        setup = preparation.prepare(config)
         train.train(setup, Monitor(config.val, setup.student, setup.teacher), tmp_path / column)
         alone = [row for row in rows_of(tmp_path / column) if "loss/total" in row]
         together = [row for row in rows_of(tmp_path / "broken" / column) if "loss/total" in row]

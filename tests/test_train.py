@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from test_config import load
 
-from kdjax import assets, config, data, train
+from kdjax import assets, config, data, preparation, train
 from kdjax.monitor import Monitor
 from kdjax.weights import load_model, load_weights, save_model
 
@@ -216,11 +216,11 @@ def test_too_little_memory_is_one_message_with_what_helps(tmp_path: Path) -> Non
     assert "memory: a step takes " in output  # before it ran
 
 
-def prepared(**changes: dict) -> tuple[train.Setup, Monitor]:
+def prepared(**changes: dict) -> tuple[preparation.Setup, Monitor]:
     values = load("denoise", "debug").to_dict()
     for section, entries in changes.items():
         values[section].update(entries)
-    setup = train.prepare(config.parse(values))
+    setup = preparation.prepare(config.parse(values))
     return setup, Monitor(setup.config.val, setup.student, setup.teacher)
 
 
@@ -260,7 +260,7 @@ def test_a_teacher_that_does_not_denoise_is_warned_about(tmp_path: Path, caplog:
 def test_another_student_or_teacher_does_not_continue_a_run(finished: tuple[Path, str]) -> None:
     setup, _ = prepared(student={"arch": "dncnn", "hparams": {"num_feat": 4, "depth": 3}})
     with pytest.raises(config.ConfigError, match=r"another student: .*srvggnetcompact.* before, .*dncnn"):
-        train.check_same_run(setup, finished[0])
+        preparation.check_same_run(setup, finished[0])
 
 
 def photographs(folder: Path, count: int) -> None:

@@ -1,0 +1,290 @@
+"""From a config to what a run works with: data, networks, losses and the recipe of the step, all of it checked.
+
+`prepare` refuses what does not fit; the programs that train, show and keep the answers of a teacher begin with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from kdjax import assets, data, distill, models, sharding, targets
+from kdjax import config as config_lib
+from kdjax.config import Config, ConfigError
+from kdjax.degradations import make_degrade
+from kdjax.logbook import read_json
+from kdjax.models.slicing import slice_model
+from kdjax.schedules import make_schedule
+from kdjax.teachers import Teacher, load_teacher
+from kdjax.terms import make_terms, needs_teacher
+from kdjax.weights import load_weights
+
+log = logging.getLogger("kdjax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a run works with; everything in it has been checked."""
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    student: models.Model
+    teacher: Teacher | None  # as far as the losses need it
+    recipe: distill.Recipe
+    pairs: list[data.ImagePair]
+    unlabelled: list[data.ImagePair]
+    unpaired: list[data.ImagePair]
+    cache: data.Cache | None = None  # where the batches and the teacher's answers come from, with config.teacher.cache
+
+
+def prepare(config: Config) -> Setup:
+    """Data, networks and recipe of a run.
+
+    Raises:
+      ValueError, OSError: something is missing or does not fit; the message is for the user.
+    """
+    mesh = sharding.data_mesh()
+    parts = config.train.accumulate
+    unit = mesh.size * parts
+    if config.data.batch_size % unit:
+        each = f" and the {parts} parts of config.train.accumulate" if parts > 1 else ""
+        raise ConfigError(
+            f"config.data.batch_size={config.data.batch_size} does not divide by the {mesh.size} devices{each}; use"
+            f" {max(1, config.data.batch_size // unit) * unit} or another multiple of {unit}"
+        )
+    for wanted, package, extra in (
+        (config.log.tensorboard, "tensorboardX", "tb"),
+        (config.log.wandb, "wandb", "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"config.log asks for {package}, which is not installed: pip install 'kdjax[{extra}]'")
+    student, teacher = make_networks(config)
+    scale = models.scale_of(student)
+    for name, side in (("crop", config.data.crop), ("canvas", config.data.canvas)):
+        if side % scale:
+            raise ConfigError(
+                f"config.data.{name}={side} is no multiple of {scale}, by which the student enlarges; use"
+                f" {-(-side // scale) * scale}"
+            )
+    student_apply = models.make_apply(
+        student.arch, student.hparams, remat=config.student.remat, dtype=jnp.dtype(config.student.dtype)
+    )
+    lq_side = config.data.crop // scale
+    setting = distill.make_setting(
+        student_apply,
+        student.params,
+        teacher and teacher.apply,
+        teacher and teacher.params,
+        (config.data.batch_size, lq_side, lq_side, models.num_channels(student)),
+        jax.random.fold_in(jax.random.key(config.seed), 2),
+    )
+    learning_rate = make_schedule(config.train.lr)
+    makes_lq = not config.data.lq or bool(config.data.unpaired)
+    recipe = distill.Recipe(
+        student=student_apply,
+        teacher=teacher and teacher.apply,
+        terms=make_terms(config.terms, setting),
+        optimizer=distill.make_optimizer(
+            config.train.optimizer,
+            learning_rate,
+            betas=config.train.betas,
+            weight_decay=config.train.weight_decay,
+            grad_clip=config.train.grad_clip,
+        ),
+        learning_rate=learning_rate,
+        ema_decay=config.train.ema_decay,
+        degrade=make_degrade(config.degrade, scale=scale) if makes_lq else None,
+        crop=config.data.crop,
+        sharpen=config.data.gt_usm,
+        accumulate=parts,
+    )
+    whole = [term.name for term in recipe.terms if not term.loss.is_mean]
+    if parts > 1 and whole:
+        raise ConfigError(
+            f'the loss term {whole[0]!r} has criterion="fro", a length over the whole batch, which cannot be added up'
+            f' from config.train.accumulate={parts} parts; use criterion="l1" or "l2", or accumulate=1'
+        )
+    pairs = data.find_pairs(
+        gt=assets.locate(config.data.gt, assets.TRAIN_PHOTOGRAPHS),
+        lq=config.data.lq or None,
+        filename_tmpl=config.data.filename_tmpl,
+        meta_info=config.data.meta_info or None,
+        what="training",
+    )
+    pairs = data.spread(pairs, config.data.limit)
+    unlabelled = []
+    if config.data.unlabelled:
+        folder = assets.locate(config.data.unlabelled, assets.TRAIN_PHOTOGRAPHS)
+        unlabelled = data.find_unlabelled(folder, degraded=bool(config.data.lq))
+    unpaired = []
+    if config.data.unpaired:
+        unpaired = data.find_pairs(
+            gt=assets.locate(config.data.unpaired, assets.TRAIN_PHOTOGRAPHS),
+            meta_info=config.data.unpaired_meta_info or None,
+            what="unpaired",
+        )
+    setup = Setup(config, mesh, student, teacher, recipe, pairs, unlabelled, unpaired)
+    if not config.teacher.cache:
+        return setup
+    cache, recipe = targets.open_for(config, recipe, teacher, sample_settings(setup))
+    return dataclasses.replace(setup, cache=cache, recipe=recipe)
+
+
+def sample_settings(setup: Setup) -> dict[str, object]:
+    """All that the samples of this run follow from; see `kdjax.targets`."""
+    kinds = {"gt": setup.pairs, "unlabelled": setup.unlabelled, "unpaired": setup.unpaired}
+    return targets.settings(setup.config, setup.student, setup.teacher, kinds, side=loaded_side(setup))
+
+
+def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
+    """The student, and the teacher where a loss term needs it.
+
+    The student starts from scratch, from a file whose architecture and hyper-parameters must be the config's, or as a
+    slice of the (first) teacher.
+    """
+    arch = models.canonical_arch(config.student.arch)
+    hparams = models.complete_hparams(arch, config.student.hparams)
+    student = models.init_model(arch, hparams, jax.random.fold_in(jax.random.key(config.seed), 1))
+    is_slice = config.student.weights == "teacher"
+    teacher = load_teacher(config.teacher, student) if is_slice or needs_teacher(config.terms) else None
+    if is_slice:
+        student = slice_model(teacher.model, hparams)
+        if not needs_teacher(config.terms):
+            teacher = None
+    elif config.student.weights:
+        student = load_weights(config.student.weights, arch=arch).model
+        if student.hparams != hparams:
+            raise ConfigError(
+                f"config.student.weights={config.student.weights!r} holds {student.arch} with {student.hparams};"
+                f" config.student asks for {hparams}"
+            )
+    return student, teacher
+
+
+def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
+    """The training batches from step `start_step` on."""
+    config = setup.config.data
+    process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    if setup.cache:
+        return data.cached_batches(
+            setup.cache,
+            batch_size=config.batch_size,
+            seed=setup.config.seed,
+            start_step=start_step,
+            workers=config.workers,
+            **process,
+        )
+    return data.training_batches(
+        setup.pairs,
+        unlabelled=setup.unlabelled,
+        unlabelled_part=config.unlabelled_part,
+        unpaired=setup.unpaired,
+        unpaired_part=config.unpaired_part,
+        crop=loaded_side(setup),
+        batch_size=config.batch_size,
+        seed=setup.config.seed,
+        start_step=start_step,
+        scale=models.scale_of(setup.student),
+        channels=models.num_channels(setup.student),
+        hflip=config.hflip,
+        rot=config.rot,
+        workers=config.workers,
+        cache_mb=config.cache_mb,
+        **process,
+    )
+
+
+def loaded_side(setup: Setup) -> int:
+    """The side of the gt squares that are loaded: the canvas if something is degraded on it, else the crop."""
+    options = setup.config.data
+    return options.canvas if options.canvas and setup.recipe.degrade else options.crop
+
+
+def batch_shapes(setup: Setup) -> distill.Batch:
+    """The shapes of a training batch."""
+    return targets.batch_shapes(setup.config, setup.student, side=loaded_side(setup), cache=setup.cache)
+
+
+def identity(setup: Setup) -> dict[str, object]:
+    """What a checkpoint depends on and does not hold."""
+    return {
+        "student": {"arch": setup.student.arch, "hparams": setup.student.hparams},
+        "teacher": setup.teacher
+        and {"files": [file.path for file in setup.teacher.files], "identity": setup.teacher.identity},
+    }
+
+
+def check_same_run(setup: Setup, workdir: Path) -> None:
+    """Refuses to continue a run with another student or another teacher file."""
+    before, now = read_json(workdir / "run.json"), identity(setup)
+    changed = [
+        f"{what}: {before.get(what)} before, {now[what]} now"
+        for what, compared in (("student", lambda entry: entry), ("teacher", lambda entry: entry and entry["identity"]))
+        if compared(before.get(what)) != compared(now[what])
+    ]
+    if changed:
+        raise ConfigError(f"{workdir} holds a run with another {'; '.join(changed)}; give a new --workdir")
+    changes = config_lib.changes(read_json(workdir / "config.json"), config_lib.to_dict(setup.config))
+    for change in changes:
+        log.info(f"config changed since the last start: {change}")
+
+
+def report(setup: Setup) -> None:
+    """Says, once, what this run is about to do with what."""
+    config, mesh = setup.config, setup.mesh
+    device = mesh.devices.flat[0]
+    log.info(
+        f"devices: {mesh.size} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es);"
+        f" batch {config.data.batch_size} = {config.data.batch_size // mesh.size} per device"
+    )
+    side = loaded_side(setup)
+    squares = f", cut from squares of {side}" if side != config.data.crop else ""
+    log.info(f"training images: {len(setup.pairs)} from {config.data.gt}; crops of {config.data.crop} pixels{squares}")
+    if setup.unlabelled:
+        log.info(f"unlabelled images: {len(setup.unlabelled)} from {config.data.unlabelled}")
+    if setup.unpaired:
+        log.info(f"unpaired images: {len(setup.unpaired)} from {config.data.unpaired}")
+    if setup.teacher:
+        log.info(f"teacher: {setup.teacher.identity}")
+        for file in setup.teacher.files:
+            log.info(f"teacher: {file.path}, {file.layout} layout, weights under {file.key!r}, {describe(file.model)}")
+    if setup.cache:
+        rounds = config.train.steps * config.data.batch_size / setup.cache.samples
+        log.info(f"the teacher's answers: {setup.cache.samples:,} samples of {setup.cache.folder}, {rounds:.1f} times")
+    log.info(f"student: {describe(setup.student)}")
+    warn_of_other_degradation(setup)
+
+
+def warn_of_other_degradation(setup: Setup) -> None:
+    """Warns when validation is on plain noise (`val.sigma`) that training does not have."""
+    val, degrade = setup.config.val, setup.config.degrade
+    if val.lq or val.degrade:
+        return
+    trained = f"the pairs of config.data.lq={setup.config.data.lq!r}"
+    if setup.recipe.degrade:
+        trained = f"config.degrade={degrade['name']!r}"
+        if degrade["name"] in ("awgn", "awgn_blind"):
+            sigma = degrade["sigma"]
+            low, high = sigma if degrade["name"] == "awgn_blind" else (sigma, sigma)
+            if low <= val.sigma <= high:
+                return
+            trained += f" of sigma {sigma}"
+    log.warning(
+        f"WARNING: VALIDATION IS NOT ON WHAT THE RUN TRAINS ON, which is {trained}, but on noise of"
+        f" config.val.sigma={val.sigma:g}. Set config.val.lq or config.val.sigma, or write"
+        " config.val.degrade = config.degrade in the config file"
+    )
+
+
+def describe(model: models.Model) -> str:
+    """Architecture, size and cost of a model in a few words."""
+    macs = models.count_macs(model.arch, model.hparams, (1, 256, 256, models.num_channels(model)))
+    hparams = ", ".join(f"{name}={value}" for name, value in model.hparams.items())
+    return (
+        f"{model.arch}({hparams}), {models.count_params(model.params):,} parameters, {macs / 1e9:.2f} GMAC at 256x256"
+    )
