@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -24,13 +23,15 @@ ROOT = Path(__file__).parent.parent
 TIMES = ("images_per_second",)  # the only numbers that two equal runs may not share
 
 
-def start(workdir: Path, *flags: str, devices: int = 1, **options: object) -> subprocess.Popen:
-    """Starts the debug recipe in a process of its own."""
+def start(
+    workdir: Path, *flags: str, devices: int = 1, before: tuple[str, ...] = (), **options: object
+) -> subprocess.Popen:
+    """Starts the debug recipe in a process of its own; `before` stands before its command."""
     command = [sys.executable, "-m", "kdjax.train", "--config", "configs/denoise.py:debug", "--workdir", str(workdir)]
     command.append("--config.log.diagnose=False")  # a second compilation; see test_methods.py
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        command + list(flags),
+        [*before, *command, *flags],
         cwd=ROOT,
         env=environment,
         text=True,
@@ -206,8 +207,8 @@ def test_refusals_are_one_message(tmp_path: Path, flags: tuple[str, ...], messag
 
 def test_too_little_memory_is_one_message_with_what_helps(tmp_path: Path) -> None:
     """The step takes about twice what the process may have, so that XLA asks for it in vain."""
-    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))  # noqa: E731
-    process = start(tmp_path / "run", "--config.data.crop=2048", preexec_fn=limit)
+    limited = ("bash", "-c", f'ulimit -v {6 << 20} && exec "$@"', "limited")
+    process = start(tmp_path / "run", "--config.data.crop=2048", before=limited)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in output, output
     message = output.splitlines()[-1]
