@@ -4,9 +4,9 @@
     python benchmarks/memory.py [--batch-size 8] [--crop 128] [--accumulate 4] [--teacher] [--output FILE]
 
 The student learns from clean images with noise of sigma 25, Charbonnier loss, Adam and EMA; with --teacher also from an
-RRDBNet 64x23. Every case runs in a process of its own: what XLA plans for its temporaries, what the step really took,
-and the time of the fastest step. On a CPU the second is the growth of the process while it runs some steps, its weights
-and state being there before; on an accelerator the peak of JAX's allocator, which counts them too.
+RRDBNet 64x23. Every case runs in a process of its own: what XLA plans, as the training program reports it at start,
+what the step really took, and the time of the fastest step. On a CPU that is weights, state and batch, and the growth
+of the process while it runs some steps, all devices together; on an accelerator the peak of JAX's allocator.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def measure(student: str, remat: bool, accumulate: int, options: argparse.Namesp
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - started)
     on_cpu = jax.default_backend() == "cpu"
-    planned = mesh.size * (memory.peak - memory.arguments) if on_cpu else memory.peak
+    count = mesh.size if on_cpu else 1  # the devices of a CPU share its memory
     return {
         "student": student,
         "remat": remat,
         "accumulate": accumulate,
         "devices": mesh.size,
-        "planned": planned,
-        "measured": peak() - before if on_cpu else cost.allocator_peak(),
+        "planned": count * memory.peak,
+        "measured": count * memory.arguments + peak() - before if on_cpu else cost.allocator_peak(),
         "temporaries_per_device": memory.temporaries,
         "arguments_per_device": memory.arguments,
         "seconds": seconds,
