@@ -221,7 +221,7 @@ def telling_out_of_memory(needs: Callable[[], str] = lambda: "") -> Iterator[Non
 
 
 class Planned:
-    """A jitted function that is compiled at its first call, for the shapes and devices of its arguments.
+    """A jitted function that is compiled at its first call, and again for arguments of other shapes or types.
 
     The log then tells what memory it takes, and that there may be too little. On a CPU every device computes in the
     same memory, which so has to hold what all of them take.
@@ -242,8 +242,12 @@ class Planned:
           OutOfMemory: it does not fit, and was not run; or it was, and did not.
         """
         with telling_out_of_memory():
-            if self._compiled is None:
-                self._compiled = self._compile(arguments)
+            if self._compiled is not None:
+                try:
+                    return self._compiled(*arguments)
+                except TypeError as error:  # raised before anything is run, or donated
+                    log.info(f"compiling anew: {str(error).splitlines()[-1]}")
+            self._compiled = self._compile(arguments)
             return self._compiled(*arguments)
 
     def _compile(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:

@@ -485,7 +485,7 @@ def main(argv: list[str]) -> None:
         with cost.telling_out_of_memory():
             log.info(run(study, workdir))
     except (ValueError, OSError, train.NonFiniteLoss, CheckpointError, DataError) as error:
-        train.fail(str(error))
+        train.fail(str(error), alone=isinstance(error, CheckpointError))  # as in train
     except cost.OutOfMemory as error:
         config = next(iter(study.runs.values()))
         train.fail(f"out of memory: {error}. {train.how_to_save_memory(config, 'config.base.')}, or have fewer columns")

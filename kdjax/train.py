@@ -290,7 +290,8 @@ def main(argv: list[str]) -> None:
     except (CheckpointError, WeightsError, data.DataError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         more = f": make room for {workdir}; the same command continues" if full else ""
-        fail(f"{error}{more}", alone=jax.process_count() > 1)
+        # At once after a checkpoint that was not written: Orbax may wait for parts of it for minutes.
+        fail(f"{error}{more}", alone=jax.process_count() > 1 or isinstance(error, CheckpointError))
     except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
@@ -321,7 +322,8 @@ def how_to_save_memory(config: Config, prefix: str = "config.") -> str:
 def fail(message: str, *, alone: bool = False) -> NoReturn:
     """Ends the program with one message on standard error and exit code 1.
 
-    `alone` ends it at once, without waiting for processes that do not know of it: when this one is gone, they end too.
+    `alone` ends it at once, without waiting for threads, nor for processes that do not know of it: when this one is
+    gone, they end too.
     """
     print(f"error: {message}", file=sys.stderr, flush=True)
     if alone:

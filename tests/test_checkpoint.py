@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import distill, models
+from kdjax import distill, models, train
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.schedules import make_schedule
 from kdjax.terms import make_terms
@@ -102,21 +102,23 @@ def test_where_every_checkpoint_is_damaged_nothing_is_touched(tmp_path: Path) ->
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_error(tmp_path: Path) -> None:
-    """In a program of its own, since Orbax leaves coroutines behind, of which Python warns at some later time."""
+    """In a program of its own, since Orbax leaves coroutines behind, and a thread that waits for five minutes."""
     folder = tmp_path / "checkpoints"
     program = f"import pathlib, test_checkpoint as t; t.save_where_a_file_is_in_the_way(pathlib.Path({str(folder)!r}))"
     result = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert result.returncode == 1
     message = result.stderr.splitlines()[0]
-    assert message.startswith(f"a checkpoint could not be written to {folder}: ") and "the same command" in message
+    assert (
+        message.startswith(f"error: a checkpoint could not be written to {folder}: ") and "the same command" in message
+    )
 
 
 def save_where_a_file_is_in_the_way(folder: Path) -> None:
-    """What the test above runs."""
+    """What the test above runs; ends as `kdjax.train` does."""
     try:
         with Checkpoints(folder, keep=1) as checkpoints:
             shutil.rmtree(folder)
             folder.write_text("in the way")
             checkpoints.save(make_state(1))
     except CheckpointError as error:
-        sys.exit(str(error))
+        train.fail(str(error), alone=True)
