@@ -29,7 +29,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 ROOT = Path(__file__).parent.parent
 # Every architecture, with every way to enlarge, to un-shuffle and to pad.
 CASES = {
-    "rrdbnet": ("rrdbnet", dict(num_feat=4, num_block=1, num_grow_ch=4, scale=1)),
+    "rrdbnet": ("rrdbnet", dict(num_feat=4, num_block=2, num_grow_ch=4, scale=1)),
     "srvggnetcompact": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2, unshuffle=2)),
     "srvggnetcompact-leaky": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=1, act_type="leakyrelu")),
     "dncnn-grey": ("dncnn", dict(num_in_ch=1, num_feat=4, depth=3)),
@@ -155,6 +155,14 @@ class Same(Own):
         return ops.pixel_shuffle(self.first(image), 2)[:, : image.shape[1], : image.shape[2]], {}
 
 
+class Stacking(Own):
+    """A loop that keeps the result of each pass."""
+
+    def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        _, each = jax.lax.scan(lambda x, weight: (x * weight, x + weight), image, self.offset[...])
+        return each[-1], {}
+
+
 class Looping(Own):
     """What needs to know the size as a number."""
 
@@ -182,6 +190,7 @@ def test_a_network_of_the_users(tmp_path: Path) -> None:
     [
         ("Sorting", "there is no rule for the JAX operation 'sort'"),
         ("Same", "padding that depends on the size of the image is not supported; give it as numbers"),
+        ("Stacking", "a scan is supported forwards over weights, and without a result of each step"),
     ],
 )
 def test_what_has_no_rule_is_named(name: str, message: str, tmp_path: Path) -> None:

@@ -183,23 +183,29 @@ class Graph:
             name = inputs[0].name if len(inputs) == 1 else ""  # a parameter in another shape
             return [Constant(np.asarray(result), name) for result in results]
         if name == "scan":
-            return self._unroll(params, inputs)
+            return self._unroll(equation, inputs)
         if name not in self._primitives:
             raise UnsupportedOperation(f"there is no rule for the JAX operation {name!r}")
         result = self._primitives[name](self, equation, *inputs)
         return result if isinstance(result, list) else [result]
 
-    def _unroll(self, params: Mapping[str, Any], inputs: list[Value]) -> list[Value]:
+    def _unroll(self, equation: Any, inputs: list[Value]) -> list[Value]:
         """A loop over known arrays, its passes one after another; its results are those of the last pass."""
-        count, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
-        if len(params["jaxpr"].out_avals) > params["num_carry"] or not all(
-            isinstance(value, Constant) for value in inputs[carried:]
-        ):
-            raise UnsupportedOperation("a scan is supported over weights only, and without a result of each step")
-        state = inputs[count:carried]
-        for i in range(params["length"]):
+        body, length = equation.params["jaxpr"], equation.params["length"]
+        # The inputs are constants, then the state, then what each pass takes a slice of. The counts are told by the
+        # shapes: how a scan writes them down differs between versions of JAX.
+        longer = lambda atom, aval: len(atom.aval.shape) > len(aval.shape)  # noqa: E731
+        sliced = sum(map(longer, equation.invars, body.in_avals))
+        stacked = any(map(longer, equation.outvars, body.out_avals))
+        carried = len(inputs) - sliced
+        constants = carried - len(equation.outvars)
+        known = all(isinstance(value, Constant) for value in inputs[carried:])
+        if stacked or not known or equation.params["reverse"]:
+            raise UnsupportedOperation("a scan is supported forwards over weights, and without a result of each step")
+        state = inputs[constants:carried]
+        for i in range(length):
             given = [Constant(value.array[i]) for value in inputs[carried:]]
-            state = self.run(params["jaxpr"].jaxpr, params["jaxpr"].consts, [*inputs[:count], *state, *given])
+            state = self.run(body.jaxpr, body.consts, [*inputs[:constants], *state, *given])
         return state
 
     def _evaluate(self, expression: ast.expr) -> str:
