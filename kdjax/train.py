@@ -287,8 +287,9 @@ def main(argv: list[str]) -> None:
         fail(str(error))
     except cost.OutOfMemory as error:
         fail(f"out of memory: {error}. {how_to_save_memory(config)}", alone=jax.process_count() > 1)
-    except (CheckpointError, WeightsError, data.DataError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    except (CheckpointError, WeightsError, data.DataError, data.ImageError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, data.ImageError) else error  # a picture of the validation
+        full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         more = f": make room for {workdir}; the same command continues" if full else ""
         # At once after a checkpoint that was not written: Orbax may wait for parts of it for minutes.
         fail(f"{error}{more}", alone=jax.process_count() > 1 or isinstance(error, CheckpointError))

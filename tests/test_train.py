@@ -24,10 +24,15 @@ TIMES = ("images_per_second",)  # the only numbers that two equal runs may not s
 
 
 def start(
-    workdir: Path, *flags: str, devices: int = 1, before: tuple[str, ...] = (), **options: object
+    workdir: Path,
+    *flags: str,
+    devices: int = 1,
+    before: tuple[str, ...] = (),
+    program: tuple[str, str] = ("-m", "kdjax.train"),
+    **options: object,
 ) -> subprocess.Popen:
     """Starts the debug recipe in a process of its own; `before` stands before its command."""
-    command = [sys.executable, "-m", "kdjax.train", "--config", "configs/denoise.py:debug", "--workdir", str(workdir)]
+    command = [sys.executable, *program, "--config", "configs/denoise.py:debug", "--workdir", str(workdir)]
     command.append("--config.log.diagnose=False")  # a second compilation; see test_methods.py
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
@@ -181,6 +186,27 @@ def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
     output = run(tmp_path, code=1)
     message = f"error: [Errno 28] No space left on device: make room for {tmp_path}; the same command continues"
     assert output.splitlines()[-1] == message and "Traceback" not in output
+
+
+# The training program, on a disk that is full whenever a picture is written.
+NO_ROOM_FOR_PICTURES = """
+import os, runpy
+from PIL import Image
+def save(*_, **__): raise OSError(28, os.strerror(28))
+Image.Image.save = save
+runpy.run_module("kdjax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_no_room_for_pictures_of_the_validation_is_one_message(tmp_path: Path) -> None:
+    process = start(tmp_path, program=("-c", NO_ROOM_FOR_PICTURES))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    message = output.splitlines()[-1]
+    assert re.fullmatch(
+        rf"error: {tmp_path}/val/0000002/[^/]+: cannot be written: No space left on device: .*", message
+    )
+    assert message.endswith(f": make room for {tmp_path}; the same command continues")
 
 
 @pytest.mark.parametrize(
