@@ -3,12 +3,15 @@
 XLA's fast routine for CPUs takes one form of convolution only. Outside of loops and conditions XLA brings any other
 into that form; inside it does not, and the gradients that JAX writes then take 20 to 50 times as long. So here they are
 written in that form: the gradient of the image is a convolution with the turned kernel, that of the kernel one of
-images by gradients, with channels and samples exchanged.
+images by gradients, with channels and samples exchanged; where the kernel has few results, it is a matrix product.
 """
 
 from __future__ import annotations
 
+import math
+
 import jax
+import jax.numpy as jnp
 
 _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -35,10 +38,27 @@ def _gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[ja
 
 def _gradients_in_xlas_form(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     of_x = plain(gradient, kernel[::-1, ::-1].swapaxes(2, 3))
+    if math.prod(kernel.shape[:2]) * kernel.shape[3] <= 9 * 12:  # above, XLA's is faster
+        return of_x, _of_kernel_by_taps(x, kernel, gradient)
     rim = [(side // 2, side // 2) for side in kernel.shape[:2]]
     images, weights = x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3)
     of_kernel = jax.lax.conv_general_dilated(images, weights, (1, 1), rim, dimension_numbers=_LAYOUT)
     return of_x, of_kernel.transpose(1, 2, 0, 3)
+
+
+def _of_kernel_by_taps(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
+    """That of a kernel with few results, a network's last: images by all shifts of the gradient, one matrix product.
+
+    XLA's convolution computes as much for 3 results as for 16.
+    """
+    rows, columns, num_in, num_out = kernel.shape
+    rim = ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))
+    height, width = x.shape[1:3]
+    padded = jnp.pad(gradient, rim)
+    places = [(row, column) for row in reversed(range(rows)) for column in reversed(range(columns))]
+    shifts = [padded[:, row : row + height, column : column + width] for row, column in places]
+    products = jnp.einsum("bhwc,bhwo->co", x, jnp.concatenate(shifts, -1))
+    return products.reshape(num_in, rows, columns, num_out).transpose(1, 2, 0, 3)
 
 
 convolve.defvjp(

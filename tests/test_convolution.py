@@ -10,11 +10,12 @@ import pytest
 from kdjax.convolution import convolve, plain
 
 
+@pytest.mark.parametrize("num_out", [1, 3, 6, 40])  # those of a few results are computed otherwise
 @pytest.mark.parametrize("size", [1, 3, 5])
-def test_gradients_are_those_of_the_plain_convolution(size: int) -> None:
+def test_gradients_are_those_of_the_plain_convolution(size: int, num_out: int) -> None:
     keys = jax.random.split(jax.random.key(0), 3)
-    x, kernel = jax.random.normal(keys[0], (2, 9, 7, 4)), jax.random.normal(keys[1], (size, size, 4, 6))
-    weights = jax.random.normal(keys[2], (2, 9, 7, 6))
+    x, kernel = jax.random.normal(keys[0], (2, 9, 7, 4)), jax.random.normal(keys[1], (size, size, 4, num_out))
+    weights = jax.random.normal(keys[2], (2, 9, 7, num_out))
     results = [
         jax.value_and_grad(lambda x, kernel, f=f: jnp.sum(f(x, kernel) * weights), (0, 1))(x, kernel)
         for f in (convolve, plain)
