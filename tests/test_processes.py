@@ -30,29 +30,48 @@ def environment(devices: int) -> dict[str, str]:
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
 
 
-Start = Callable[..., list[subprocess.Popen]]
+class Process(subprocess.Popen):
+    """One that prints into a file, so that it never waits for a reader."""
+
+    def __init__(self, command: list[str], output: Path, **options: object) -> None:
+        self._output = output
+        with output.open("w") as file:
+            super().__init__(command, stdout=file, stderr=subprocess.STDOUT, **options)
+
+    @property
+    def printed(self) -> str:
+        return self._output.read_text()
+
+    def wait_for(self, text: str, *, seconds: float = 200) -> None:
+        """Waits until it has printed this."""
+        until = time.monotonic() + seconds
+        while text not in self.printed:
+            running = self.poll() is None and time.monotonic() < until
+            assert running or text in self.printed, f"{text!r} never came:\n{self.printed}"
+            time.sleep(0.01)
+
+
+Start = Callable[..., list[Process]]
 
 
 @pytest.fixture
-def start() -> Iterator[Start]:
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     """Starts a command as so many processes with so many devices each; none outlives the test."""
-    started: list[subprocess.Popen] = []
+    started: list[Process] = []
+    folder = tmp_path_factory.mktemp("printed")
 
-    def start_all(command: list[str], count: int, *, devices: int = 1) -> list[subprocess.Popen]:
+    def start_all(command: list[str], count: int, *, devices: int = 1) -> list[Process]:
         address = f"localhost:{random.SystemRandom().randint(20_000, 32_000)}"  # below the ports systems hand out
         variables = environment(devices) | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
-        options = dict(cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        together = [
-            subprocess.Popen(command, env=variables | {"JAX_PROCESS_ID": str(i)}, **options) for i in range(count)
-        ]
-        started.extend(together)
-        return together
+        for i in range(count):
+            output = folder / str(len(started))
+            started.append(Process(command, output, cwd=ROOT, env=variables | {"JAX_PROCESS_ID": str(i)}))
+        return started[-count:]
 
     yield start_all
     for process in started:
         process.kill()
         process.wait()
-        process.stdout.close()
 
 
 def training(workdir: Path, *flags: str) -> list[str]:
@@ -62,19 +81,11 @@ def training(workdir: Path, *flags: str) -> list[str]:
     return [*command, "--config.log.diagnose=False", *options, *flags]
 
 
-def outputs(processes: list[subprocess.Popen]) -> list[str]:
+def outputs(processes: list[Process]) -> list[str]:
     """Waits for all of them and returns what each printed."""
-    return [process.communicate(timeout=200)[0] for process in processes]
-
-
-def wait_for(process: subprocess.Popen, text: str) -> None:
-    """Reads its output up to a line with this text."""
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if text in line:
-            return
-    pytest.fail(f"{text!r} never came:\n{seen}")
+    for process in processes:
+        process.wait(timeout=200)
+    return [process.printed for process in processes]
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -89,7 +100,7 @@ def test_killed_stopped_and_continued_by_other_numbers_of_processes(tmp_path: Pa
     workdir, unbroken = tmp_path / "run", tmp_path / "unbroken"
     long = training(workdir, "--config.train.steps=100000")
     processes = start(long, 4)
-    wait_for(processes[0], "step 4/")
+    processes[0].wait_for("step 6/")  # the checkpoint of step 2 is whole before that of step 4 is begun
     processes[2].kill()
     killed = time.monotonic()
     printed = outputs(processes)
@@ -100,8 +111,8 @@ def test_killed_stopped_and_continued_by_other_numbers_of_processes(tmp_path: Pa
         assert any(text in printed[i] for text in GONE) and "Traceback" not in printed[i], printed[i]
 
     processes = start(long, 2, devices=2)
-    wait_for(processes[0], "continuing at step")
-    wait_for(processes[0], "loss ")
+    processes[0].wait_for("  loss ")
+    assert "continuing at step " in processes[0].printed
     processes[1].send_signal(signal.SIGTERM)
     first, second = outputs(processes)
     assert [process.returncode for process in processes] == [0, 0], first + second
