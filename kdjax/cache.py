@@ -35,6 +35,7 @@ from kdjax.config import ConfigError
 from kdjax.data import DataError, shards
 from kdjax.data.cached import CACHE, PLAN, Field
 from kdjax.data.writing import whole_file
+from kdjax.progress import clock
 
 log = logging.getLogger("kdjax")
 
@@ -177,11 +178,8 @@ def write(
                 if time.monotonic() - told > tell_every:
                     told = time.monotonic()
                     rate = done / (told - started)
-                    left = round((total - done) / rate)
-                    tell(
-                        f"{done:,} of {total:,} samples  {rate:.1f} samples/s"
-                        f"  {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left  shard {path.name}"
-                    )
+                    left = clock((total - done) / rate)
+                    tell(f"{done:,} of {total:,} samples  {rate:.1f} samples/s  {left} left  shard {path.name}")
     records.close()
     if not all(is_written(job, shard) for shard in range(job.shards)):
         return False

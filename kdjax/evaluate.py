@@ -33,12 +33,12 @@ from kdjax.metrics import named, niqe
 from kdjax.metrics.named import METRICS
 from kdjax.names import named_paths
 from kdjax.ops import to_uint8
+from kdjax.progress import Progress
 from kdjax.teachers import self_ensemble
 from kdjax.tiles import Restorer
 from kdjax.validation import Restore, Sample, Score, Values
 from kdjax.weights import Loaded, load_lpips, load_weights, parse_hparams
 
-_PROGRESS_SECONDS = 10
 _NAME = r"\w[\w.+-]*"  # of a model or a set, which is also the name of a folder
 
 
@@ -74,31 +74,6 @@ def make_restore(
     apply = models.make_apply(model.arch, model.hparams, dtype=dtype)
     apply = self_ensemble(apply) if x8 else apply
     return lambda images: validation.restore(apply, model.params, images)
-
-
-class Progress:
-    """Says on stderr, every ten seconds, how many images are done and how long the rest takes at this speed.
-
-    Args:
-      images: how many there are.
-      work: what they cost together, in any unit.
-      silent: says nothing.
-    """
-
-    def __init__(self, images: int, work: float, *, silent: bool = False) -> None:
-        self._images, self._work, self._silent = images, work, silent
-        self._done, self._worked = 0, 0.0
-        self._started = self._shown = time.monotonic()
-
-    def advance(self, work: float) -> None:
-        """Counts an image that cost `work`."""
-        self._done, self._worked = self._done + 1, self._worked + work
-        now = time.monotonic()
-        if now - self._shown > _PROGRESS_SECONDS and not self._silent:
-            self._shown = now
-            left = round((now - self._started) * (self._work / self._worked - 1))
-            clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            print(f"{self._done} of {self._images} images, {clock} left", file=sys.stderr, flush=True)
 
 
 # ---- what the command line asks for ----------------------------------------------------------------------------

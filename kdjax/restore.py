@@ -31,11 +31,11 @@ import numpy as np
 from kdjax import assets, cost, data, models, sharding
 from kdjax.data import pictures, videos
 from kdjax.data.sources import shortened
+from kdjax.progress import Progress
 from kdjax.signals import StopSignals
 from kdjax.tiles import restore_image
 from kdjax.weights import load_weights, parse_hparams
 
-_PROGRESS_SECONDS = 10
 _FORMATS = ("png", "jpg", "webp", "tif", "bmp", "ppm")
 _PICTURE_SUFFIXES = (*data.IMAGE_SUFFIXES, ".gif")  # that a folder is searched for
 
@@ -140,34 +140,6 @@ def _target_name(name: Path, suffix: str, format: str | None) -> Path:
 # ---- doing it ----------------------------------------------------------------------------------------------------
 
 
-class Progress:
-    """Says on stderr, every ten seconds, how far the work is, and how long the rest takes at this speed.
-
-    The size of a file stands for the work that it is.
-    """
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._sizes = [max(1, job.source.stat().st_size) if job.source.exists() else 1 for job in jobs]
-        self._finished = 0
-        self._started = self._shown = time.monotonic()
-
-    def show(self, job: Job, part: float) -> None:
-        """`part` of the current job, from 0 to 1, is done."""
-        now = time.monotonic()
-        if now - self._shown < _PROGRESS_SECONDS:
-            return
-        self._shown = now
-        done = sum(self._sizes[: self._finished]) + self._sizes[self._finished] * part
-        left = round((now - self._started) * (sum(self._sizes) / done - 1))
-        clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        files = f"file {self._finished + 1} of {len(self._sizes)}"
-        print(f"{files}, {part:.0%} of {job.source.name}, {clock} left", file=sys.stderr, flush=True)
-
-    def finish(self) -> None:
-        """The current job is done, or has failed."""
-        self._finished += 1
-
-
 def run(jobs: Sequence[Job], restore: Restore, scale: int, quality: int | None, stop: StopSignals) -> list[str]:
     """Restores the files one after the other and tells of each.
 
@@ -184,13 +156,15 @@ def run(jobs: Sequence[Job], restore: Restore, scale: int, quality: int | None, 
       Stopped: a signal came.
       OSError: the disk is full.
     """
-    progress, failures = Progress(jobs), []
-    for number, job in enumerate(jobs):
+    # The size of a file stands for the work that it is.
+    sizes = [max(1, job.source.stat().st_size) if job.source.exists() else 1 for job in jobs]
+    progress, failures = Progress(len(jobs), sum(sizes), "files"), []
+    for number, (job, size) in enumerate(zip(jobs, sizes, strict=True)):
 
-        def told(done: int, total: int, job: Job = job) -> None:
+        def told(done: int, total: int, job: Job = job, size: int = size) -> None:
             if stop.requested:
                 raise Stopped
-            progress.show(job, done / total)
+            progress.show(size * done / total, f"{done / total:.0%} of {job.source.name}")
 
         started = time.monotonic()
         try:
@@ -210,7 +184,7 @@ def run(jobs: Sequence[Job], restore: Restore, scale: int, quality: int | None, 
         else:
             lines = [f"{job.source} -> {job.target}: {what}, {time.monotonic() - started:.1f} s"]
             print("\n  note: ".join([*lines, *notes]), flush=True)
-        progress.finish()
+        progress.advance(size)
     return failures
 
 

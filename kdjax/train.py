@@ -35,6 +35,7 @@ from kdjax.config import Config, ConfigError
 from kdjax.logbook import Logbook, read_json, write_json
 from kdjax.monitor import Monitor
 from kdjax.preparation import Setup, check_same_run, identity, open_batches, prepare, report
+from kdjax.progress import clock
 from kdjax.signals import StopSignals
 from kdjax.terms import needs_teacher
 from kdjax.weights import WeightsError, save_model
@@ -208,8 +209,8 @@ class Progress:
                 parts.append(f"{name} {values[f'loss/{name}']:.5f} x{values[f'weight/{name}']:g}")
         parts.append(f"lr {values['lr']:.2e}")
         if self.rate == self.rate:  # not nan: at least one step was timed
-            left = round((self._steps - self._step) * self._batch_size / self.rate)
-            parts += [f"{self.rate:.1f} images/s", f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"]
+            left = clock((self._steps - self._step) * self._batch_size / self.rate)
+            parts += [f"{self.rate:.1f} images/s", f"{left} left"]
         return "  ".join(parts)
 
 

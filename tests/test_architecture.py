@@ -9,7 +9,7 @@ import kdjax
 
 PACKAGE = Path(kdjax.__file__).parent
 FLOORS = [
-    {"names", "config", "signals", "assets", "ops", "schedules", "sharding", "convolution"},  # the ground
+    {"names", "config", "progress", "signals", "assets", "ops", "schedules", "sharding", "convolution"},  # the ground
     {"models", "losses", "perceptual", "metrics", "degradations"},  # the maths
     {"data", "weights", "checkpoint", "logbook", "ladder", "basicsr", "agreement"},  # the world outside
     {"terms", "teachers", "cost"},  # the losses of a config, and its teacher; what a model costs

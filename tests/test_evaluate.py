@@ -14,7 +14,7 @@ import pytest
 from test_metrics import lpips_state, write_lpips
 
 from kdjax import data, metrics, models, validation
-from kdjax.evaluate import Gallery, Progress, evaluate, main, make_restore, markdown
+from kdjax.evaluate import Gallery, evaluate, main, make_restore, markdown
 from kdjax.metrics import niqe
 from kdjax.metrics.named import METRICS
 from kdjax.weights import save_model
@@ -225,15 +225,6 @@ def test_the_best_model_is_bold_where_there_are_several() -> None:
     ]  # fmt: skip
     assert lines[2].startswith("| a\\|b |") and lines[-1] == "- noise: none"
     assert "**" not in markdown(rows[:2], ["psnr", "niqe"], {})
-
-
-def test_progress_says_how_long_the_rest_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    now = 0.0
-    monkeypatch.setattr("time.monotonic", lambda: now)
-    progress = Progress(4, 100.0)
-    for now, work in ((5.0, 10), (20.0, 10), (25.0, 30)):  # noqa: B007 (read by the clock)
-        progress.advance(work)
-    assert capsys.readouterr().err == "2 of 4 images, 0:01:20 left\n"
 
 
 MODEL, CLEAN = ("--model", "embedded"), ("--data", "embedded")
