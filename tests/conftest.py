@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,9 +17,17 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
     + os.environ.get("XLA_FLAGS", "")
 )
+# What one process of the tests has compiled, or a program they start, the others read.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="kdjax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
 
+import jax
 import numpy as np
 import pytest
+
+from kdjax import sharding
 
 if TYPE_CHECKING:
     from selenium import webdriver
@@ -30,6 +40,13 @@ GOLDEN = Path(os.environ.get("KDJAX_GOLDEN", Path(__file__).parent / "golden"))
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return GOLDEN
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a run on the first device, where it is not the point that there are more: it compiles faster."""
+    first = sharding.data_mesh(jax.devices()[:1])
+    monkeypatch.setattr(sharding, "data_mesh", lambda *_: first)
 
 
 def load_npz(path: Path) -> dict[str, np.ndarray]:

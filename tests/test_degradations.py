@@ -366,7 +366,7 @@ def test_process_makes_8_bit_images_of_the_right_size(scale: int, degrade: Calla
 def test_a_sample_is_the_same_alone_in_any_batch_and_on_any_canvas(degrade: Callable, images: np.ndarray) -> None:
     keys = jax.random.split(jax.random.key(1), len(images))
     batch = np.asarray(degrade(keys, images))
-    np.testing.assert_array_equal(degrade(keys[2:4], images[2:4]), batch[2:4])
+    np.testing.assert_array_equal(degrade(keys[::-1], images[::-1]), batch[::-1])
     one = jax.jit(make_degrade(preset("realesrgan")))
     assert_almost_equal([one(key, image) for key, image in zip(keys, images, strict=True)], batch)
     assert_almost_equal(side_by_side(keys, images, 1), batch)
@@ -382,12 +382,12 @@ def test_a_window_is_a_part_of_the_whole(degrade: Callable, images: np.ndarray) 
     assert_almost_equal(windows(keys, images, starts), parts)
 
 
-def test_four_devices_degrade_as_one(degrade: Callable, images: np.ndarray) -> None:
-    keys = jax.random.split(jax.random.key(1), 4)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+def test_three_devices_degrade_as_one(degrade: Callable, images: np.ndarray) -> None:
+    keys = jax.random.split(jax.random.key(1), len(images))
+    mesh = jax.make_mesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:3])
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    spread = degrade(jax.device_put(keys, sharding), jax.device_put(images[:4], sharding))
-    assert_almost_equal(spread, degrade(keys, images[:4]))
+    spread = degrade(jax.device_put(keys, sharding), jax.device_put(images, sharding))
+    assert_almost_equal(spread, degrade(keys, images))
 
 
 def one_after_another(choices: realesrgan.Choices, key: jax.Array, image: np.ndarray) -> np.ndarray:

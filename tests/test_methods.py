@@ -13,6 +13,7 @@ from kdjax import preparation, train
 from kdjax.monitor import Monitor
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("name", METHODS)
 def test_the_quick_form_runs(name: str, tmp_path: Path) -> None:
     values = load(name, "quick")

@@ -103,6 +103,7 @@ def rows_of(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("images_per_second", "damaged_images")} for row in rows]
 
 
+@pytest.mark.usefixtures("one_device")
 def test_columns_trained_together_are_what_the_training_program_makes_and_survive_a_stop(tmp_path: Path) -> None:
     """One joint step gives each column the numbers of a run of its own; an interrupted study gives the same."""
     configs = {column: config for (column, _), config in small_study().runs.items()}
@@ -123,6 +124,7 @@ def test_columns_trained_together_are_what_the_training_program_makes_and_surviv
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *models)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_nothing_is_trained_again_when_measuring_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +146,7 @@ def test_nothing_is_trained_again_when_measuring_was_interrupted(
     assert not list(tmp_path.glob("checkpoints*"))
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_column_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverge(recipes: dict, states: study.States, *_: object) -> tuple[study.States, dict]:
         metrics = {c: {"finite": jax.numpy.array(c != "hint"), "loss/total": jax.numpy.array(1.0)} for c in recipes}

@@ -245,6 +245,7 @@ def _cached_abstract(
     arch: str, hparams: tuple[tuple[str, Any], ...], remat: bool
 ) -> tuple[nnx.GraphDef, Any, custom.Padding]:
     """The module's structure, its parameters as shapes only, by path, and how it pads images."""
+
     def build() -> nnx.Module:
         rngs = nnx.Rngs(0)
         rngs.default = _OneKey(0, tag="default")
