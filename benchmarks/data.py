@@ -32,7 +32,7 @@ from PIL import Image
 
 from kdjax.data import ImagePair, find_pairs, spread, training_batches
 from kdjax.data.pack import pack
-from kdjax.data.writing import whole_file
+from kdjax.files import whole_file
 
 BARS = {"folder": 0.8, "pack": 2.0}  # at least so many times the rate of Pillow alone
 

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import assets, data, distill, models
-from kdjax.data.writing import whole_file
 from kdjax.degradations import make_degrade, preset
+from kdjax.files import whole_file
 from kdjax.schedules import make_schedule
 from kdjax.terms import make_terms
 from kdjax.weights import load_model

@@ -27,7 +27,7 @@ import numpy as np
 import step as step_benchmark
 
 from kdjax import cost, distill, models, sharding
-from kdjax.data.writing import whole_file
+from kdjax.files import whole_file
 
 STUDENTS = {
     "RRDBNet 64x6": ("rrdbnet", dict(num_feat=64, num_block=6, num_grow_ch=32, scale=1)),

@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.data.writing import whole_file
+from kdjax.files import whole_file
 
 KINDS = ("sigkill", "sigterm", "sigint", "worker", "nan", "full_disk", "checkpoint", "strays")
 # What two equal runs need not share: time, and what a process has met since it was started.

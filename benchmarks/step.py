@@ -37,8 +37,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import distill, models, sharding
-from kdjax.data.writing import whole_file
 from kdjax.degradations import make_degrade
+from kdjax.files import whole_file
 from kdjax.schedules import make_schedule
 from kdjax.terms import make_terms
 

@@ -34,7 +34,7 @@ from kdjax import preparation, sharding, targets, train
 from kdjax.config import ConfigError
 from kdjax.data import DataError, shards
 from kdjax.data.cached import CACHE, PLAN, Field
-from kdjax.data.writing import whole_file
+from kdjax.files import remove_leftovers, write_json
 from kdjax.progress import clock
 
 log = logging.getLogger("kdjax")
@@ -157,8 +157,7 @@ def write(
     job.out.mkdir(parents=True, exist_ok=True)
     missing = [shard for shard in range(job.shards) if not is_written(job, shard)]
     check_room(job, sum(job.count(shard) for shard in missing))
-    with whole_file(job.out / PLAN) as temporary:
-        temporary.write_text(json.dumps(job.index()) + "\n", encoding="utf-8")
+    write_json(job.out / PLAN, job.index())
     if len(missing) < job.shards:
         tell(f"{job.shards - len(missing)} of {job.shards} shards are there already")
     # Shards that follow one another, so that the stream need not be opened anew for each.
@@ -169,8 +168,7 @@ def write(
     records = _records(job, own)
     for shard in own:
         path = job.out / shards.file_name(shard)
-        for leftover in job.out.glob(f".{path.stem}.*{shards.SUFFIX}"):  # of a process that was killed
-            leftover.unlink()
+        remove_leftovers(path)
         with shards.new_shard(path) as append:
             for _ in range(job.count(shard)):
                 append(next(records))

@@ -25,8 +25,8 @@ import jax
 import numpy as np
 
 from kdjax import assets, cost, data, metrics, models, tradeoff, validation
-from kdjax.data.writing import whole_file
-from kdjax.logbook import finite, write_json, write_text
+from kdjax.files import whole_file, write_json, write_text
+from kdjax.logbook import finite
 from kdjax.models import Model
 from kdjax.names import named_paths, pick
 from kdjax.tradeoff import Comparison, Quality, Subject

@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import assets, cost, data, models, report, sharding, validation
-from kdjax.logbook import finite, write_json, write_text
+from kdjax.files import write_json, write_text
+from kdjax.logbook import finite
 from kdjax.metrics import named, niqe
 from kdjax.metrics.named import METRICS
 from kdjax.names import named_paths

@@ -10,13 +10,13 @@ import hashlib
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from kdjax import sharding
+from kdjax.files import write_text
 
 log = logging.getLogger("kdjax")
 
@@ -86,31 +86,11 @@ class Logbook:
             self._wandb.log({name: wandb_module.Image(image)}, step=step)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or nothing: to a temporary name, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
 def finite(value: Any) -> Any:
     """The value with None for every inf and nan inside it, which JSON does not have."""
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ import numpy as np
 
 from kdjax import assets, data, models, sharding, validation
 from kdjax.config import ConfigError, Val
-from kdjax.logbook import Logbook, read_json, write_json
+from kdjax.files import read_json, write_json
+from kdjax.logbook import Logbook
 from kdjax.teachers import Teacher
 from kdjax.validation import Sample, Score
 

@@ -17,7 +17,7 @@ from kdjax import assets, data, distill, models, sharding, targets
 from kdjax import config as config_lib
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade
-from kdjax.logbook import read_json
+from kdjax.files import read_json
 from kdjax.models.slicing import slice_model
 from kdjax.schedules import make_schedule
 from kdjax.teachers import Teacher, load_teacher

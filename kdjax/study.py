@@ -40,7 +40,8 @@ from kdjax import cost, distill, ladder, metrics, models, preparation, sharding,
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
 from kdjax.data import DataError
-from kdjax.logbook import Logbook, finite, read_json, write_json, write_text
+from kdjax.files import read_json, whole_file, write_json, write_text
+from kdjax.logbook import Logbook, finite
 from kdjax.monitor import Monitor
 from kdjax.names import nearest
 from kdjax.signals import StopSignals
@@ -392,9 +393,8 @@ def write_results(study: Study, workdir: Path) -> str:
     about = f"{results[0]['student']}; {results[0]['images']} validation images; teacher {results[0]['teacher']}."
     write_text(workdir / "results.md", f"# {study.name}\n\n{table}\nStudent: {about}\n")
     try:
-        temporary = workdir / ".results.tmp.png"
-        ladder.plot(rows, results, temporary, teacher_psnr=teacher_psnr)
-        temporary.replace(workdir / "results.png")
+        with whole_file(workdir / "results.png") as temporary:
+            ladder.plot(rows, results, temporary, teacher_psnr=teacher_psnr)
     except ImportError:
         log.info("no picture: matplotlib is not installed (pip install 'kdjax[plot]')")
     return f"{len(results)} of {len(study.runs)} runs have a result: {workdir / 'results.md'}"

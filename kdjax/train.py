@@ -32,7 +32,8 @@ from kdjax import agreement, cost, data, distill, models, sharding
 from kdjax import config as config_lib
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
-from kdjax.logbook import Logbook, read_json, write_json
+from kdjax.files import read_json, write_json
+from kdjax.logbook import Logbook
 from kdjax.monitor import Monitor
 from kdjax.preparation import Setup, check_same_run, identity, open_batches, prepare, report
 from kdjax.progress import clock

@@ -1,6 +1,7 @@
 """The house has floors: a module of kdjax imports from lower floors only, and Flax and torch stay where they belong."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,18 @@ import kdjax
 
 PACKAGE = Path(kdjax.__file__).parent
 FLOORS = [
-    {"names", "config", "progress", "signals", "assets", "ops", "schedules", "sharding", "convolution"},  # the ground
+    {
+        "names",
+        "files",
+        "config",
+        "progress",
+        "signals",
+        "assets",
+        "ops",
+        "schedules",
+        "sharding",
+        "convolution",
+    },  # the ground
     {"models", "losses", "perceptual", "metrics", "degradations"},  # the maths
     {"data", "weights", "checkpoint", "logbook", "ladder", "basicsr", "agreement"},  # the world outside
     {"terms", "teachers", "cost"},  # the losses of a config, and its teacher; what a model costs
@@ -20,8 +32,8 @@ FLOORS = [
     {"study", "show", "compare", "cache"},  # programs over programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-# Modules that others of their floor may use: how names are looked up, and the VGG of losses and of LPIPS.
-FOUNDATION = {"names", "perceptual"}
+# Modules that others of their floor may use: how names are looked up and files written, the VGG of losses and of LPIPS.
+FOUNDATION = {"names", "files", "perceptual"}
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -63,6 +75,14 @@ def test_flax_modules_stay_inside_models_and_torch_outside_the_package() -> None
         assert not any(name.split(".")[0] == "torch" for name in names), path
         if module_of(path) != "models":
             assert not any(name.startswith(("flax.nnx", "flax.linen")) for name in names), path
+
+
+def test_files_are_written_in_one_place() -> None:
+    """Renaming is how a file gets its name at last; checkpoints are Orbax's, and only put aside here."""
+    for path in PACKAGE.rglob("*.py"):
+        if path.name not in ("files.py", "checkpoint.py"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"os\.(replace|rename)\(|path\.rename\(|shutil\.move", text), path
 
 
 def test_import_is_lazy() -> None:

@@ -20,6 +20,7 @@ from test_config import load
 
 from kdjax import cache, config, data, distill, models, preparation, sharding, targets
 from kdjax.data import DataError, shards
+from kdjax.files import whole_file
 from kdjax.weights import save_model
 
 ROOT = Path(__file__).parent.parent
@@ -221,7 +222,9 @@ def test_wherever_it_is_stopped_it_continues_with_the_same_bytes(files: Path, ma
     assert sorted(content(job.out)) == ["00000.arrayrecord", "cache.unfinished.json"]
     with pytest.raises(DataError, match=r"unfinished; start the same `python -m kdjax.cache` again: it continues"):
         data.open_cache(str(job.out))
-    (job.out / ".00001.7.8.arrayrecord").write_bytes(b"half")  # of a process that was killed
+    with whole_file(job.out / "00001.arrayrecord") as temporary:
+        temporary.touch()
+    temporary.write_bytes(b"half")  # as a process that is killed leaves it
     (job.out / "00002.arrayrecord").write_bytes(b"damaged")
     assert cache.write(job, tell=said.append)
     assert "1 of 3 shards are there already" in said and content(job.out) == content(made)

@@ -19,7 +19,8 @@ from kdjax import config as config_lib
 from kdjax import models, ops, preparation, train
 from kdjax.export import FORMATS, ExportError, card, export_model, verify_onnx, verify_stablehlo, verify_weights
 from kdjax.export.__main__ import main
-from kdjax.logbook import Logbook, write_json
+from kdjax.files import write_json
+from kdjax.logbook import Logbook
 from kdjax.models.layers import conv3x3
 from kdjax.weights import load_weights, save_model
 

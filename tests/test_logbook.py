@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kdjax.logbook import Logbook, read_json, write_json
+from kdjax.logbook import Logbook
 
 
 def open_logbook(workdir: Path, resume_step: int) -> Logbook:
@@ -48,19 +48,3 @@ def test_numbers_that_json_lacks_are_null(tmp_path: Path) -> None:
     with open_logbook(tmp_path, 0) as logbook:
         logbook.write(1, {"a": float("nan"), "b": float("inf")})
     assert rows(tmp_path) == [{"step": 1, "a": None, "b": None}]
-
-
-def test_json_files_appear_whole(tmp_path: Path) -> None:
-    assert read_json(tmp_path / "x.json") == {}
-    write_json(tmp_path / "x.json", {"a": 1})
-    assert read_json(tmp_path / "x.json") == {"a": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_a_full_disk_leaves_the_file_and_nothing_else(tmp_path: Path) -> None:
-    write_json(tmp_path / "x.json", {"a": 1})
-    (tmp_path / "x.json.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError, match="No space left"):
-        write_json(tmp_path / "x.json", {"a": 2})
-    assert read_json(tmp_path / "x.json") == {"a": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

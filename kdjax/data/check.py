@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import sys
 import time
@@ -34,7 +33,7 @@ import numpy as np
 from kdjax import assets
 from kdjax.data.images import ImageError, inspect_image
 from kdjax.data.sources import DataError, Found, find_unlabelled, shortened, survey
-from kdjax.data.writing import whole_file
+from kdjax.files import write_json
 
 _AHEAD = 64  # files that threads take at a time: what is known of a file is small, its pixels are not kept
 _COMPARED = {"gt": "clean", "unpaired": "clean", "lq": "lq", "unlabelled": "unlabelled"}  # where duplicates are sought
@@ -266,9 +265,7 @@ def main() -> None:
             tell=lambda line: print(line, file=sys.stderr, flush=True),
         )
         if options.json:
-            with whole_file(options.json) as temporary:
-                values = {"clean": report.clean} | asdict(report)
-                temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+            write_json(options.json, {"clean": report.clean} | asdict(report))
     except (DataError, OSError) as error:  # what the user gave; a traceback would hide the message
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from kdjax.data import shards
-from kdjax.data.writing import whole_file
+from kdjax.files import whole_file
 
 # What a folder is searched for. The content decides how a file is decoded, so a PNG named .jpg can be read.
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")

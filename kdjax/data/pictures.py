@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from kdjax.data.images import UPRIGHT, ImageError, is_deep_colour, is_deep_grey, opened, orientation_of, to_8_bits
-from kdjax.data.writing import whole_file
+from kdjax.files import whole_file
 
 # A header of a few bytes can claim any size. Cameras reach 150 megapixels, and few panoramas have more than this.
 MAX_PIXELS = 1 << 30

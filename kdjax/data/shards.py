@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.data.writing import whole_file
+from kdjax.files import whole_file, write_text
 
 SUFFIX = ".arrayrecord"
 JOURNAL = "pack.unfinished.jsonl"  # of a pack in the making: one line a shard
@@ -100,9 +100,8 @@ class Kind:
           PackError: it cannot be written.
         """
         path = folder / self.index
-        with _reported(path), whole_file(path) as temporary:
-            index = {"format": self.format, "version": self.version, **content}
-            temporary.write_text(json.dumps(index) + "\n", encoding="utf-8")
+        with _reported(path):
+            write_text(path, json.dumps({"format": self.format, "version": self.version, **content}) + "\n")
 
     def check_files(self, folder: str, sizes: Mapping[str, int]) -> None:
         """Looks whether the shards are there; `sizes` is file name -> bytes.

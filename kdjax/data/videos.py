@@ -25,7 +25,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from kdjax.data.writing import whole_file
+from kdjax.files import whole_file
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 _KEPT_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # of containers for H.264

@@ -21,7 +21,7 @@ import numpy as np
 from jax import export
 
 from kdjax import models
-from kdjax.data.writing import whole_file
+from kdjax.files import whole_file
 from kdjax.weights import load_weights, save_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")

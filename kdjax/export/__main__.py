@@ -19,7 +19,7 @@ import kdjax
 from kdjax import assets, models
 from kdjax.export import FORMATS, Artefact, ExportError, export_model
 from kdjax.export.card import describe_checks, find_run, model_card
-from kdjax.logbook import write_json, write_text
+from kdjax.files import write_json, write_text
 from kdjax.weights import Loaded, load_weights, parse_hparams
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from kdjax import assets, models
 from kdjax import config as config_lib
 from kdjax.export import Artefact, ExportError
-from kdjax.logbook import read_json
+from kdjax.files import read_json
 from kdjax.weights import Loaded, load_model
 
 UNKNOWN = "not known"

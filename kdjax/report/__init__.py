@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kdjax.data.writing import whole_file
+from kdjax.files import whole_file
 from kdjax.metrics.named import METRICS
 
 INPUT = "input"

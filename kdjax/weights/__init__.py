@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.files import write_bytes
 from kdjax.metrics.lpips import Network
 from kdjax.models import MODELS, Model, canonical_arch
 from kdjax.models.custom import is_custom
@@ -173,17 +173,10 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> None:
         data = WRITERS[path.suffix](to_state_dict(model), about)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_bytes(path, data)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
