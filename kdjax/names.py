@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -27,6 +28,20 @@ def nearest(name: object, known: Iterable[str]) -> str:
     """'; did you mean X?' for the known name most like `name`, or '' when none is."""
     near = get_close_matches(str(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def brief(value: object, length: int = 60) -> str:
+    """`repr(value)`, shortened to `length` characters, at a cost that does not grow with the value.
+
+    Python's own repr of a few nested lists that share their entries can take gigabytes.
+    """
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 3, length, length
+    try:
+        text = short.repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = f"<a {type(value).__name__}>"
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def named_paths(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kdjax.names import named_paths
+from kdjax.names import brief, named_paths
 
 
 def test_files_are_named_without_suffix_and_folders_as_they_are() -> None:
@@ -33,3 +33,12 @@ def test_names_are_given_once() -> None:
         named_paths(["a=x.pth", "a=y.pth"], "--model")
     with pytest.raises(ValueError, match=r"^x/input.pth: 'input' stands for something else"):
         named_paths(["x/input.pth"], "--model", reserved=("input",))
+
+
+def test_brief_is_short_and_cheap_whatever_the_value() -> None:
+    nested: list = []
+    for _ in range(100):  # its repr would have 4^100 brackets
+        nested = [nested] * 4
+    for value in (nested, {"a": 10**5000}, "x" * 10**6, b"x" * 10**6, list(range(10**6)), "\x1b[2J"):
+        assert len(brief(value)) <= 60 and brief(value).isprintable()
+    assert brief({"a": [1, 2]}) == "{'a': [1, 2]}" and len(brief("x" * 100, 20)) == 20
