@@ -9,7 +9,6 @@ set on the command line. docs/migrating.md has the table.
 import sys
 from pathlib import Path
 
-import jax
 import yaml
 from ml_collections import ConfigDict
 
@@ -21,7 +20,7 @@ def get_config(path: str = "") -> ConfigDict:
         sys.exit("error: name the YAML behind a colon: --config configs/basicsr.py:train.yml")
     try:
         options = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
-        config, account = translate(options, devices=jax.device_count())
+        config, account = translate(options)
     except (yaml.YAMLError, ValueError, OSError) as error:  # raised, it would come with a traceback around it
         sys.exit(f"error: {path}: {error}")
     print(format_account(account))

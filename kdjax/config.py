@@ -58,6 +58,7 @@ class Data:
     canvas: int = 0  # side of the gt square that is loaded and degraded, from which the crop is cut; 0 means crop
     gt_usm: bool = False  # sharpen the target (unsharp mask), as Real-ESRGAN does
     batch_size: int = 16  # crops per step over all devices and processes together
+    per_device: bool = False  # batch_size and workers are those of each accelerator (`num_gpu: auto` of a YAML)
     hflip: bool = True
     rot: bool = True  # with hflip, all 8 flips and quarter turns
     workers: int = 0  # decoding processes; 0 decodes in threads of the main process

@@ -17,7 +17,6 @@ as many steps as make its multiply-accumulates those of column NAME.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import json
@@ -26,25 +25,23 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 
+from kdjax import commandline, cost, distill, ladder, metrics, models, preparation, sharding, train, validation
 from kdjax import config as config_lib
-from kdjax import cost, distill, ladder, metrics, models, preparation, sharding, train, validation
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
 from kdjax.data import DataError
-from kdjax.files import read_json, whole_file, write_json, write_text
+from kdjax.files import locked, read_json, whole_file, write_json, write_text
 from kdjax.logbook import Logbook, finite
 from kdjax.monitor import Monitor
 from kdjax.names import nearest
-from kdjax.signals import StopSignals
+from kdjax.signals import Stopped, StopSignals
 from kdjax.teachers import Teacher, load_teacher
 from kdjax.validation import Sample
 
@@ -58,7 +55,8 @@ class Study:
     name: str
     seeds: tuple[int, ...]
     curve_images: int  # on how many validation images the curve is measured; the result is measured on all
-    runs: dict[tuple[str, int], Config]
+    runs: dict[tuple[str, int], Config]  # by column and seed
+    compute_of: dict[str, str]  # column -> the column whose multiply-accumulates it has to get; see `ready`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,17 +123,67 @@ def parse(values: Mapping[str, Any]) -> Study:
     curve_images = values.get("curve_images", 16)
     if type(curve_images) is not int or curve_images < 1:
         raise ConfigError(f"study key 'curve_images' is {curve_images!r}; it must be a whole number, at least 1")
-    settings = {column: _settings(column, values) for column in columns}
+    compute_of = {column: changes["compute_of"] for column, changes in columns.items() if "compute_of" in changes}
+    settings = {}
+    for column, changes in columns.items():
+        settings[column] = _merge(values["base"], {key: changes[key] for key in changes if key != "compute_of"})
     runs = {
         (column, seed): _parse_column(column, settings[column] | {"seed": seed, "name": column})
         for seed in seeds
         for column in columns
     }
-    return Study(values.get("name", "study"), seeds, curve_images, runs)
+    for column, other in compute_of.items():
+        if other not in columns:
+            raise ConfigError(
+                f"column {column!r}: compute_of={other!r} is no column{nearest(other, columns)}"
+                f" (columns: {', '.join(columns)})"
+            )
+        if other in compute_of:
+            raise ConfigError(
+                f"column {column!r}: compute_of={other!r}, which has a compute_of itself; name that column"
+            )
+    return Study(values.get("name", "study"), seeds, curve_images, runs, compute_of)
+
+
+def ready(study: Study) -> Study:
+    """The study with every column's batch and steps as they are on these devices.
+
+    A column with a `compute_of` gets as many steps as make its multiply-accumulates those of the other column.
+    """
+    runs = {key: preparation.on_these_devices(config) for key, config in study.runs.items()}
+    first = study.seeds[0]
+    for column, other in study.compute_of.items():
+        factor = _compute(runs[other, first]) / _compute(runs[column, first])
+        for seed in study.seeds:
+            runs[column, seed] = _stretch(runs[column, seed], factor)
+    return dataclasses.replace(study, runs=runs, compute_of={})
+
+
+def check_folder(workdir: Path) -> None:
+    """Refuses a folder whose files the study would replace.
+
+    Raises:
+      ConfigError: it has results of something else.
+    """
+    try:
+        before = read_json(workdir / "results.json")
+    except ValueError:  # emptied by a power cut, for example; it is written anew
+        before = {}
+    foreign = [name for name in ("results.json", "results.md", "results.png", "train.log") if (workdir / name).exists()]
+    ours = "rows" in before and "results" in before
+    if foreign and not ours and not list(workdir.glob("seed*/*/config.json")):
+        raise ConfigError(
+            f"{workdir} holds {', '.join(foreign)}, and no study of kdjax, which would replace them; give a new"
+            " --workdir, or move these files away"
+        )
 
 
 def run(study: Study, workdir: Path) -> str:
-    """Trains what has no result yet and writes the tables; returns one line that says what came of it."""
+    """Trains what has no result yet and writes the tables; returns one line that says what came of it.
+
+    Raises:
+      Stopped: a signal came; the same command continues.
+    """
     baselines: dict[str, Baseline] = {}
     with StopSignals() as stop:
         for seed in study.seeds:
@@ -147,7 +195,7 @@ def run(study: Study, workdir: Path) -> str:
                 train_together(group, workdir / f"seed{seed}", study.curve_images, stop, baselines)
                 write_results(study, workdir)
                 if stop.requested:
-                    return f"stopped by {stop.name}; the same command continues"
+                    raise Stopped(stop.name)
     return write_results(study, workdir)
 
 
@@ -155,19 +203,31 @@ def is_finished(config: Config, folder: Path) -> bool:
     """Whether the run in `folder` has its result.
 
     Raises:
-      ConfigError: it is a run with another config.
+      ConfigError: it is a run with another config, or the folder holds something else.
     """
-    before = read_json(folder / "config.json")
+    try:
+        before = read_json(folder / "config.json")
+        result = read_json(folder / "result.json")
+    except ValueError as error:  # emptied by a power cut, for example
+        log.warning(f"WARNING: {error}. This run is trained again")
+        return False
+    if not before:
+        if foreign := [name for name in preparation.RUN_FILES if (folder / name).exists()]:
+            raise ConfigError(
+                f"{folder} holds {', '.join(foreign)}, and no config.json of a run, which would replace them; give a"
+                " new --workdir, rename the column, or move these files away"
+            )
+        return False
     with contextlib.suppress(ConfigError):  # a key that is new since then has its default
-        before = config_lib.to_dict(config_lib.parse(before)) if before else {}
+        before = config_lib.to_dict(config_lib.parse(before))
     # What is logged, and how often a checkpoint is written, changes nothing.
     changes = [c for c in config_lib.changes(before, config_lib.to_dict(config)) if not c.startswith(("log.", "check"))]
-    if before and changes:
+    if changes:
         raise ConfigError(
             f"{folder} holds a run with another config ({'; '.join(changes)}); give a new --workdir, rename the column,"
             " or remove that folder"
         )
-    return (folder / "result.json").exists()
+    return bool(result)
 
 
 def train_together(
@@ -372,7 +432,7 @@ def restore_all(apply: models.Apply, params: models.Params, samples: list[Sample
 def write_results(study: Study, workdir: Path) -> str:
     """Writes the account of all runs that have a result; returns one line about it."""
     paths = [workdir / f"seed{seed}" / column / "result.json" for column, seed in study.runs]
-    results = [read_json(path) for path in paths if path.exists()]
+    results = [result for path in paths if (result := _result(path))]
     if not results:
         return "no run has finished yet"
     teacher_psnr = statistics.fmean(result["teacher_psnr"] for result in results)
@@ -400,6 +460,14 @@ def write_results(study: Study, workdir: Path) -> str:
     return f"{len(results)} of {len(study.runs)} runs have a result: {workdir / 'results.md'}"
 
 
+def _result(path: Path) -> dict[str, Any]:
+    """The result of a run; empty where there is none yet, or a damaged one, whose run is trained again."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return {}
+
+
 def _groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:
     """The columns that can be trained in one step: all but the student, its losses and its learning is the same."""
     groups: dict[str, dict[str, Config]] = {}
@@ -412,24 +480,6 @@ def _groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:
         shared |= {"channels": models.num_channels(student), "scale": models.scale_of(student)}
         groups.setdefault(json.dumps(shared, sort_keys=True), {})[column] = config
     return groups.values()
-
-
-def _settings(column: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The training config of a column, with as many steps as `compute_of` makes them."""
-    columns, changes = values["columns"], dict(values["columns"][column])
-    other = changes.pop("compute_of", None)
-    own = _merge(values["base"], changes)
-    if other is None:
-        return own
-    if other not in columns:
-        raise ConfigError(
-            f"column {column!r}: compute_of={other!r} is no column{nearest(other, columns)}"
-            f" (columns: {', '.join(columns)})"
-        )
-    if "compute_of" in columns[other]:
-        raise ConfigError(f"column {column!r}: compute_of={other!r}, which has a compute_of itself; name that column")
-    theirs = _compute(_parse_column(other, _merge(values["base"], columns[other])))
-    return _stretch(own, theirs / _compute(_parse_column(column, own)))
 
 
 def _compute(config: Config) -> int:
@@ -448,17 +498,18 @@ def _parse_column(column: str, settings: Mapping[str, Any]) -> Config:
         raise ConfigError(f"column {column!r}: {error}") from None
 
 
-def _stretch(config: dict[str, Any], factor: float) -> dict[str, Any]:
+def _stretch(config: Config, factor: float) -> Config:
     """The config with `factor` times the steps, and its learning rate's schedule stretched as well."""
-    config = copy.deepcopy(config)
-    config["train"]["steps"] = round(config["train"]["steps"] * factor)
-    rate = config["train"].get("lr")
+    rate = config.train.lr
     if isinstance(rate, dict):
+        stretch: Callable[[int], int] = lambda count: round(count * factor)  # noqa: E731
+        rate = dict(rate)
         for key in ("steps", "milestones", "boundaries"):
             if key in rate:
-                scale: Callable = lambda count: round(count * factor)  # noqa: E731
-                rate[key] = tuple(map(scale, rate[key])) if key != "steps" else scale(rate[key])
-    return config
+                rate[key] = stretch(rate[key]) if key == "steps" else tuple(map(stretch, rate[key]))
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=round(config.train.steps * factor), lr=rate)
+    )
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -470,29 +521,33 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        train.fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
-    logging.getLogger("jax").setLevel(logging.WARNING)
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.study", __doc__)
+    parser.add_config("base.", "configs/study_denoise.py")
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of the study (default: studies/NAME)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options, values = make_parser().parse(arguments)
+    commandline.start_logging()
     try:
-        study = parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
-        sharding.use_all_cores(
-            math.gcd(*(config.data.batch_size // config.train.accumulate for config in study.runs.values()))
-        )
-        workdir = Path(flags.FLAGS.workdir or Path("studies") / study.name).absolute()
-        workdir.mkdir(parents=True, exist_ok=True)
-        train.start_logging(workdir)
+        study = parse(values)
+        sharding.use_all_cores(math.gcd(*(c.data.batch_size // c.train.accumulate for c in study.runs.values())))
         with cost.telling_out_of_memory():
-            log.info(run(study, workdir))
+            study = ready(study)
+            workdir = (options.workdir or Path("studies") / study.name).absolute()
+            workdir.mkdir(parents=True, exist_ok=True)
+            with locked(workdir):
+                check_folder(workdir)
+                commandline.start_logging(workdir)
+                log.info(run(study, workdir))
     except (ValueError, OSError, train.NonFiniteLoss, CheckpointError, DataError) as error:
-        train.fail(str(error), alone=isinstance(error, CheckpointError))  # as in train
+        commandline.fail(str(error), alone=isinstance(error, CheckpointError))  # as in train
     except cost.OutOfMemory as error:
-        config = next(iter(study.runs.values()))
-        train.fail(f"out of memory: {error}. {train.how_to_save_memory(config, 'config.base.')}, or have fewer columns")
+        advice = train.how_to_save_memory(next(iter(study.runs.values())), "config.base.")
+        commandline.fail(f"out of memory: {error}. {advice}, or have fewer columns")
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file of a study.")
-    flags.DEFINE_string("workdir", None, "Folder of the study; studies/NAME by default.")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=train.parse_flags)
+    commandline.run(main)

@@ -98,7 +98,7 @@ def check_account(options: Mapping[str, Any], translation: Translation) -> None:
 def test_every_key_is_accounted_for_once_and_the_config_is_valid(name: str) -> None:
     options = read(name)
     before = copy.deepcopy(options)
-    translation = translate(options, devices=4)
+    translation = translate(options)
     assert options == before
     check_account(options, translation)
     parsed = parse(translation.config)
@@ -202,11 +202,11 @@ def test_defaults_are_those_of_basicsr() -> None:
 
 
 def test_clean_images_that_are_degraded() -> None:
-    translated = translate(read("realesrnet_x4plus"), devices=4).config
+    translated = translate(read("realesrnet_x4plus")).config
     data = translated["data"]
     assert (data["gt"], data["lq"], data["meta_info"]) == ("data/clean", "", "data/meta_info.txt")
     assert (data["crop"], data["canvas"], data["gt_usm"]) == (256, 400, True)
-    assert (data["batch_size"], data["workers"]) == (48, 20)  # num_gpu: auto
+    assert (data["batch_size"], data["workers"]) == (12, 5) and data["per_device"]  # num_gpu: auto
     assert set(translated["degrade"]) == {"name", *DEGRADATION}
     assert translated["degrade"]["blur_sigma2"] == (0.2, 1.5) and translated["degrade"]["jpeg_range2"] == (30.0, 95.0)
     assert translated["student"]["hparams"]["scale"] == 4

@@ -63,12 +63,11 @@ Tree = dict[str, Any]
 Faults = dict[str, str]  # what is wrong, by the key of the YAML
 
 
-def translate(options: Any, *, devices: int = 1) -> Translation:
+def translate(options: Any) -> Translation:
     """The config of a training YAML.
 
     Args:
       options: what a YAML reader made of the file.
-      devices: how many there are, for `num_gpu: auto`.
 
     Raises:
       ConfigError: keys that are unknown, missing, or cannot be honoured; all of them in one message.
@@ -107,8 +106,6 @@ def translate(options: Any, *, devices: int = 1) -> Translation:
     for names in _REQUIRED:
         if not any(name in values or name in faults for name in names):
             faults[names[0]] = MISSING
-    if values.get("num_gpu") == "auto":
-        values["num_gpu"] = devices
     unread = tuple(faults)
     for finish, groups in (
         (_finish_data, ("datasets.", "gt_size")),
@@ -177,7 +174,10 @@ def _is_group(rule: str) -> bool:
 def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
     """Which folders the type of the data set uses, the canvas and the batch of all devices; the validation set."""
     data, train = config["data"], "datasets.train."
-    gpus = max(1, values.get("num_gpu", 1))
+    gpus = values.get("num_gpu", 1)
+    if gpus == "auto":  # how many there are is known when the run starts, not when its config is read
+        data["per_device"], gpus = True, 1
+    gpus = max(1, gpus)
     data |= {name: data[name] * gpus for name in ("batch_size", "workers") if name in data}
     if folder := values.get(f"{train}dataroot_paired"):
         if "gt" in data or "lq" in data:

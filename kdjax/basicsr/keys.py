@@ -173,7 +173,7 @@ KEYS: dict[str, Key] = {
     "scale": Key("student.hparams", "upscale or scale of network_g, which must agree", whole, direct=False),
     "num_gpu": Key(
         "data.batch_size",
-        "all devices are used; this multiplies batch_size_per_gpu",
+        "all devices are used; this multiplies batch_size_per_gpu, auto sets data.per_device",
         direct=False,
         read=lambda value: value if value == "auto" else whole(value),
     ),
