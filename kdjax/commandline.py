@@ -125,8 +125,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        shows = action.option_strings and action.default not in (None, argparse.SUPPRESS, False, "", [], ())
-        if not shows or action.required or "default" in text:
+        hidden = action.default in (None, argparse.SUPPRESS, "", [], ()) or action.default is False
+        if hidden or not action.option_strings or action.required or "default" in text:
             return text
         default = " ".join(map(str, action.default)) if isinstance(action.default, list | tuple) else action.default
         return f"{text} (default: {str(default).replace('%', '%%')})"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import logging
 import math
 import re
 import sys
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import assets, cost, data, models, report, sharding, validation
+from kdjax import assets, commandline, cost, data, models, report, sharding, validation
 from kdjax.files import write_json, write_text
 from kdjax.logbook import finite
 from kdjax.metrics import named, niqe
@@ -115,10 +114,8 @@ class Request:
         return [(one, sigma) for one in self.datasets for sigma in (self.sigmas if one.lq is None else [None])]
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdjax.evaluate", description="Models on folders of images, any number of each in one table."
-    )
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.evaluate", __doc__)
     add = parser.add_argument
     add("--model", required=True, action="extend", nargs="+", metavar="[NAME=]FILE",
         help='.pth or .safetensors files, or "embedded"')  # fmt: skip
@@ -130,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lq", metavar="DIR", help="the degraded images of the one --data, in place of --sigma")
     add("--filename-tmpl", default="{}", help='lq file stem from the gt stem, e.g. "{}_noisy"')
     add("--limit", type=int, default=0, help="images at most, spread over each folder; 0 takes all")
-    add("--metrics", nargs="+", default=["psnr", "ssim"], choices=list(METRICS), help="default: psnr ssim")
+    add("--metrics", nargs="+", default=["psnr", "ssim"], choices=list(METRICS), help="what to measure")
     add("--crop-border", type=int, default=0, metavar="N", help="pixels that metrics leave out at each side")
     add("--niqe", metavar="FILE|DIR", help="for niqe: BasicSR's niqe_pris_params.npz, or a folder of clean photographs")
     add("--lpips", metavar="FILE", help="for lpips: the state dict of lpips.LPIPS")
@@ -441,7 +438,6 @@ def markdown(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], settings
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    logging.getLogger("jax").setLevel(logging.WARNING)
     sharding.use_all_cores()
     try:
         request = prepare(options)
@@ -464,4 +460,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main)

@@ -1,6 +1,7 @@
 """Compares ways of distilling with each other and with training without a teacher, over several seeds:
 
-    python -m kdjax.study --config configs/study_denoise.py [--workdir DIR] [--config.seeds=0,1,2 ...]
+    python -m kdjax.study --config configs/study_denoise.py
+    python -m kdjax.study --config configs/study_denoise.py --columns scratch output --config.seeds="(0, 1, 2)"
 
 The config has a training config, `base`, and `columns`: name -> what that column changes in it. Runs of one seed have
 the same initial weights, images, crops and noise, and those with the same data and length are trained together, in one
@@ -40,7 +41,7 @@ from kdjax.data import DataError
 from kdjax.files import locked, read_json, whole_file, write_json, write_text
 from kdjax.logbook import Logbook, finite
 from kdjax.monitor import Monitor
-from kdjax.names import nearest
+from kdjax.names import nearest, pick
 from kdjax.signals import Stopped, StopSignals
 from kdjax.teachers import Teacher, load_teacher
 from kdjax.validation import Sample
@@ -145,17 +146,30 @@ def parse(values: Mapping[str, Any]) -> Study:
     return Study(values.get("name", "study"), seeds, curve_images, runs, compute_of)
 
 
-def ready(study: Study) -> Study:
+def ready(study: Study, columns: Sequence[str] | None = None) -> Study:
     """The study with every column's batch and steps as they are on these devices.
 
     A column with a `compute_of` gets as many steps as make its multiply-accumulates those of the other column.
+
+    Args:
+      columns: keep these alone; None keeps all. The others can be trained later, in the same folder.
+
+    Raises:
+      ValueError: there is no such column.
     """
+    known = dict.fromkeys(column for column, _ in study.runs)
+    kept = set(known if columns is None else columns)
+    for column in kept:
+        pick(known, column, "column")
     runs = {key: preparation.on_these_devices(config) for key, config in study.runs.items()}
     first = study.seeds[0]
     for column, other in study.compute_of.items():
+        if column not in kept:
+            continue
         factor = _compute(runs[other, first]) / _compute(runs[column, first])
         for seed in study.seeds:
             runs[column, seed] = _stretch(runs[column, seed], factor)
+    runs = {key: config for key, config in runs.items() if key[0] in kept}
     return dataclasses.replace(study, runs=runs, compute_of={})
 
 
@@ -524,7 +538,9 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.study", __doc__)
     parser.add_config("base.", "configs/study_denoise.py")
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of the study (default: studies/NAME)")
+    add = parser.add_argument
+    add("--workdir", type=Path, metavar="DIR", help="folder of the study (default: studies/NAME)")
+    add("--columns", nargs="+", metavar="NAME", help="train these columns alone, now (default: all)")
     return parser
 
 
@@ -535,7 +551,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         study = parse(values)
         sharding.use_all_cores(math.gcd(*(c.data.batch_size // c.train.accumulate for c in study.runs.values())))
         with cost.telling_out_of_memory():
-            study = ready(study)
+            study = ready(study, options.columns)
             workdir = (options.workdir or Path("studies") / study.name).absolute()
             workdir.mkdir(parents=True, exist_ok=True)
             with locked(workdir):

@@ -33,7 +33,7 @@ FLOORS = [
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Modules that others of their floor may use: how names are looked up and files written, the VGG of losses and of LPIPS.
-FOUNDATION = {"names", "files", "perceptual"}
+FOUNDATION = {"names", "files", "config", "signals", "perceptual"}
 
 
 def imported_modules(path: Path) -> set[str]:

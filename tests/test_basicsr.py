@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -501,8 +500,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
 def start(folder: Path, yml: str, *flags: str) -> subprocess.CompletedProcess:
     """The training program with a YAML of `folder`, whose paths are relative to it."""
     command = [sys.executable, "-m", "kdjax.train", "--config", f"{ROOT / 'configs' / 'basicsr.py'}:{yml}", *flags]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=300)
+    return subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=300)
 
 
 def make_pairs(folder: Path) -> None:
