@@ -288,7 +288,7 @@ def make_parser() -> commandline.Parser:
     parser.add_config()
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the cache")
     parser.add_argument("--samples", required=True, type=int, metavar="N", help="how many samples of the run to keep")
-    parser.add_processes("share the work (default: 1)")
+    parser.add_processes("share the work")
     parser.set_defaults(num_processes=1, process_id=0)
     return parser
 

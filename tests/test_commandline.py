@@ -63,8 +63,8 @@ def test_help_has_usage_an_example_and_every_option_with_its_default(program: st
     for action in parser._actions:
         assert action.help, action.dest
         if action.default not in (None, "", [], (), "==SUPPRESS==") and action.default is not False:
-            shown = " ".join(text[text.rindex(action.option_strings[0]) :].split())
-            assert "default" in shown.split(" --", 1)[0] or "default" in action.help, action.dest
+            shown = text[text.rindex(f"\n  {action.option_strings[0]}") + 1 :].partition("\n  -")[0]
+            assert "default" in shown, action.dest
     for name in ("train.steps=250000", "data.crop=128", "student.arch='srvggnetcompact'"):
         assert (f"--config.{name}" in text or f"--config.base.{name}" in text) == ("--config FILE" in text)
 
