@@ -33,6 +33,7 @@ import numpy as np
 
 from kdjax import assets, cost, data, models, sharding
 from kdjax.data import pictures, videos
+from kdjax.data.images import CONVERSIONS
 from kdjax.data.sources import shortened
 from kdjax.files import printable
 from kdjax.progress import Progress
@@ -213,7 +214,7 @@ def left_out(found: Plan) -> list[str]:
             groups[path.suffix.lower()].append(path)
         largest = sorted(groups, key=lambda suffix: (-len(groups[suffix]), suffix))
         for suffix in largest[:_LISTED]:
-            hint = f"; {data.CONVERSIONS[suffix]}" if suffix in data.CONVERSIONS else ""
+            hint = f"; {CONVERSIONS[suffix]}" if suffix in CONVERSIONS else ""
             lines.append(f"  {len(groups[suffix])} {suffix or 'without a suffix'}: {_some(groups[suffix])}{hint}")
         if others := [path for suffix in largest[_LISTED:] for path in groups[suffix]]:
             lines.append(f"  {len(others)} others: {_some(others)}")

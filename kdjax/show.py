@@ -118,8 +118,8 @@ def main(argv: list[str]) -> None:
     logging.getLogger("jax").setLevel(logging.WARNING)
     output = Path(flags.FLAGS.output)
     try:
-        if output.suffix.lower() not in data.IMAGE_SUFFIXES:
-            raise ValueError(f"--output={output} must end in one of {', '.join(data.IMAGE_SUFFIXES)}")
+        if output.suffix.lower() not in data.WRITTEN_SUFFIXES:
+            raise ValueError(f"--output={output} must end in one of {', '.join(data.WRITTEN_SUFFIXES)}")
         config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
         setup = preparation.prepare(targets.without_cache(config))
         data.write_image(output, draw_sheet(setup, count=flags.FLAGS.count, step=flags.FLAGS.step))

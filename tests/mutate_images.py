@@ -114,7 +114,9 @@ def mutated(data: bytes, random: np.random.Generator) -> bytes:
             for place in random.integers(0, min(len(changed), 300), random.integers(1, 8)):
                 changed[place] ^= 1 << random.integers(8)
         elif kind == 1:
-            changed[place : place + 4] = random.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\1\0\0"])
+            changed[place : place + 4] = random.choice(
+                [b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\1\0\0"]
+            )
         elif kind == 2:
             del changed[max(1, place) :]
         elif kind == 3:  # a part twice

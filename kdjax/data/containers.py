@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO
 
 EXIF = b"Exif\0\0"
@@ -87,8 +87,12 @@ class _Directory:
         )
 
 
-def _claims_too_much(read: Read, length: int) -> bool:
-    """Whether the values of the directories in a TIFF file or EXIF block of `length` bytes have more in all."""
+def _claims_too_much(read: Read, length: int, inner: Collection[int] = ()) -> bool:
+    """Whether the values in a TIFF file or EXIF block of `length` bytes claim more in all.
+
+    Args:
+      inner: tags that lead to another directory whose values count too.
+    """
     total, seen = 0, set()
     try:
         tiff = _Directory(read)
@@ -99,7 +103,7 @@ def _claims_too_much(read: Read, length: int) -> bool:
             seen.add(place)
             for tag, kind, values, entry in tiff.entries(place):
                 total += _SIZES.get(kind, 0) * values
-                if tag in _DIRECTORIES:
+                if tag in inner:
                     left.append(tiff.value(entry))
     except struct.error:
         pass  # a decoder does not come further either
@@ -110,11 +114,12 @@ def _claims_too_much(read: Read, length: int) -> bool:
 
 def exif_claims_too_much(data: bytes, start: int = 0) -> bool:
     """Whether the tags of an EXIF block, from `start` to the end of `data`, claim more bytes than it has."""
-    return _claims_too_much(lambda place, number: data[start + place : start + place + number], len(data) - start)
+    read = lambda place, number: data[start + place : start + place + number]  # noqa: E731
+    return _claims_too_much(read, len(data) - start, _DIRECTORIES)
 
 
 def tiff_claims_too_much(file: BinaryIO) -> bool:
-    """The same of a TIFF file, whose position stays."""
+    """The same of a TIFF file, of which Pillow is not asked for the EXIF; its position stays."""
     before, length = file.tell(), file.seek(0, 2)
 
     def read(place: int, number: int) -> bytes:

@@ -75,7 +75,7 @@ _MOST_TEXT = 1 << 24  # bytes that a compressed text or colour profile in a PNG 
 
 # Bytes of a pixel in Pillow's memory, where it is not four, and what decoders keep besides.
 _STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
-_DECODING = {"WEBP": 8, "AVIF": 12}
+_DECODING = {"WEBP": 14, "AVIF": 12}
 _UNKNOWN_MEMORY = 16 << 30  # of a machine that does not tell
 
 _JPEG = {"quality": 95, "subsampling": 0}

@@ -45,7 +45,6 @@ from kdjax.files import printable, whole_file
 from kdjax.memory import host_memory
 
 _UNKNOWN_MEMORY = 8 << 30  # free, of a machine that does not tell
-_ENCODING = 4  # bytes a sample that Pillow and an encoder keep of a picture that is written
 
 _TIFF_EXTRA_SAMPLES = 338
 # What EXIF says of the picture, and where its own directory and that of the place are. Other tags, such as those of
@@ -177,8 +176,9 @@ def too_large(
         )
     there, free = host_memory()
     free = free or there // 2 or _UNKNOWN_MEMORY
-    given, made = width * height * bytes_per_pixel, width * height * bytes_per_pixel * scale**2
-    needed = max(decoding, given + made, made + _ENCODING * made // bytes_per_pixel)
+    stored = bytes_per_pixel if bytes_per_pixel < 3 else 4  # what Pillow makes of a pixel to write it
+    pixels, restored = width * height, width * height * scale**2
+    needed = max(decoding, (pixels + restored) * bytes_per_pixel, restored * (bytes_per_pixel + stored))
     if needed <= free // 2:
         return None
     return (
