@@ -316,13 +316,13 @@ def test_names_that_a_file_system_allows(tmp_path: Path) -> None:
         assert len(failures) == 1 and failures[0].endswith(": File name too long") and "/in/xxx" in failures[0]
     if shutil.which("ffmpeg"):
         make = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc2=s=32x24:r=25:d=0.08", "-f", "matroska"]
-        for name in STRANGE[:4]:
+        for name in STRANGE[:2]:
             video = tmp_path / "videos" / f"{name}.mkv"
             video.parent.mkdir(exist_ok=True)
             subprocess.run([*make, "file:" + str(video)], check=True)
         (tmp_path / "videos" / "b\udcff.mp4").write_bytes(b"no video")
         restored, failures = quietly(unchanged, [str(tmp_path / "videos")], tmp_path / "out")
-        assert restored == sorted(f"{name}.mkv" for name in STRANGE[:4])
+        assert restored == sorted(f"{name}.mkv" for name in STRANGE[:2])
         assert len(failures) == 1 and "b\udcff.mp4: cannot be read" in failures[0]
 
 

@@ -11,6 +11,9 @@ integer images have no agreed range and are refused. `kdjax.data.pictures` keeps
 
 A path may also lead into a pack (`kdjax.data.shards`), which holds the pixels that its files gave.
 
+Files are not trusted: what a header claims is compared with the machine's memory before anything is decoded, and
+metadata (`kdjax.data.containers`) costs no more than its bytes.
+
 Left out: colour profiles, which are ignored, and damage that a decoder cannot see, such as wrong bytes inside
 JPEG data.
 """
@@ -99,7 +102,7 @@ class UnknownTiff(ImageError):
 def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
     """The image in `path` as uint8 (height, width, channels); `channels` is 3 for RGB or 1 for grey.
 
-    Every file that is missing, damaged, cut short, too large or not an image ends in an `ImageError`.
+    Every file that is missing, damaged, cut short, not an image, or too large for this machine ends in an `ImageError`.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels!r}; it must be 3 (RGB) or 1 (grey)")

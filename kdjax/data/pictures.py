@@ -5,12 +5,14 @@
 The EXIF orientation is applied to the pixels and its tag set to 1; the rest of the EXIF stays byte for byte. The ICC
 profile is written back as it was: colours are not converted. CMYK is, to sRGB, through its own profile where it has
 one. Palettes become RGB, one bit becomes grey, a transparent colour becomes alpha. Of a file with several pictures none
-is taken, except of what phones write (MPO), where the first is the photograph.
+is taken, except of what phones write (MPO), where the first is the photograph. Metadata that is damaged costs itself
+and a note, not the picture.
 
 Pillow does 8 bits, and 16 bits of grey. Colour, or grey with alpha, of 16 bits goes through libvips (the package
-`pyvips`), which is imported for such files only.
+`pyvips`), which is imported for such files only, and for TIFF files that Pillow does not know.
 
-Left out: XMP, IPTC and resolution, the EXIF inside TIFF files, and 16-bit PPM.
+Left out: XMP, IPTC and resolution, the EXIF inside TIFF files, colours that AVIF names without a profile (HDR), and
+16-bit PPM.
 """
 
 from __future__ import annotations
