@@ -269,11 +269,14 @@ def test_the_limit_follows_the_memory_and_pillows_stays(
     Image.fromarray(random_image(10, 10)[..., 0]).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     assert read_image(path).shape == (10, 10, 3) and Image.MAX_IMAGE_PIXELS == 10
+    images.most_bytes.cache_clear()
     monkeypatch.setattr(images, "host_memory", lambda: (4000, 0))
     with pytest.raises(ImageError, match=rf"a\{suffix}: too many pixels: 10x10 .* an eighth .* cut it into smaller"):
         read_image(path)
+    images.most_bytes.cache_clear()
     monkeypatch.setattr(images, "host_memory", lambda: (0, 0))  # not known
     read_image(path)
+    images.most_bytes.cache_clear()
 
 
 def test_pillows_limit_is_lifted_while_any_thread_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ JPEG data.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -283,17 +284,20 @@ def bytes_to_decode(image: Image.Image, channels: int, depth: int = 1) -> int:
     return needed * pixels_of(image)
 
 
-def _check_training_image(image: Image.Image) -> None:
-    """Refuses what takes more than an eighth of the machine's memory: as many images are read at a time.
+@functools.cache
+def most_bytes() -> int:
+    """How much memory decoding one image may take: an eighth of the machine's, for as many are read at a time.
 
     What is free does not count: whether an image can be used must not depend on the moment.
     """
-    there = host_memory()[0] or _UNKNOWN_MEMORY
-    needed = bytes_to_decode(image, 3)
-    if needed > there // 8:
+    return (host_memory()[0] or _UNKNOWN_MEMORY) // 8
+
+
+def _check_training_image(image: Image.Image) -> None:
+    if (needed := bytes_to_decode(image, 3)) > most_bytes():
         raise ImageError(
             f"too many pixels: {image.width}x{image.height} would take {needed / 2**30:.1f} GB of memory, more than an"
-            f" eighth of the {there / 2**30:.1f} GB that there are; cut it into smaller images"
+            f" eighth of the {8 * most_bytes() / 2**30:.1f} GB that there are; cut it into smaller images"
         )
 
 
