@@ -27,10 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import models
+from kdjax.memory import host_memory
 
 log = logging.getLogger("kdjax")
-
-_CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what a container may have
 
 WARM_UP = 3  # runs before the first that counts: caches, thread pools, clocks of a GPU
 
@@ -320,17 +319,7 @@ def device_memory() -> tuple[int, int]:
         stats = jax.local_devices()[0].memory_stats() or {}
         limit = stats.get("bytes_limit", 0)
         return limit, max(0, limit - stats.get("bytes_in_use", 0))
-    if not hasattr(os, "sysconf"):
-        return 0, 0
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    info = Path("/proc/meminfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
-    limit = _CONTAINER / "memory.max"
-    if limit.exists() and (text := limit.read_text(encoding="utf-8").strip()).isdigit() and int(text) < there:
-        there = int(text)
-        free = max(0, min(free, there - int(limit.with_name("memory.current").read_text(encoding="utf-8"))))
-    return there, free
+    return host_memory()
 
 
 def check_it_fits(memory: Memory | None, what: str = "a pass", *, devices: int = 1) -> None:

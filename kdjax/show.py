@@ -123,8 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = make_parser()
     options, values = parser.parse(arguments)
     output = options.output
-    if output.suffix.lower() not in data.IMAGE_SUFFIXES:
-        parser.error(f"--output {output} must end in one of {', '.join(data.IMAGE_SUFFIXES)}")
+    if output.suffix.lower() not in data.WRITTEN_SUFFIXES:
+        parser.error(f"--output {output} must end in one of {', '.join(data.WRITTEN_SUFFIXES)}")
     if options.count < 1 or options.step < 0:
         parser.error(f"--count {options.count} must be 1 or more, and --step {options.step} 0 or more")
     try:

@@ -21,6 +21,7 @@ FLOORS = [
         "schedules",
         "sharding",
         "convolution",
+        "memory",
     },  # the ground
     {"models", "losses", "perceptual", "metrics", "degradations"},  # the maths
     {"data", "weights", "checkpoint", "logbook", "ladder", "basicsr", "agreement"},  # the world outside

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from kdjax import cost, models, sharding
+from kdjax import cost, memory, models, sharding
 
 HEIGHT, WIDTH, FEATURES = 48, 40, 8
 IMAGE_BYTES = HEIGHT * WIDTH * 3 * 4
@@ -207,6 +207,6 @@ def test_a_container_may_have_less_memory_than_its_machine(
     machine = cost.device_memory()[0]
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{1 << 19}\n")
-    monkeypatch.setattr(cost, "_CONTAINER", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
     there, free = cost.device_memory()
     assert (there, free) == expected if expected else there >= machine
