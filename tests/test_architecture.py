@@ -32,8 +32,9 @@ FLOORS = [
     {"study", "show", "compare", "cache"},  # programs over programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-# Modules that others of their floor may use: how names are looked up and files written, the VGG of losses and of LPIPS.
-FOUNDATION = {"names", "files", "perceptual"}
+# Modules that others of their floor may use: how names are looked up and files written, what a schedule may be, the VGG
+# of losses and of LPIPS.
+FOUNDATION = {"names", "files", "schedules", "perceptual"}
 
 
 def imported_modules(path: Path) -> set[str]:
