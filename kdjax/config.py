@@ -144,13 +144,12 @@ class Config:
 
     def __post_init__(self) -> None:
         check_name(self.name, "config.name")
-        _require(
-            self,
-            "student.arch",
-            bool,
-            "an architecture. A network of your own, which a YAML can only ask for, is imported when the command line"
-            " names it: --config.student.arch=my_package.my_net:MyNet",
-        )
+        for key, arch in (("student", self.student.arch), ("teacher.hparams", self.teacher.hparams.get("arch", True))):
+            if not arch:
+                raise ConfigError(
+                    f"config.{key}.arch is empty, and a network of your own, which a YAML can only ask for, is imported"
+                    f" when the command line names it: --config.{key}.arch=my_package.my_net:MyNet"
+                )
         for path, (least, most) in _RANGES.items():
             fits = lambda value, least=least, most=most: least <= value <= most  # noqa: E731
             _require(self, path, fits, f"from {least} to {most:,}")
@@ -278,21 +277,19 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
         raise ConfigError(f"config.{path[:_LONGEST_NAME]}... has groups within groups, more than {_DEEPEST} deep")
     wanted = ""
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, str):
-                raise ConfigError(f"config.{path} has the key {brief(key)}; keys must be texts")
-            _plain(key, f"{path}, a key of it,")
+        if wrong := [key for key in value if not (isinstance(key, str) and _can_be_a_path(key))]:
+            raise ConfigError(f"config.{path} has the key {brief(wrong[0])}; keys must be texts")
         return {key: _plain(entry, f"{path}.{key}", depth + 1) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_plain(entry, path, depth + 1) for entry in value)
     if isinstance(value, str):
-        if "\0" in value or len(value) > _LONGEST_TEXT or not _can_be_a_path(value):
+        if not _can_be_a_path(value):
             wanted = f"text without NUL, valid in UTF-8, of at most {_LONGEST_TEXT:,} bytes"
     elif isinstance(value, float):
         if not abs(value) <= _LARGEST_FLOAT:  # nan is not
             wanted = f"a finite number, of at most {_LARGEST_FLOAT:.3g}"
     elif isinstance(value, int):
-        if not -_LARGEST <= value <= _RANGES["seed"][1]:
+        if not -_LARGEST <= value <= max(_LARGEST, _RANGES.get(path, (0, 0))[1]):
             wanted = f"a whole number from {-_LARGEST:,} to {_LARGEST:,}"
     elif value is not None:
         wanted = "made of numbers, texts, true, false, lists and groups"
@@ -304,7 +301,11 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
 def _can_be_a_path(text: str) -> bool:
     """Also with bytes that are not UTF-8, which Python keeps as lone surrogates from U+DC80 to U+DCFF."""
     try:
-        return len(text.encode("utf-8", "surrogateescape")) <= _LONGEST_TEXT
+        return (
+            "\0" not in text
+            and len(text) <= _LONGEST_TEXT
+            and len(text.encode("utf-8", "surrogateescape")) <= _LONGEST_TEXT
+        )
     except UnicodeEncodeError:
         return False
 
