@@ -42,6 +42,7 @@ from kdjax.config import Config, ConfigError
 from kdjax.data import DataError
 from kdjax.files import read_json, whole_file, write_json, write_text
 from kdjax.logbook import Logbook, finite
+from kdjax.markdown import literal
 from kdjax.monitor import Monitor
 from kdjax.names import nearest
 from kdjax.signals import StopSignals
@@ -131,7 +132,9 @@ def parse(values: Mapping[str, Any]) -> Study:
         for seed in seeds
         for column in columns
     }
-    return Study(values.get("name", "study"), seeds, curve_images, runs)
+    name = values.get("name", "study")
+    config_lib.check_name(name, "study key 'name'")
+    return Study(name, seeds, curve_images, runs)
 
 
 def run(study: Study, workdir: Path) -> str:
@@ -390,8 +393,9 @@ def write_results(study: Study, workdir: Path) -> str:
         ),
     )
     table = ladder.markdown(rows, teacher_psnr=teacher_psnr, input_psnr=input_psnr)
-    about = f"{results[0]['student']}; {results[0]['images']} validation images; teacher {results[0]['teacher']}."
-    write_text(workdir / "results.md", f"# {study.name}\n\n{table}\nStudent: {about}\n")
+    student, teacher = literal(results[0]["student"]), literal(results[0]["teacher"])
+    about = f"{student}; {results[0]['images']} validation images; teacher {teacher}."
+    write_text(workdir / "results.md", f"# {literal(study.name)}\n\n{table}\nStudent: {about}\n")
     try:
         with whole_file(workdir / "results.png") as temporary:
             ladder.plot(rows, results, temporary, teacher_psnr=teacher_psnr)

@@ -13,6 +13,7 @@ FLOORS = [
     {
         "names",
         "files",
+        "markdown",
         "config",
         "progress",
         "signals",
