@@ -30,9 +30,10 @@ def code(value: object) -> str:
     """The value's text as a code span."""
     text = printable(str(value)).replace("\n", "\\n").replace("\t", "\\t")
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    # Of a space on either side Markdown takes one away.
-    pad = " " if text[:1] in ("`", " ") or text[-1:] in ("`", " ") or not text else ""
-    return f"{'`' * (longest + 1)}{pad}{text}{pad}{'`' * (longest + 1)}"
+    # Markdown takes a space away on both sides, unless there is nothing else.
+    pad = " " if not text or (text.strip(" ") and (text[0] in "` " or text[-1] in "` ")) else ""
+    text = f"{pad}{text}{pad}" if text else pad
+    return f"{'`' * (longest + 1)}{text}{'`' * (longest + 1)}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str, pad: bool = False) -> str:
