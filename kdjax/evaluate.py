@@ -29,6 +29,7 @@ import numpy as np
 from kdjax import assets, commandline, cost, data, models, report, sharding, validation
 from kdjax.files import write_json, write_text
 from kdjax.logbook import finite
+from kdjax.markdown import literal, table
 from kdjax.metrics import named, niqe
 from kdjax.metrics.named import METRICS
 from kdjax.names import named_paths
@@ -418,22 +419,22 @@ def _write_table(request: Request, rows: list[dict[str, Any]], options: argparse
 
 def markdown(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], settings: Mapping[str, str]) -> str:
     """The table, the best model of every set and level in bold, and what the numbers depend on."""
-    headings = ["data", "degraded", "images", "model", *(METRICS[name].heading for name in metrics)]
-    lines = [f"| {' | '.join(headings)} |"]
-    lines.append(f"| --- | --- | ---: | --- |{' ---: |' * len(metrics)}")
+    lines = []
     for row in rows:
         rivals = [
             other for other in rows
             if (other["data"], other["degraded"]) == (row["data"], row["degraded"]) and other["model"] != report.INPUT
         ]  # fmt: skip
-        cells = [row["data"], row["degraded"], str(row["images"]), row["model"]]
+        cells = [literal(row["data"]), literal(row["degraded"]), str(row["images"]), literal(row["model"])]
         for name in metrics:
             text, sign = METRICS[name].text(row[name]), 1 if METRICS[name].higher_is_better else -1
             best = max((sign * other[name] for other in rivals if not math.isnan(other[name])), default=None)
             wins = len(rivals) > 1 and row["model"] != report.INPUT and sign * row[name] == best
             cells.append(f"**{text}**" if wins else text)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in settings.items())]) + "\n"
+        lines.append(cells)
+    headings = ["data", "degraded", "images", "model", *(METRICS[name].heading for name in metrics)]
+    about = [f"- {literal(name)}: {literal(value)}" for name, value in settings.items()]
+    return "\n".join([table(headings, lines, align="llrl" + "r" * len(metrics)), "", *about]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

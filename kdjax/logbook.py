@@ -95,6 +95,8 @@ def finite(value: Any) -> Any:
     """The value with None for every inf and nan inside it, which JSON does not have."""
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

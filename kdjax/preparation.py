@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from kdjax import assets, data, distill, models, sharding, targets
+from kdjax import assets, cost, data, distill, models, sharding, targets
 from kdjax import config as config_lib
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade
@@ -65,6 +65,7 @@ def prepare(config: Config) -> Setup:
             raise ConfigError(f"config.log asks for {package}, which is not installed: pip install 'kdjax[{extra}]'")
     student, teacher = make_networks(config)
     scale = models.scale_of(student)
+    cost.check_data_fits(config, channels=models.num_channels(student), scale=scale, process_count=jax.process_count())
     for name, side in (("crop", config.data.crop), ("canvas", config.data.canvas)):
         if side % scale:
             raise ConfigError(
@@ -166,6 +167,7 @@ def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
     """
     arch = models.canonical_arch(config.student.arch)
     hparams = models.complete_hparams(arch, config.student.hparams)
+    cost.check_network_fits(arch, hparams)
     student = models.init_model(arch, hparams, jax.random.fold_in(jax.random.key(config.seed), 1))
     is_slice = config.student.weights == "teacher"
     teacher = load_teacher(config.teacher, student) if is_slice or needs_teacher(config.terms) else None

@@ -40,6 +40,7 @@ from kdjax.config import Config, ConfigError
 from kdjax.data import DataError
 from kdjax.files import locked, read_json, whole_file, write_json, write_text
 from kdjax.logbook import Logbook, finite
+from kdjax.markdown import literal
 from kdjax.monitor import Monitor
 from kdjax.names import nearest, pick
 from kdjax.signals import Stopped, StopSignals
@@ -143,7 +144,9 @@ def parse(values: Mapping[str, Any]) -> Study:
             raise ConfigError(
                 f"column {column!r}: compute_of={other!r}, which has a compute_of itself; name that column"
             )
-    return Study(values.get("name", "study"), seeds, curve_images, runs, compute_of)
+    name = values.get("name", "study")
+    config_lib.check_name(name, "study key 'name'")
+    return Study(name, seeds, curve_images, runs, compute_of)
 
 
 def ready(study: Study, columns: Sequence[str] | None = None) -> Study:
@@ -464,8 +467,9 @@ def write_results(study: Study, workdir: Path) -> str:
         ),
     )
     table = ladder.markdown(rows, teacher_psnr=teacher_psnr, input_psnr=input_psnr)
-    about = f"{results[0]['student']}; {results[0]['images']} validation images; teacher {results[0]['teacher']}."
-    write_text(workdir / "results.md", f"# {study.name}\n\n{table}\nStudent: {about}\n")
+    student, teacher = literal(results[0]["student"]), literal(results[0]["teacher"])
+    about = f"{student}; {results[0]['images']} validation images; teacher {teacher}."
+    write_text(workdir / "results.md", f"# {literal(study.name)}\n\n{table}\nStudent: {about}\n")
     try:
         with whole_file(workdir / "results.png") as temporary:
             ladder.plot(rows, results, temporary, teacher_psnr=teacher_psnr)

@@ -13,6 +13,7 @@ FLOORS = [
     {
         "names",
         "files",
+        "markdown",
         "config",
         "progress",
         "signals",
@@ -33,8 +34,9 @@ FLOORS = [
     {"study", "show", "compare", "cache"},  # programs over programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-# Modules that others of their floor may use: how names are looked up and files written, the VGG of losses and of LPIPS.
-FOUNDATION = {"names", "files", "config", "signals", "perceptual"}
+# Modules that others of their floor may use: how names are looked up and files written, what a config and a schedule may
+# be, the VGG of losses and of LPIPS.
+FOUNDATION = {"names", "files", "config", "signals", "schedules", "perceptual"}
 
 
 def imported_modules(path: Path) -> set[str]:
