@@ -161,13 +161,13 @@ def _stop_leaks() -> None:
 
     def to_json(spec: tensorstore.KvStore.Spec, *args: Any, **options: Any) -> Any:
         if not args and not options:
-            plain = {"driver": "file", "path": spec.path}
-            with contextlib.suppress(ValueError):  # this path is of another driver, and not one of files
+            with contextlib.suppress(ValueError):  # what is a path to another driver may be none to that of files
+                plain = {"driver": "file", "path": spec.path}
                 if spec_type(plain) == spec:
                     return plain
         return with_leak(spec, *args, **options)
 
-    # Others may have neither: it is only memory that they are about.
+    # Other versions may have neither, or not let go of it; it is only about memory.
     with contextlib.suppress(AttributeError, TypeError):
         spec_type.to_json = to_json
     with contextlib.suppress(ImportError):
