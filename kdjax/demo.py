@@ -37,7 +37,7 @@ from PIL import Image
 from kdjax import assets, cost, models
 from kdjax.data import ImageError, read_image
 from kdjax.data.images import opened
-from kdjax.files import LOCK, FolderInUse, locked
+from kdjax.files import FolderInUse, locked
 from kdjax.names import brief, named_paths, pick
 from kdjax.tiles import restore_image
 from kdjax.weights import Loaded, load_weights, parse_hparams
@@ -273,9 +273,9 @@ def _private_folder() -> Iterator[Path]:
     try:
         with locked(folder):
             for other in folder.parent.glob(f"{_FOLDER}*"):
-                # What has no lock is not ours, or is being made at this moment.
                 with contextlib.suppress(FolderInUse, OSError):
-                    if other.lstat().st_uid == folder.lstat().st_uid and (other / LOCK).exists():
+                    is_own = other.lstat().st_uid == folder.lstat().st_uid  # in /tmp, anybody can take a name
+                    if is_own and any(other.iterdir()):  # one that is being made is still empty
                         with locked(other):
                             shutil.rmtree(other)
             yield folder
@@ -307,18 +307,30 @@ def main() -> None:
         }
         first = next(iter(loaded.values())).model
         restore_image(first, np.zeros((8, 8), np.float32), tile=options.tile, tile_pad=options.tile_pad)
-        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-            if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
-                signal.signal(number, lambda number, _: sys.exit(128 + number))
-        with contextlib.suppress(KeyboardInterrupt), _private_folder() as folder:
+        code = _serve(options, loaded)
+    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+        sys.exit(f"error: {error}")
+    # Not sys.exit: a thread may be restoring an image, cannot be stopped, and would abort where the interpreter ends.
+    os._exit(code)
+
+
+def _serve(options: argparse.Namespace, loaded: dict[str, Loaded]) -> int:
+    """Serves the page until a signal ends it; returns the exit code."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        with _private_folder() as folder:
             _set_environment(folder)
             page = build_page(loaded, folder, tile=options.tile, tile_pad=options.tile_pad)
             url = _launch(page, _usable_port(options.port), options.open)
             print(f"{url}  (Ctrl-C ends)", flush=True)
             while True:
                 time.sleep(_KEPT_SECONDS)
-    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
-        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        return 0
+    except SystemExit as ended:
+        return ended.code
 
 
 def _launch(page: gradio.Blocks, port: int, open_it: bool) -> str:
