@@ -1,6 +1,7 @@
 """The page to try models: what it does to an image, and a server of it in a real browser (headless Chromium)."""
 
 import base64
+import contextlib
 import functools
 import http.client
 import http.server
@@ -177,14 +178,20 @@ def gradio_file(path: object) -> dict[str, object]:
     return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
 
 
-def start(folder: Path, temporary: Path, **variables: str) -> tuple[subprocess.Popen, str]:
+@contextlib.contextmanager
+def started(folder: Path, temporary: Path, **variables: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """The program in a user's environment, and the URL that it says."""
     command = [sys.executable, "-m", "kdjax.demo", "--model", "twice.pth", "embedded", "--port", "0"]
     environment = {"HOME": str(folder), "PATH": os.environ["PATH"], "LANG": "C.UTF-8", "TMPDIR": str(temporary)}
-    process = subprocess.Popen(command, cwd=folder, env=environment | variables, stdout=subprocess.PIPE, text=True)
-    line = process.stdout.readline()
-    match = re.match(r"http://127\.0\.0\.1:\d+/", line)
-    assert match, line
-    return process, match[0]
+    environment |= variables
+    with subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            match = re.match(r"http://127\.0\.0\.1:\d+/", line)
+            assert match, line
+            yield process, match[0]
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -203,8 +210,7 @@ def server(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
         threading.Thread(target=listen, daemon=True).start()
         address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
-        process, url = start(folder, temporary, http_proxy=address, HTTPS_PROXY=address)
-        with process:
+        with started(folder, temporary, http_proxy=address, HTTPS_PROXY=address) as (process, url):
             yield Server(url, temporary, process, calls)
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 128 + signal.SIGTERM
@@ -323,6 +329,7 @@ def test_long_and_broken_uploads_are_not_kept(server: Server) -> None:
         connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n" % (len(start), start))
         for _ in range(200):
             connection.sendall(chunk)
+        connection.settimeout(5)
         assert b" 413 " in connection.recv(100)
     with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
         connection.sendall(head + b"Content-Length: 1000\r\n\r\n" + start)
@@ -377,8 +384,7 @@ def test_ctrl_c_leaves_nothing_and_a_start_removes_what_a_killed_page_left(serve
     left = server.temporary / "kdjax-demo-killed"
     (left / "upload").mkdir(parents=True)
     (left / "upload" / "image.png").write_bytes(png(8, 8))
-    process, url = start(folder, server.temporary)
-    with process:
+    with started(folder, server.temporary) as (process, url):
         assert len(list(server.temporary.iterdir())) == 2 and not left.exists()
         begun = Server(url, server.temporary, process, [])
         begun.restore(gradio_file(json.loads(begun.upload("image.png", png(600, 600))[1])[0]), "embedded", wait=False)
