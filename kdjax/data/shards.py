@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,7 @@ JOURNAL = "pack.unfinished.jsonl"  # of a pack in the making: one line a shard
 # Chunks of their own for every record, so that one can be read without its neighbours; compressing pixels would save
 # little and cost the speed that packs are for.
 _WRITING = "group_size:1,uncompressed"
+_LONGEST = 4096  # characters of a path; Python reads numbers of so many digits
 _REASON = 500  # characters of the reason why an image was damaged
 _OPEN = 128  # shards that a process keeps open: the limit of files is as low as 256 on some systems
 # No reading ahead: images are wanted in random order.
@@ -152,8 +153,7 @@ PACK = Kind("pack", "pack.json", "kdjax pack", 1, "python -m kdjax.data.pack")
 INDEX = PACK.index
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """Where an image is, and its shape."""
 
     shard: int
@@ -177,6 +177,7 @@ class Pack:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+        self._inside = os.path.join(folder, INDEX, "")
         self._records: dict[str, Record] = {}
         self._damaged: dict[str, str] = {}
         shards = PACK.read_index(folder)["shards"]
@@ -205,7 +206,7 @@ class Pack:
         return name in self._records or name in self._damaged
 
     def path(self, name: str) -> str:
-        return os.path.join(_index(self.folder), name)
+        return self._inside + name
 
     def identity(self, name: str) -> tuple[int, ...] | None:
         """The file that an image is in, and its record there; None where that is not known."""
@@ -247,14 +248,11 @@ def parse_shard(shard: Any, number: int) -> tuple[dict[str, Record], dict[str, s
         raise TypeError(f"shard {number} has {brief(size)} bytes, {brief(images)} and {brief(damaged)}")
     records = {}
     for name, place, height, width, channels in images:
-        record = Record(number, place, height, width, channels)
-        if not (is_count(height, 1) and is_count(width, 1) and is_count(channels, 1) and channels in (1, 3)):
-            raise ValueError(f"the shape of {brief(name)} is {brief((height, width, channels))}")
-        if not is_count(place) or place >= len(images) or record.bytes > size:
-            raise ValueError(
-                f"{brief(name)} is record {brief(place)} of {brief(record.bytes)} bytes in a shard of {size}"
-            )
-        records[name] = record
+        record = records[name] = Record(number, place, height, width, channels)
+        if not (all(type(value) is int for value in record) and 0 <= place < len(images)):
+            raise ValueError(f"{brief(name)} is record {brief(place)} of {len(images)}")
+        if height < 1 or width < 1 or channels not in (1, 3) or record.bytes > size:
+            raise ValueError(f"{brief(name)} has the shape {brief(record[2:])} in a shard of {size:,} bytes")
     if len(records) < len(images):
         raise ValueError("a name is there twice")
     for name in (*records, *damaged):
@@ -272,14 +270,16 @@ def is_count(value: Any, least: int = 0) -> bool:
 
 def name_fault(name: str) -> str | None:
     """Why a name that a list, a template or an index gives cannot be that of a file in a folder; None where it can."""
+    if not name or "\0" in name or len(name) > _LONGEST:
+        return "is empty" if not name else "has a NUL in it" if "\0" in name else "is longer than any path"
     parts = name.replace(os.sep, "/").split("/")
-    if not parts[0] or os.path.splitdrive(name)[0] or ".." in parts:  # absolute, or with the letter of a drive
-        return "leads out of the folder" if name else "is empty"
+    if not parts[0] or ".." in parts or os.path.splitdrive(name)[0]:  # absolute, or with the letter of a drive
+        return "leads out of the folder"
     try:
         name.encode(errors="surrogateescape")  # bytes that are not UTF-8 come as such surrogates, and no others do
     except UnicodeEncodeError:
         return "has characters that no file name has"
-    return "has a NUL in it" if "\0" in name else None
+    return None
 
 
 def is_pack(folder: str) -> bool:
@@ -411,10 +411,6 @@ def _reported(path: Path) -> Iterator[None]:
         yield
     except (RuntimeError, OSError) as error:
         raise PackError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _index(folder: str) -> str:
-    return os.path.join(folder, INDEX)
 
 
 @functools.lru_cache(maxsize=_OPEN)

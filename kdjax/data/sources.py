@@ -38,6 +38,7 @@ _logger = logging.getLogger("kdjax")
 _LISTED = 10  # names that a message shows of each kind
 _LINE = 1000  # characters of a line of a message
 _NAME = 300  # and of a name in it
+_LONG_LINE = 10_000  # of a list: longer than two paths
 _COMMAS = 100  # in a line of a list at which a name may end
 _VISITS = 1000  # of one folder, by way of links; a few links to each other can spell any number of paths
 
@@ -291,17 +292,11 @@ def _chain(above: tuple) -> Iterator[tuple[int, int]]:
         yield folder
 
 
-def _natural(name: str) -> tuple[list[list[str | tuple[int, str]]], str]:
+def _natural(name: str) -> tuple[list[list[str | int]], str]:
     """A sort key that takes digits as numbers, folder by folder; 1 and 01 are told apart by the text."""
     # With one group, re.split alternates text, digits, text: the same position always holds the same type.
     parts = [re.split(r"([0-9]+)", part.lower()) for part in name.split("/")]
-    return [[_number(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], name
-
-
-def _number(digits: str) -> tuple[int, str]:
-    """Ordered as the number, of any length: Python does not convert more than some thousand digits."""
-    digits = digits.lstrip("0")
-    return len(digits), digits
+    return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], name
 
 
 def _stem(name: str) -> str:
@@ -428,6 +423,8 @@ def _parse_line(line: str, gt: _Source) -> tuple[str, str | None]:
         first = line.split()[0]  # BasicSR takes the first word, whatever follows
         return (first, None) if gt.has(first) else (line, None)
 
+    if len(line) > _LONG_LINE:
+        return line, None
     for name in dict.fromkeys((line, line.strip())):
         if gt.has(name):
             return _plain(name), None
