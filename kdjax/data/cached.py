@@ -107,7 +107,7 @@ def open_cache(folder: str) -> Cache:
     """
     try:
         if not os.path.isdir(folder):
-            raise shards.PackError(f"the folder {folder!r} does not exist; `{CACHE.program}` writes a cache")
+            raise shards.PackError(f"the folder {brief(folder, 300)} does not exist; `{CACHE.program}` writes a cache")
         if not any(os.path.exists(os.path.join(folder, name)) for name in (CACHE.index, PLAN)):
             raise shards.PackError(f"{folder!r} is no cache: it has no {CACHE.index}; `{CACHE.program}` writes one")
         index = CACHE.read_index(folder)

@@ -138,9 +138,12 @@ class _Journal:
 @contextlib.contextmanager
 def _journal(folder: str) -> Iterator[_Journal]:
     """Opens a folder to pack into, which no other process may do meanwhile."""
-    if "\0" in folder:
-        raise DataError(f"cannot pack into {brief(folder, 300)}: no path has a NUL in it")
-    out = Path(os.path.expanduser(folder))
+    try:
+        out = Path(os.path.expanduser(folder))
+        with contextlib.suppress(OSError):
+            os.lstat(out)
+    except ValueError as error:  # a NUL, or a character that no path can have
+        raise DataError(f"cannot pack into {brief(folder, 300)}: {error}") from None
     try:
         if out.exists() and not out.is_dir():
             raise DataError(f"cannot pack into {str(out)!r}: it is a file; give a folder that does not exist yet")
@@ -235,7 +238,8 @@ def _new_shards(
 
 def _decoded(images: Sequence[ImagePair], threads: int) -> Iterator[tuple[ImagePair, Facts, np.ndarray | str]]:
     """Every image in order with its pixels, or with the reason why it has none; a few are decoded ahead of time."""
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         waiting: deque = deque()
         for image in images:
             waiting.append(pool.submit(_decode, image))
@@ -243,6 +247,8 @@ def _decoded(images: Sequence[ImagePair], threads: int) -> Iterator[tuple[ImageP
                 yield waiting.popleft().result()
         for future in waiting:
             yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun is not waited for
 
 
 def _decode(image: ImagePair) -> tuple[ImagePair, Facts, np.ndarray | str]:
