@@ -107,6 +107,6 @@ def digest(parts: Iterable[Any]) -> str:
     """A short hash of strings and arrays, in their order."""
     found = hashlib.sha256()
     for part in parts:
-        found.update(part.encode() if isinstance(part, str) else np.asarray(part).tobytes())
+        found.update(part.encode(errors="surrogatepass") if isinstance(part, str) else np.asarray(part).tobytes())
         found.update(b"\0")
     return found.hexdigest()[:16]

@@ -56,7 +56,7 @@ def settings(
     sampled = {name: getattr(options, name) for name in ("crop", "gt_usm", "hflip", "rot")}
     sampled |= {"canvas": side, "lq": bool(options.lq)}
     for name, pairs in kinds.items():
-        names = hashlib.sha256("\n".join(pair.name for pair in pairs).encode()).hexdigest()[:16]
+        names = hashlib.sha256("\n".join(pair.name for pair in pairs).encode(errors="surrogatepass")).hexdigest()[:16]
         sampled[name] = f"{len(pairs)} images (names {names})" if pairs else ""
     for name in ("unlabelled", "unpaired"):
         if kinds[name]:

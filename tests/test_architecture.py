@@ -13,6 +13,7 @@ FLOORS = [
     {
         "names",
         "files",
+        "commandline",
         "markdown",
         "config",
         "progress",
@@ -34,8 +35,8 @@ FLOORS = [
     {"study", "show", "compare", "cache"},  # programs over programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-# Modules that others of their floor may use: how names are looked up and files written, what a config and a schedule may
-# be, the VGG of losses and of LPIPS.
+# Modules that others of their floor may use: how names are looked up and files written, what a config and a schedule
+# may be, the VGG of losses and of LPIPS.
 FOUNDATION = {"names", "files", "config", "signals", "schedules", "perceptual"}
 
 

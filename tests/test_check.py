@@ -63,7 +63,7 @@ def test_everything_that_is_wrong_is_in_one_report(tmp_path: Path) -> None:
     write_image(lq / "2.png", random_image(20, 50, 71))
     (gt / "4.png").write_bytes((gt / "3.png").read_bytes())
     (clean / "1.png").write_bytes((gt / "3.png").read_bytes())
-    (lq / "4.png").write_bytes((gt / "3.png").read_bytes())  # an lq may have the pixels of a gt
+    (lq / "4.png").write_bytes((gt / "3.png").read_bytes())  # no duplicate, but the same as its gt
     write_image(lq / "5.png", random_image(40, 49, 72))
     write_image(lq / "only.png", random_image(40, 50, 73))
     (clean / "folder.png").mkdir()
@@ -77,10 +77,11 @@ def test_everything_that_is_wrong_is_in_one_report(tmp_path: Path) -> None:
     assert names(found["duplicate"]) == ["4.png", "1.png"]
     assert all(line.endswith(f"the same pixels as {gt / '3.png'}") for line in found["duplicate"])
     assert names(found["mismatched"]) == ["5.png"] and "with scale 1 gt should be 49x40" in found["mismatched"][0]
+    assert names(found["identical"]) == ["4.png"] and "has the same pixels" in found["identical"][0]
     assert names(found["missing"]) == ["8.png", "only.png"]
-    for kind in ("damaged", "tiny", "duplicate", "mismatched", "missing"):
+    for kind in ("damaged", "tiny", "duplicate", "mismatched", "identical", "missing"):
         assert f"{kind}: {len(found[kind])}\n  {found[kind][0]}\n" in result.stdout
-    assert "10 problems" in result.stdout
+    assert "11 problems" in result.stdout
 
 
 def test_every_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import time
 import warnings
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +26,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from kdjax import agreement
 from kdjax.data import (
     IMAGE_SUFFIXES,
     WRITTEN_SUFFIXES,
@@ -34,10 +37,13 @@ from kdjax.data import (
     find_unlabelled,
     images,
     load_images,
+    open_cache,
     read_image,
+    shards,
     training_batches,
     write_image,
 )
+from kdjax.data.pack import pack
 from kdjax.data.samples import UNLABELLED, ImageCache, Samples
 
 
@@ -442,9 +448,6 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         find_pairs(gt=folder, recursive=False)
     with pytest.raises(DataError, match="same folder"):
         find_pairs(gt=folder, lq=folder + "/.")
-    for template in ("x4", "{name}", "{", "{} {}", "{:d}"):
-        with pytest.raises(DataError, match="filename_tmpl is"):
-            find_pairs(gt=folder, lq=folder, filename_tmpl=template)
 
 
 def test_meta_info(tmp_path: Path) -> None:
@@ -483,8 +486,292 @@ def test_meta_info_errors(tmp_path: Path) -> None:
     meta.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="not a text file"):
         find_pairs(gt=gt, meta_info=str(meta))
-    with pytest.raises(DataError, match="cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"\(meta_info\): '.*nowhere' does not exist"):
         find_pairs(gt=gt, meta_info=str(tmp_path / "nowhere"))
+
+
+# Names that lead astray
+
+
+def pair_folders(tmp_path: Path) -> tuple[Path, Path]:
+    """gt and lq with two images each, which are not the same."""
+    for folder, level in (("gt", 10), ("lq", 20)):
+        write_folder(tmp_path / folder, level, count=2)
+    return tmp_path / "gt", tmp_path / "lq"
+
+
+def linked(make: Callable[[Path, Path], None]) -> Callable[[Path, Path], dict]:
+    """An lq folder whose images are those of gt, in a way."""
+
+    def options(gt: Path, lq: Path) -> dict:
+        for path in lq.iterdir():
+            path.unlink()
+            make(path, gt / path.name)
+        return dict(gt=gt, lq=lq)
+
+    return options
+
+
+def one_folder_twice(name: str) -> Callable[[Path, Path], dict]:
+    def options(gt: Path, lq: Path) -> dict:
+        (gt.parent / "link").symlink_to(gt)
+        (gt / "circle").symlink_to(gt)
+        return dict(gt=gt, lq=gt.parent / name)
+
+    return options
+
+
+def single_files(make: Callable[[Path, Path], object], name: str = "link.png") -> Callable[[Path, Path], dict]:
+    def options(gt: Path, lq: Path) -> dict:
+        (gt / "sub").mkdir()
+        make(gt / "link.png", gt / "0.png")
+        return dict(gt=gt / "0.png", lq=gt / name)
+
+    return options
+
+
+def listed(line: str, *, one_folder: bool = True, **more: str) -> Callable[[Path, Path], dict]:
+    def options(gt: Path, lq: Path) -> dict:
+        (gt / "link.png").symlink_to("0.png")
+        (gt / "sub").mkdir()
+        (lq.parent / "list.txt").write_text(f"1.png, {'0.png' if one_folder else '1.png'}\n{line.format(gt=gt)}\n")
+        return dict(gt=gt, lq=gt if one_folder else lq, meta_info=lq.parent / "list.txt") | more
+
+    return options
+
+
+def packs(one: str, other: str, **more: object) -> Callable[[Path, Path], dict]:
+    """A pack, or a folder, and another pack of the same images."""
+
+    def options(gt: Path, lq: Path) -> dict:
+        pack(str(gt), f"{gt}.pack", tell=lambda line: None)
+        pack(str(gt), f"{gt}.other", shard_mb=1, tell=lambda line: None)
+        shutil.copytree(f"{gt}.pack", f"{gt}.copy")
+        Path(f"{gt}.link").symlink_to(f"{gt}.pack")
+        (gt.parent / "list.txt").write_text("0.png\n1.png, 1.png\n")
+        if more:
+            more["meta_info"] = gt.parent / "list.txt"
+        return dict(gt=f"{gt}{one}", lq=f"{gt}{other}") | more
+
+    return options
+
+
+ONE_FILE = "gt and lq are the same file in"
+ONE_FOLDER = "gt and lq are the same folder"
+LEADS_OUT = "line 2: lq '.*' leads out of the folder"
+OWN_PARTNERS = {
+    "folder": (one_folder_twice("gt"), ONE_FOLDER),
+    "folder, other spelling": (one_folder_twice("lq/../gt/"), ONE_FOLDER),
+    "folder, link": (one_folder_twice("link"), ONE_FOLDER),
+    "folder, link inside": (one_folder_twice("gt/circle"), ONE_FOLDER),
+    "folder of links": (
+        linked(lambda path, to: path.symlink_to(to)),
+        f"{ONE_FILE} 2 of 2 pairs:\n  .*gt/0.png is also ",
+    ),
+    "folder of relative links": (linked(lambda path, to: path.symlink_to(f"../gt/{to.name}")), ONE_FILE),
+    "folder of hard links": (linked(lambda path, to: path.hardlink_to(to)), ONE_FILE),
+    "file": (single_files(Path.symlink_to, "0.png"), f"{ONE_FILE} 1 of 1 pairs:\n  .*gt/0.png\nan lq is the degraded"),
+    "file, other spelling": (single_files(Path.symlink_to, "sub/../0.png"), ONE_FILE),
+    "file, link": (single_files(Path.symlink_to), ONE_FILE),
+    "file, hard link": (single_files(Path.hardlink_to), ONE_FILE),
+    "list, one name": (listed("0.png"), f"{ONE_FILE} 1 of 2 pairs"),
+    "list, name and size": (listed("0.png (20,24,3)"), ONE_FILE),
+    "list, the name twice": (listed("0.png, 0.png"), ONE_FILE),
+    "list, other spelling": (listed("0.png, .//0.png"), ONE_FILE),
+    "list, link": (listed("link.png, 0.png"), ONE_FILE),
+    "list, absolute": (listed("0.png, {gt}/0.png", one_folder=False), LEADS_OUT),
+    "list, absolute gt": (listed("{gt}/0.png", one_folder=False), "line 2: gt '.*' leads out of the folder"),
+    "list, upwards": (listed("0.png, ../gt/0.png", one_folder=False), LEADS_OUT),
+    "list, upwards from a sub-folder": (listed("0.png, sub/../../gt/0.png", one_folder=False), LEADS_OUT),
+    "list, home": (listed("0.png, ~/0.png", one_folder=False), "line 2: no lq '~/0.png'"),
+    "list, backslashes": (listed("0.png, ..\\gt\\0.png", one_folder=False), "line 2: (no lq|lq '.*' leads out)"),
+    "list, drive": (listed("0.png, C:\\gt\\0.png", one_folder=False), "line 2: (no lq|lq '.*' leads out)"),
+    "template, upwards": (listed("0.png", one_folder=False, filename_tmpl="../gt/{}"), "it is for file names"),
+    "template, absolute": (listed("0.png", one_folder=False, filename_tmpl="/tmp/{}"), "it is for file names"),
+    "pack": (packs(".pack", ".pack"), ONE_FOLDER),
+    "pack, link": (packs(".pack", ".link"), ONE_FOLDER),
+    "pack, copy": (packs(".pack", ".copy"), "the same pixels in all of 2 pairs"),
+    "pack, packed twice": (packs(".pack", ".other"), "the same pixels in all of 2 pairs"),
+    "pack, list": (packs(".pack", ".link", meta_info=""), f"{ONE_FILE} 2 of 2 pairs"),
+    "pack, copy and list": (packs(".pack", ".copy", meta_info=""), "the same pixels in all of 2 pairs"),
+    "pack and its folder": (packs(".pack", ""), "the same pixels in all of 2 pairs"),
+    "folder and its pack": (packs("", ".pack"), "the same pixels in all of 2 pairs"),
+}
+
+
+@pytest.mark.parametrize("case", OWN_PARTNERS)
+def test_no_image_is_its_own_partner(tmp_path: Path, case: str) -> None:
+    make, message = OWN_PARTNERS[case]
+    gt, lq = pair_folders(tmp_path)
+    options = {name: str(value) for name, value in make(gt, lq).items()}
+    with pytest.raises(DataError, match=f"(?s)^(validation images: |filename_tmpl is ).*{message}"):
+        find_pairs(**options, what="validation")
+
+
+def test_links_and_lists_that_lead_to_other_images_are_followed(tmp_path: Path) -> None:
+    gt, lq = pair_folders(tmp_path)
+    (gt / "2.png").symlink_to(lq / "0.png")  # out of the folder: its owner wants that
+    (lq / "2.png").symlink_to(lq / "1.png")
+    assert len(find_pairs(gt=str(gt), lq=str(lq))) == 3
+    (tmp_path / "list.txt").write_text("0.png, 1.png\n1.png, 0.png\n")
+    assert len(find_pairs(gt=str(gt), lq=str(gt), meta_info=str(tmp_path / "list.txt"))) == 2
+    # Some pairs may have the same pixels; packs are read to see whether all have.
+    shutil.copy(lq / "1.png", gt / "1.png")
+    pack(str(gt), f"{gt}.pack", tell=lambda line: None)
+    assert len(find_pairs(gt=f"{gt}.pack", lq=str(lq))) == 3
+
+
+@pytest.mark.parametrize(
+    "template",
+    "x4,,{name},{,},{} {},{}{x,{:d},{0},{!r},{0.__class__},{:>1000000000},{{}},../gt/{},/{},sub/{},{}/..,{}\0".split(
+        ","
+    ),
+)
+def test_templates_have_one_place_for_the_name_and_stay_in_the_folder(tmp_path: Path, template: str) -> None:
+    gt, lq = pair_folders(tmp_path)
+    with pytest.raises(DataError, match=r"^filename_tmpl is "):
+        find_pairs(gt=str(gt), lq=str(lq), filename_tmpl=template)
+
+
+# Names that are hard to handle
+
+HARD = [
+    b"caf\xe9.png",
+    b"sub \xff/\xe9.png",
+    b"caf\xc3\xa9.png",
+    b"a\nb.png",
+    b"a\tb\r.png",
+    b"[x]*.png",
+    b"{0.x}{}.png",
+    b"%s%d.png",
+    b"#1.png",
+    b" lead.png",
+    b"back\\slash.png",
+    b"\x1b[31m.png",
+    b"x" * 251 + b".png",
+]
+
+
+@pytest.fixture
+def hard(tmp_path: Path) -> tuple[str, str]:
+    """gt, and lq named NAME_x4."""
+    for number, name in enumerate(HARD):
+        for folder, end in ((b"gt", b".png"), (b"lq", b"_x4.png")):
+            path = os.path.join(os.fsencode(tmp_path), folder, name.removesuffix(b".png")[: 255 - len(end)] + end)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            write_image(os.fsdecode(path), np.full((8, 8, 3), number + 100 * (folder == b"lq"), np.uint8))
+    os.rename(tmp_path / "lq" / ("x" * 248 + "_x4.png"), tmp_path / "lq" / ("x" * 247 + "_x4.png"))
+    os.rename(tmp_path / "gt" / ("x" * 251 + ".png"), tmp_path / "gt" / ("x" * 247 + ".png"))
+    return str(tmp_path / "gt"), str(tmp_path / "lq")
+
+
+def test_every_name_that_a_file_can_have_forms_pairs(hard: tuple[str, str], tmp_path: Path) -> None:
+    gt, lq = hard
+    pairs = find_pairs(gt=gt, lq=lq, filename_tmpl="{}_x4")
+    assert len(pairs) == len(HARD)
+    for pair in pairs:
+        assert (read_image(pair.lq) == read_image(pair.gt) + 100).all()
+    # A list has the bytes of the names.
+    names = [pair.name for pair in pairs if not {"\n", "\r"} & set(pair.name)]
+    (tmp_path / "list.txt").write_bytes(b"# a comment\n" + b"\n".join(map(os.fsencode, names)))
+    pack(gt, f"{gt}.pack", tell=lambda line: None)
+    for source in (gt, f"{gt}.pack"):
+        found = find_pairs(gt=source, lq=lq, filename_tmpl="{}_x4", meta_info=str(tmp_path / "list.txt"))
+        assert [pair.name for pair in found] == names and len(names) == len(HARD) - 2
+        assert [pair.lq for pair in found] == [pair.lq for pair in pairs if pair.name in names]
+    assert [pair.name for pair in find_pairs(gt=f"{gt}.pack")] == [pair.name for pair in pairs]
+
+
+def test_damage_to_such_a_file_is_a_line_that_can_be_printed(
+    hard: tuple[str, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = find_pairs(gt=hard[0])
+    for pair in pairs[1:]:
+        Path(pair.gt).write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "kdjax"), training_batches(pairs, crop=8, batch_size=8, seed=5) as data:
+        for _ in range(4):
+            next(data)
+    assert len(data.damaged) == len(caplog.records) == len(HARD) - 1
+    with pytest.raises(DataError) as caught:
+        load_images(pairs)
+    for text in [*(record.getMessage() for record in caplog.records), *str(caught.value).splitlines()[1:]]:
+        assert text.isprintable() and text.encode() and "the file is empty" in text
+    assert len({pair.name for pair in pairs}) == agreement_of(pairs)
+
+
+def agreement_of(pairs: list[ImagePair]) -> int:
+    """How many of the names have a digest of their own."""
+    return len({agreement.digest([pair.name]) for pair in pairs})
+
+
+def test_folders_of_links_and_pipes_come_to_an_end(tmp_path: Path) -> None:
+    gt = Path(touch(tmp_path / "gt", "a/1.png", "b/2.png"))
+    for i in range(3):
+        (gt / "a" / f"to{i}").symlink_to("../b")
+        (gt / "b" / f"to{i}").symlink_to("../a")
+    os.mkfifo(gt / "pipe.png")
+    (gt / "loop.png").symlink_to("loop.png")
+    names = [pair.name for pair in find_pairs(gt=str(gt))]
+    assert len(names) == 2 + 3 + 3 + 2 and "a/to2/2.png" in names and "pipe.png" in names
+    for i in range(20):  # which spell a million paths
+        (tmp_path / f"farm{i}").mkdir()
+        for name in ("x", "y"):
+            (tmp_path / f"farm{i}" / name).symlink_to(f"../farm{i + 1}")
+    touch(tmp_path / "farm20", "1.png")
+    with pytest.raises(DataError, match="cannot be read: links lead to it on more than 1,000 ways"):
+        find_pairs(gt=str(tmp_path / "farm0"))
+    here = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        for _ in range(1100):  # more than functions can be nested
+            os.mkdir("d")
+            os.chdir("d")
+        Path("1.png").touch()
+    finally:
+        os.chdir(here)
+    assert find_pairs(gt=str(tmp_path / "d"))[0].name == "d/" * 1099 + "1.png"
+
+
+def test_files_that_are_left_out_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gt = touch(tmp_path / "gt", "1.png", "1.heic", ".hidden.psd")
+    lq = touch(tmp_path / "lq", "1.png", "sub/notes.txt", "a.psd", "b.psd")
+    with caplog.at_level(logging.INFO, "kdjax"):
+        find_pairs(gt=gt, lq=lq, what="validation")
+        find_unlabelled(gt, degraded=True)
+        find_pairs(gt=gt, lq=lq, recursive=False, meta_info=listing(tmp_path, "1.png"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "validation images: 4 other files are not images that kdjax reads: "
+        f"{gt}/1.heic, {lq}/a.psd, {lq}/b.psd and 1 more",
+        f"unlabelled images: 1 other file is not an image that kdjax reads: {gt}/1.heic",
+    ]
+
+
+def listing(folder: Path, *lines: str) -> str:
+    (folder / "list.txt").write_text("\n".join(lines))
+    return str(folder / "list.txt")
+
+
+PATHS: dict[str, Callable[[Path, str], object]] = {  # every option that takes a path, by its name in messages
+    r"training images \(gt\)": lambda folder, path: find_pairs(gt=path),
+    r"training images \(lq\)": lambda folder, path: find_pairs(gt=str(folder / "gt"), lq=path),
+    r"val images \(gt\)": lambda folder, path: find_pairs(gt=path, lq=str(folder / "lq"), what="val"),
+    r"training images \(meta_info\)": lambda folder, path: find_pairs(gt=str(folder / "gt"), meta_info=path),
+    r"unlabelled images": lambda folder, path: find_unlabelled(path, degraded=True),
+    r"packing images \(gt\)": lambda folder, path: pack(path, str(folder / "out")),
+    r"cannot pack into": lambda folder, path: pack(str(folder / "gt"), path),
+    r"cached teacher": lambda folder, path: open_cache(path),
+}
+
+
+@pytest.mark.parametrize("option", PATHS)
+def test_a_path_that_cannot_be_is_one_message(tmp_path: Path, option: str) -> None:
+    pair_folders(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("a\0b", "~\0", "\ud800", "x" * 5000, f"{tmp_path}/pipe", f"{tmp_path}/loop", f"{tmp_path}/gt/0.png/x"):
+        with pytest.raises((DataError, shards.PackError), match=f"^{option}") as caught:
+            PATHS[option](tmp_path, path)
+        assert len(str(caught.value)) < 2500 and not (tmp_path / "out").exists()
 
 
 # Training

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kdjax import files
 from kdjax.data import (
     DataError,
     ImageError,
@@ -37,11 +38,11 @@ def random_image(height: int, width: int, seed: int, channels: int = 3) -> np.nd
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
 
 
-def make_folder(folder: Path, count: int = 6, height: int = 40, width: int = 50) -> str:
+def make_folder(folder: Path, count: int = 6, height: int = 40, width: int = 50, seed: int = 0) -> str:
     for i in range(count):
         name = folder / ("sub" if i % 3 == 2 else "") / f"{i}.png"
         name.parent.mkdir(parents=True, exist_ok=True)
-        write_image(name, random_image(height, width, i))
+        write_image(name, random_image(height, width, seed + i))
     return str(folder)
 
 
@@ -59,7 +60,7 @@ def run(*arguments: object, limit: str = "") -> subprocess.CompletedProcess[str]
 
 
 def content(folder: str | Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.name != files.LOCK}
 
 
 def assert_same_batches(one: list[ImagePair], other: list[ImagePair], steps: int = 5, **options: object) -> None:
@@ -91,7 +92,7 @@ def test_batches_are_those_of_the_folder(tmp_path: Path, workers: int) -> None:
 
 
 def test_names_lists_and_templates_work_as_with_folders(tmp_path: Path) -> None:
-    gt, lq = make_folder(tmp_path / "gt"), make_folder(tmp_path / "lq")
+    gt, lq = make_folder(tmp_path / "gt"), make_folder(tmp_path / "lq", seed=50)
     for path in Path(lq).rglob("*.png"):
         path.rename(path.with_stem(path.stem + "_noisy"))
     gt_pack, lq_pack = packed(gt), packed(lq)
@@ -211,6 +212,10 @@ def test_wherever_it_is_stopped_it_continues(tmp_path: Path, monkeypatch: pytest
     with open(f"{out}/pack.unfinished.jsonl", "a") as file:
         file.write('{"file": "0000')
     (Path(out) / ".00003.1.2.arrayrecord").write_bytes(b"half")
+    with files.whole_file(Path(out) / "pack.json") as temporary:
+        index_leftover = temporary
+        temporary.touch()
+    (Path(out) / "pack.json").rename(index_leftover)
     (Path(out) / "00007.arrayrecord").write_bytes(b"unknown")
     monkeypatch.setattr(program, "inspect_image", inspect)
     said: list[str] = []
@@ -245,9 +250,10 @@ def test_a_shard_of_other_files_is_made_again(tmp_path: Path, monkeypatch: pytes
 def test_two_processes_do_not_pack_into_one_folder(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "gt"), tmp_path / "out"
     out.mkdir()
-    with program._journal(out):
+    with files.locked(out):
         second = run(folder, out)
-    assert second.returncode == 1 and "another process is packing into" in second.stderr
+    assert second.returncode == 1 and f"{out} is being written by process {os.getpid()} on" in second.stderr
+    assert content(out) == {} and run(folder, out).returncode == 0
 
 
 def test_damaged_images_are_told_and_stay_by_name(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ This module is the format, its reader, and which sample comes when.
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16)
@@ -28,10 +28,16 @@ import numpy as np
 from kdjax.data import shards
 from kdjax.data.samples import CACHED, DRAWS, ENDLESS, block_of_process, epoch_order, generator
 from kdjax.data.sources import DataError
+from kdjax.names import brief
 
 CACHE = shards.Kind("cache", "cache.json", "kdjax cache", 1, "python -m kdjax.cache")
 PLAN = "cache.unfinished.json"  # of a cache in the making: its index without the shards
 FEATURE = "feature "  # what the names of fields begin with that are features of the teacher
+_IMAGE = ("uint8", "float16")
+# What fields can be, by name: types, and how many sides their shapes have; see `kdjax.targets`.
+_FIELDS = {"gt": (_IMAGE, 3), "lq": (_IMAGE, 3), "labelled": (("bool",), 0), "output": (("float16",), 3)}
+_FEATURES = (("bfloat16",), 3)
+_DEPTH = 10  # of settings within settings
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class Field:
 
     @functools.cached_property
     def bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -101,21 +107,55 @@ def open_cache(folder: str) -> Cache:
     """
     try:
         if not os.path.isdir(folder):
-            raise shards.PackError(f"the folder {folder!r} does not exist; `{CACHE.program}` writes a cache")
+            raise shards.PackError(f"the folder {brief(folder, 300)} does not exist; `{CACHE.program}` writes a cache")
         if not any(os.path.exists(os.path.join(folder, name)) for name in (CACHE.index, PLAN)):
             raise shards.PackError(f"{folder!r} is no cache: it has no {CACHE.index}; `{CACHE.program}` writes one")
         index = CACHE.read_index(folder)
         try:
-            fields = tuple(Field(name, dtype, tuple(shape)) for name, dtype, shape in index["fields"])
-            sizes = {shard["file"]: shard["bytes"] for shard in index["shards"]}
-            cache = Cache(folder, index["samples"], index["shard_samples"], fields, index["settings"])
-        except (KeyError, TypeError, ValueError) as error:
-            path = str(Path(folder) / CACHE.index)
-            raise shards.PackError(f"{path!r} is damaged ({error!r}); {CACHE.make_again}") from None
+            cache, sizes = _parse(folder, index)
+        except shards.MALFORMED as error:
+            raise CACHE.damaged(folder, error) from None
         CACHE.check_files(folder, sizes)
     except shards.PackError as error:
         raise DataError(f"cached teacher: {error}") from None
     return cache
+
+
+def _parse(folder: str, index: Mapping[str, Any]) -> tuple[Cache, list[int]]:
+    """What an index says, and the bytes of the shards; nothing is believed that shards of this size could not hold.
+
+    Raises:
+      One of `shards.MALFORMED`.
+    """
+    fields = tuple(_parse_field(*entry) for entry in index["fields"])
+    if len(named := {field.name for field in fields}) < len(fields) or not {"gt", "output"} <= named:
+        raise ValueError(f"its fields are {brief([field.name for field in fields])}")
+    samples, in_shard, settings = index["samples"], index["shard_samples"], index["settings"]
+    if not shards.is_count(samples, 1) or not shards.is_count(in_shard, 1):
+        raise ValueError(f"{brief(samples)} samples in shards of {brief(in_shard)}")
+    if not isinstance(settings, dict) or not _is_shallow(settings, _DEPTH):
+        raise TypeError(f"its settings are {brief(settings)}")
+    sizes = [shard["bytes"] for shard in index["shards"]]
+    if len(sizes) != -(-samples // in_shard):
+        raise ValueError(f"{len(sizes)} shards of {in_shard} samples for {samples}")
+    record = sum(field.bytes for field in fields)
+    for number, (shard, size) in enumerate(zip(index["shards"], sizes, strict=True)):
+        count = min(in_shard, samples - number * in_shard)
+        if shard["file"] != shards.file_name(number) or not shards.is_count(size, count * record):
+            raise ValueError(f"shard {number} is {brief(shard['file'])} of {brief(size)} bytes, for {count} samples")
+    return Cache(folder, samples, in_shard, fields, settings), sizes
+
+
+def _parse_field(name: str, dtype: str, shape: list[int]) -> Field:
+    dtypes, sides = _FEATURES if name.startswith(FEATURE) else _FIELDS[name]
+    if dtype not in dtypes or len(shape) != sides or not all(shards.is_count(side, 1) for side in shape):
+        raise ValueError(f"the field {brief(name)} is {brief(dtype)} of shape {brief(shape)}")
+    return Field(name, dtype, tuple(shape))
+
+
+def _is_shallow(value: object, depth: int) -> bool:
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth > 0 and all(_is_shallow(part, depth - 1) for part in parts)
 
 
 class CachedBatches:

@@ -9,17 +9,21 @@ code is 1 when something is wrong:
     tiny         smaller than the crop: training extends it by reflection
     duplicate    the same pixels as an image before it, of clean images, lq and unlabelled ones each
     mismatched   gt is not `scale` times as large as its lq: training replaces it
+    identical    gt and lq have the same pixels: where they are one file, training refuses to start
     missing      no partner, or named in a meta_info file and not there: training refuses to start
 
-How files are stored (grey among colour, alpha, palettes, 16 bits, CMYK) is told too, but nothing is wrong with it:
-`kdjax.data.images` says what becomes of them.
+Other things are told too, but need not be wrong: how files are stored (grey among colour, alpha, palettes, 16 bits,
+CMYK; `kdjax.data.images` says what becomes of them), an lq that is the partner of several gt, and files that are not
+images kdjax reads.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
+import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -32,10 +36,11 @@ import numpy as np
 
 from kdjax import assets
 from kdjax.data.images import ImageError, inspect_image
-from kdjax.data.sources import DataError, Found, find_unlabelled, shortened, survey
+from kdjax.data.sources import Found, is_one_file, left_out_line, shortened, survey, survey_unlabelled
 from kdjax.files import write_json
 
 _AHEAD = 64  # files that threads take at a time: what is known of a file is small, its pixels are not kept
+_PROBLEMS = ("damaged", "tiny", "duplicate", "mismatched", "identical", "missing")
 _COMPARED = {"gt": "clean", "unpaired": "clean", "lq": "lq", "unlabelled": "unlabelled"}  # where duplicates are sought
 
 
@@ -71,13 +76,16 @@ class Report:
     tiny: list[str] = field(default_factory=list)
     duplicate: list[str] = field(default_factory=list)
     mismatched: list[str] = field(default_factory=list)
+    identical: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     notes: dict[str, list[str]] = field(default_factory=dict)  # paths, by how these files are stored
+    shared: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def problems(self) -> dict[str, list[str]]:
         """Everything that is wrong, by kind."""
-        return {kind: getattr(self, kind) for kind in ("damaged", "tiny", "duplicate", "mismatched", "missing")}
+        return {kind: getattr(self, kind) for kind in _PROBLEMS}
 
     @property
     def clean(self) -> bool:
@@ -117,14 +125,15 @@ def check(
     known: dict[str, Facts] = {}
     wanted = _unique([path for group in paths.values() for path in group])
     told = time.monotonic()
-    for done, (path, facts) in enumerate(_read_all(wanted, threads or min(8, os.cpu_count() or 1)), 1):
-        if isinstance(facts, Facts):
-            known[path] = facts
-        else:
-            report.damaged.append(facts)
-        if tell and time.monotonic() - told > 5:
-            told = time.monotonic()
-            tell(f"{done} of {len(wanted)} images")
+    with contextlib.closing(_read_all(wanted, threads or min(8, os.cpu_count() or 1))) as read:
+        for done, (path, facts) in enumerate(read, 1):
+            if isinstance(facts, Facts):
+                known[path] = facts
+            else:
+                report.damaged.append(facts)
+            if tell and time.monotonic() - told > 5:
+                told = time.monotonic()
+                tell(f"{done} of {len(wanted)} images")
 
     first: dict[tuple[str, bytes], str] = {}
     for role, group in paths.items():
@@ -147,16 +156,29 @@ def check(
                     f"{gt}: {large.width}x{large.height}, and lq {lq} {small.width}x{small.height}: with scale {scale}"
                     f" gt should be {scale * small.width}x{scale * small.height}"
                 )
+        if gt in known and lq in known and known[gt].digest == known[lq].digest:
+            what = "is the same file" if is_one_file(gt, lq) else "has the same pixels"
+            report.identical.append(f"{gt}: its lq {lq} {what}")
     report.notes = _notes(known)
+    partners: dict[str, list[str]] = defaultdict(list)
+    for gt, lq in dict.fromkeys(pairs):
+        partners[lq].append(gt)
+    report.shared = [
+        f"{lq}: the lq of {len(gts)} gt, such as {gts[0]} and {gts[1]}" for lq, gts in partners.items() if gts[1:]
+    ]
+    report.left_out = _unique([path for source in found.values() for path in source.left_out])
     return report
 
 
 def _read_all(paths: Sequence[str], threads: int) -> Iterator[tuple[str, Facts | str]]:
     """Every path in order, with what is known of it or the message why it cannot be read."""
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         for start in range(0, len(paths), _AHEAD):
             some = paths[start : start + _AHEAD]
             yield from zip(some, pool.map(_facts, some), strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun is not waited for
 
 
 def _facts(path: str) -> Facts | str:
@@ -218,6 +240,10 @@ def lines(report: Report) -> list[str]:
             text.append("  stored as " + ", ".join(f"{mode} ({n})" for mode, n in report.modes[role].items()))
     for kind, paths in report.notes.items():
         text += [f"note: {len(paths)} stored as {kind}", *shortened(paths)]
+    if report.shared:
+        text += [f"note: {len(report.shared)} lq with several gt", *shortened(report.shared)]
+    if report.left_out:
+        text.append(f"note: {left_out_line(report.left_out)}")
     for kind, found in report.problems.items():
         if found:
             text += [f"{kind}: {len(found)}", *shortened(found)]
@@ -256,21 +282,21 @@ def main() -> None:
         if options.unpaired:
             found["unpaired"] = survey(gt=options.unpaired, meta_info=options.unpaired_meta_info, what="unpaired")
         if options.unlabelled:
-            pairs = find_unlabelled(options.unlabelled, degraded=True)
-            found["unlabelled"] = Found(pairs, [], [], [], None)
+            found["unlabelled"] = survey_unlabelled(options.unlabelled)
         report = check(
             found,
             crop=options.crop,
             scale=options.scale,
             tell=lambda line: print(line, file=sys.stderr, flush=True),
         )
+        print("\n".join([*lines(report), f"{time.monotonic() - started:.0f} s"]), flush=True)
         if options.json:
             write_json(options.json, {"clean": report.clean} | asdict(report))
-    except (DataError, OSError) as error:  # what the user gave; a traceback would hide the message
+    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped")
-    print("\n".join([*lines(report), f"{time.monotonic() - started:.0f} s"]))
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     sys.exit(0 if report.clean else 1)
 
 

@@ -8,17 +8,17 @@ bit for bit; pairs are two folders and become two packs. What a pack is: `kdjax.
 The program can be killed at any moment. Started again with the same arguments it continues after the last complete
 shard, as long as the files of that shard are what they were (name, size and time), and ends with the same bytes as an
 unbroken run. Damaged images do not stop it: they are reported, stay in the index with their reason, which training
-treats as it treats a damaged file, and the exit code is 1.
+treats as it treats a damaged file, and the exit code is 1. Stopped by Ctrl-C it is 130.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -32,7 +32,9 @@ import numpy as np
 
 from kdjax.data import shards
 from kdjax.data.images import ImageError, inspect_image
-from kdjax.data.sources import DataError, ImagePair, find_pairs, shortened
+from kdjax.data.sources import DataError, ImagePair, left_out_line, shortened, survey
+from kdjax.files import locked, remove_leftovers
+from kdjax.names import brief
 
 Facts = tuple[str, int, int]  # of a file: name, bytes, time of the last change
 
@@ -60,18 +62,22 @@ def pack(
 
     Raises:
       DataError: the folder cannot be used, no image in it can be read, or `out` is something else already.
+      FolderInUse: another process is packing into `out`.
       PackError: ArrayRecord is not installed, or `out` cannot be written.
     """
     if shard_mb < 1:
         raise DataError(f"shard_mb is {shard_mb}; it must be 1 or more")
+    found = survey(gt=folder, what="packing")
     folder = os.path.expanduser(folder)
     if os.path.isfile(folder):
         raise DataError(f"images to pack: {folder!r} is a file; give a folder")
-    if os.path.isdir(folder) and shards.is_pack(folder):
+    if shards.is_pack(folder):
         raise DataError(f"images to pack: {folder!r} is a pack already; give the folder it was made from")
-    images = find_pairs(gt=folder, what="packing")
+    images = found.pairs
+    if found.left_out:
+        tell(left_out_line(found.left_out))
     threads = threads or min(8, os.cpu_count() or 1)
-    with _journal(Path(os.path.expanduser(out))) as journal:
+    with _journal(out) as journal:
         written, finished = _usable_shards(journal, images, shard_mb)
         done = sum(_count(shard) for shard in written)
         kept = len(written)
@@ -99,11 +105,6 @@ class _Journal:
         self.out = out
         self._path = out / shards.JOURNAL
         self._file = self._path.open("ab+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however that ends
-        except OSError:
-            self._file.close()
-            raise DataError(f"another process is packing into {str(out)!r}; wait for it, or stop it") from None
 
     def read(self) -> list[dict[str, Any]]:
         self._file.seek(0)
@@ -116,6 +117,7 @@ class _Journal:
     def append(self, shard: dict[str, Any]) -> None:
         self._file.write(_line(shard))
         self._file.flush()
+        os.fsync(self._file.fileno())
 
     def keep(self, written: Sequence[dict[str, Any]]) -> None:
         """Keeps these shards, the first ones of the journal, and removes the lines and the files of others."""
@@ -124,6 +126,7 @@ class _Journal:
         for path in self.out.glob(f"*{shards.SUFFIX}"):
             if path.name not in names:
                 path.unlink()
+        remove_leftovers(self.out / shards.INDEX)
 
     def remove(self) -> None:
         self._path.unlink()
@@ -133,18 +136,26 @@ class _Journal:
 
 
 @contextlib.contextmanager
-def _journal(out: Path) -> Iterator[_Journal]:
+def _journal(folder: str) -> Iterator[_Journal]:
     """Opens a folder to pack into, which no other process may do meanwhile."""
+    try:
+        out = Path(os.path.expanduser(folder))
+        with contextlib.suppress(OSError):
+            os.lstat(out)
+    except ValueError as error:  # a NUL, or a character that no path can have
+        raise DataError(f"cannot pack into {brief(folder, 300)}: {error}") from None
     try:
         if out.exists() and not out.is_dir():
             raise DataError(f"cannot pack into {str(out)!r}: it is a file; give a folder that does not exist yet")
         out.mkdir(parents=True, exist_ok=True)
         if not shards.is_pack(str(out)) and any(not path.name.startswith(".") for path in out.iterdir()):
             raise DataError(f"cannot pack into {str(out)!r}: it holds other files; give a folder that is empty or new")
-        journal = _Journal(out)
+        stack = contextlib.ExitStack()
+        stack.enter_context(locked(out))
+        journal = stack.enter_context(contextlib.closing(_Journal(out)))
     except OSError as error:
         raise shards.PackError(f"cannot pack into {str(out)!r}: {error.strerror}") from None
-    with contextlib.closing(journal):
+    with stack:
         yield journal
 
 
@@ -156,11 +167,15 @@ def _usable_shards(journal: _Journal, images: Sequence[ImagePair], shard_mb: int
     fits: list[dict[str, Any]] = []
     position = 0
     for number, shard in enumerate(written):
+        try:
+            shards.parse_shard(shard, number)
+        except shards.MALFORMED:
+            break
         end = position + _count(shard)
         sources = _sources(shard_mb, [_facts(image) for image in images[position:end]])
-        same = shard["file"] == shards.file_name(number) and shard["sources"] == sources
         path = out / shard["file"]
-        if not same or end > len(images) or not path.exists() or path.stat().st_size != shard["bytes"]:
+        same = shard.get("sources") == sources and path.exists() and path.stat().st_size == shard["bytes"]
+        if not same or end > len(images):
             break
         fits.append(shard)
         position = end
@@ -223,7 +238,8 @@ def _new_shards(
 
 def _decoded(images: Sequence[ImagePair], threads: int) -> Iterator[tuple[ImagePair, Facts, np.ndarray | str]]:
     """Every image in order with its pixels, or with the reason why it has none; a few are decoded ahead of time."""
-    with ThreadPoolExecutor(threads) as pool:
+    pool = ThreadPoolExecutor(threads)
+    try:
         waiting: deque = deque()
         for image in images:
             waiting.append(pool.submit(_decode, image))
@@ -231,6 +247,8 @@ def _decoded(images: Sequence[ImagePair], threads: int) -> Iterator[tuple[ImageP
                 yield waiting.popleft().result()
         for future in waiting:
             yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun is not waited for
 
 
 def _decode(image: ImagePair) -> tuple[ImagePair, Facts, np.ndarray | str]:
@@ -288,7 +306,8 @@ def main() -> None:
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues")
+        print("stopped by SIGINT; the same command continues", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     total = summary.images + len(summary.damaged)
     print(
         f"{options.out}: {summary.images} of {total} images, shards: {summary.shards}, {summary.bytes / 2**20:,.0f} MB"

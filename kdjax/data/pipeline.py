@@ -56,7 +56,7 @@ from kdjax.data.samples import (
     size_text,
     window,
 )
-from kdjax.data.sources import DataError, ImagePair
+from kdjax.data.sources import DataError, ImagePair, one_line
 
 _logger = logging.getLogger("kdjax")
 
@@ -210,7 +210,7 @@ class TrainingData(Iterator[dict[str, Any]]):
         self._reported |= {number, path}
         if not known:
             self.damaged[path if name in self.damaged else name] = reason
-            _logger.warning("damaged training image %s, replaced by others: %s", name, reason)
+            _logger.warning("damaged training image %s, replaced by others: %s", one_line(name), one_line(reason))
 
     def close(self) -> None:
         """Ends the workers and threads; safe to call twice."""
@@ -259,7 +259,7 @@ def load_images(
         try:
             images.append(_load_validation_image(pair, channels, scale, crop))
         except ImageError as error:
-            faults.append(f"  {error}")
+            faults.append(f"  {one_line(str(error))}")
     if faults:
         raise DataError(
             "\n".join(

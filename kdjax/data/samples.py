@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kdjax.data.images import ImageError, read_image
-from kdjax.data.sources import DataError, ImagePair
+from kdjax.data.sources import DataError, ImagePair, one_line
 
 DRAWS = 64  # images that one sample tries before the data set counts as unusable
 ENDLESS = 2**31 - 1  # the length of the endless stream: Grain wants one
@@ -80,7 +80,7 @@ class Samples:
                     tried.append(str(error))
             chosen = int(random.random() * len(self.pairs))
         else:
-            some = "\n".join(f"  {reason}" for reason in tried[:5])
+            some = "\n".join(f"  {one_line(reason)}" for reason in tried[:5])
             raise DataError(f"{DRAWS} training images in a row could not be used; some of them:\n{some}")
 
         # Positions are drawn in lq pixels, so that gt and lq show the same part.

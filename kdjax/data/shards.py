@@ -23,15 +23,17 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdjax.files import whole_file, write_text
+from kdjax.files import printable, whole_file, write_text
+from kdjax.names import brief
 
 SUFFIX = ".arrayrecord"
 JOURNAL = "pack.unfinished.jsonl"  # of a pack in the making: one line a shard
@@ -39,6 +41,8 @@ JOURNAL = "pack.unfinished.jsonl"  # of a pack in the making: one line a shard
 # Chunks of their own for every record, so that one can be read without its neighbours; compressing pixels would save
 # little and cost the speed that packs are for.
 _WRITING = "group_size:1,uncompressed"
+_LONGEST = 4096  # characters of a path; Python reads numbers of so many digits
+_REASON = 500  # characters of the reason why an image was damaged
 _OPEN = 128  # shards that a process keeps open: the limit of files is as low as 256 on some systems
 # No reading ahead: images are wanted in random order.
 _READING = "readahead_buffer_size:0,max_parallelism:0"
@@ -69,7 +73,7 @@ class Kind:
           PackError: there is none, or it cannot be used.
         """
         path = os.path.join(folder, self.index)
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise PackError(
                 f"the {self.name} {folder!r} is unfinished; start the same `{self.program}` again: it continues"
             )
@@ -78,7 +82,7 @@ class Kind:
                 index = json.load(file)
         except OSError as error:
             raise PackError(f"{path!r} cannot be read: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PackError(f"{path!r} is damaged or cut short ({error}); {self.make_again}") from None
         if not isinstance(index, dict) or index.get("format") != self.format:
             raise PackError(
@@ -86,7 +90,7 @@ class Kind:
             )
         if index.get("version") != self.version:
             raise PackError(
-                f"the {self.name} {folder!r} has version {index.get('version')!r} and this kdjax reads version"
+                f"the {self.name} {folder!r} has version {brief(index.get('version'))} and this kdjax reads version"
                 f" {self.version}; install the kdjax that made it, or {self.make_again}"
             )
         if not isinstance(index.get("shards"), list):
@@ -103,13 +107,33 @@ class Kind:
         with _reported(path):
             write_text(path, json.dumps({"format": self.format, "version": self.version, **content}) + "\n")
 
-    def check_files(self, folder: str, sizes: Mapping[str, int]) -> None:
-        """Looks whether the shards are there; `sizes` is file name -> bytes.
+    def damaged(self, folder: str, error: Exception) -> PackError:
+        """What to raise where the index holds something else than it should."""
+        path = os.path.join(folder, self.index)
+        return PackError(f"{path!r} is damaged ({type(error).__name__}: {error}); {self.make_again}")
+
+    def check_files(self, folder: str, sizes: Sequence[int]) -> list[tuple[int, int]]:
+        """Looks whether the shards are there; `sizes` are their bytes, in order.
+
+        Returns:
+          The device and the inode of each.
 
         Raises:
           PackError: some are missing or of another size.
         """
-        faults = [fault for file, size in sizes.items() if (fault := _fault(os.path.join(folder, file), size))]
+        faults, files = [], []
+        for number, size in enumerate(sizes):
+            file = file_name(number)
+            try:
+                state = os.stat(os.path.join(folder, file))
+            except OSError as error:
+                faults.append(f"{file}: {error.strerror}")
+                continue
+            files.append((state.st_dev, state.st_ino))
+            if not stat.S_ISREG(state.st_mode):
+                faults.append(f"{file}: not a file")
+            elif state.st_size != size:
+                faults.append(f"{file}: {state.st_size:,} bytes; it should have {size:,}")
         if faults:
             rest = [f"  ... and {len(faults) - 10} more"] if len(faults) > 10 else []
             faults = [f"  {fault}" for fault in faults[:10]] + rest
@@ -122,21 +146,25 @@ class Kind:
                     ]
                 )
             )
+        return files
 
 
 PACK = Kind("pack", "pack.json", "kdjax pack", 1, "python -m kdjax.data.pack")
 INDEX = PACK.index
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """Where an image is, and its shape."""
 
-    shard: str  # file name
+    shard: int
     number: int  # of the record in its shard
     height: int
     width: int
     channels: int  # 1 or 3
+
+    @property
+    def bytes(self) -> int:
+        return self.height * self.width * self.channels
 
 
 class Pack:
@@ -149,28 +177,43 @@ class Pack:
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
+        self._inside = os.path.join(folder, INDEX, "")
         self._records: dict[str, Record] = {}
         self._damaged: dict[str, str] = {}
         shards = PACK.read_index(folder)["shards"]
         try:
-            for shard in shards:
-                for name, number, height, width, channels in shard["images"]:
-                    self._records[name] = Record(shard["file"], number, height, width, channels)
-                self._damaged |= shard["damaged"]
-            sizes = {shard["file"]: shard["bytes"] for shard in shards}
-        except (KeyError, TypeError, ValueError) as error:
-            raise PackError(f"{_index(folder)!r} is damaged ({error!r}); {PACK.make_again}") from None
-        PACK.check_files(folder, sizes)
+            count = 0
+            for number, shard in enumerate(shards):
+                records, damaged = parse_shard(shard, number)
+                self._records |= records
+                self._damaged |= damaged
+                count += len(records) + len(damaged)
+            if len(self._records.keys() | self._damaged.keys()) < count:
+                raise ValueError("a name is there twice")
+            sizes = [shard["bytes"] for shard in shards]
+        except MALFORMED as error:
+            raise PACK.damaged(folder, error) from None
+        self._files = PACK.check_files(folder, sizes)
 
-    def names(self, recursive: bool) -> list[str]:
-        """The names of all images, in no order; without `recursive`, of those that were in no sub-folder."""
-        return [name for name in (*self._records, *self._damaged) if recursive or "/" not in name]
+    def names(self, recursive: bool) -> tuple[list[str], list[str]]:
+        """The names of all images, in no order, and of other files, of which a pack has none.
+
+        Without `recursive`, of those that were in no sub-folder.
+        """
+        return [name for name in (*self._records, *self._damaged) if recursive or "/" not in name], []
 
     def has(self, name: str) -> bool:
         return name in self._records or name in self._damaged
 
     def path(self, name: str) -> str:
-        return os.path.join(_index(self.folder), name)
+        return self._inside + name
+
+    def identity(self, name: str) -> tuple[int, ...] | None:
+        """The file that an image is in, and its record there; None where that is not known."""
+        if (record := self._records.get(name)) is None:
+            return None
+        device, inode = self._files[record.shard]
+        return (device, inode, record.number) if inode else None
 
     def read(self, name: str) -> np.ndarray:
         """The pixels, uint8 (height, width, 1 or 3).
@@ -179,12 +222,64 @@ class Pack:
           PackError: there is no such image, it could not be decoded when the pack was made, or the shard is damaged.
         """
         if name in self._damaged:
-            raise PackError(f"damaged when it was packed: {self._damaged[name]}")
+            raise PackError(f"damaged when it was packed: {printable(self._damaged[name][:_REASON])}")
         if (record := self._records.get(name)) is None:
             raise PackError(f"there is no such image in the pack {self.folder!r}")
-        shape = record.height, record.width, record.channels
-        data = read_bytes(os.path.join(self.folder, record.shard), record.number, int(np.prod(shape)))
-        return np.frombuffer(data, np.uint8).reshape(shape).copy()
+        data = read_bytes(os.path.join(self.folder, file_name(record.shard)), record.number, record.bytes)
+        return np.frombuffer(data, np.uint8).reshape(record.height, record.width, record.channels).copy()
+
+
+# What `parse_shard`, and code that goes on with what it has checked, raises where an index is not what it should be.
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+
+
+def parse_shard(shard: Any, number: int) -> tuple[dict[str, Record], dict[str, str]]:
+    """What the index says of shard `number`: its images by name, and why others are damaged.
+
+    Nothing in an index is believed that a shard of its size could not hold, nor a name that leads out of a folder.
+
+    Raises:
+      One of `MALFORMED`.
+    """
+    file, size, images, damaged = (shard[key] for key in ("file", "bytes", "images", "damaged"))
+    if file != file_name(number):
+        raise ValueError(f"shard {number} is called {brief(file)}, not {file_name(number)!r}")
+    if not is_count(size) or not isinstance(images, list) or not isinstance(damaged, dict):
+        raise TypeError(f"shard {number} has {brief(size)} bytes, {brief(images)} and {brief(damaged)}")
+    records = {}
+    for name, place, height, width, channels in images:
+        record = records[name] = Record(number, place, height, width, channels)
+        if not (all(type(value) is int for value in record) and 0 <= place < len(images)):
+            raise ValueError(f"{brief(name)} is record {brief(place)} of {len(images)}")
+        if height < 1 or width < 1 or channels not in (1, 3) or record.bytes > size:
+            raise ValueError(f"{brief(name)} has the shape {brief(record[2:])} in a shard of {size:,} bytes")
+    if len(records) < len(images):
+        raise ValueError("a name is there twice")
+    for name in (*records, *damaged):
+        if fault := name_fault(name) if isinstance(name, str) else "is not text":
+            raise ValueError(f"the name {brief(name)} {fault}")
+    if not all(isinstance(reason, str) for reason in damaged.values()):
+        raise TypeError(f"the reasons in {brief(damaged)} are not text")
+    return records, damaged
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a value from JSON is a whole number that is not too small."""
+    return type(value) is int and value >= least
+
+
+def name_fault(name: str) -> str | None:
+    """Why a name that a list, a template or an index gives cannot be that of a file in a folder; None where it can."""
+    if not name or "\0" in name or len(name) > _LONGEST:
+        return "is empty" if not name else "has a NUL in it" if "\0" in name else "is longer than any path"
+    parts = name.replace(os.sep, "/").split("/")
+    if not parts[0] or ".." in parts or os.path.splitdrive(name)[0]:  # absolute, or with the letter of a drive
+        return "leads out of the folder"
+    try:
+        name.encode(errors="surrogateescape")  # bytes that are not UTF-8 come as such surrogates, and no others do
+    except UnicodeEncodeError:
+        return "has characters that no file name has"
+    return None
 
 
 def is_pack(folder: str) -> bool:
@@ -201,13 +296,35 @@ def open_pack(folder: str) -> Pack:
 
 def split_path(path: str) -> tuple[str, str] | None:
     """The pack and the name of an image in it, from `Pack.path`; None for the path of a file."""
-    folder, inside, name = path.partition(f"{os.sep}{INDEX}{os.sep}")
-    return (folder, name) if inside else None
+    mark = f"{os.sep}{INDEX}{os.sep}"
+    end = path.find(mark)
+    while end >= 0:
+        folder = path[:end]
+        if folder in _packs or not os.path.isdir(path[: end + len(mark)]):  # a folder may have that name, too
+            return folder, path[end + len(mark) :]
+        end = path.find(mark, end + 1)
+    return None
 
 
 def read_record(folder: str, name: str) -> np.ndarray:
     """`Pack.read` of a pack that is opened when this process has not done so yet."""
-    return (_packs.get(folder) or open_pack(folder)).read(name)
+    return _opened(folder).read(name)
+
+
+def identity(path: str) -> tuple[int, ...] | None:
+    """What all paths of one image have in common, of a file or of an image in a pack; None where nothing is known."""
+    try:
+        if (place := split_path(path)) is not None:
+            return _opened(place[0]).identity(place[1])
+        state = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    # Some file systems have no inodes.
+    return (state.st_dev, state.st_ino, state.st_size) if state.st_ino else None
+
+
+def _opened(folder: str) -> Pack:
+    return _packs.get(folder) or open_pack(folder)
 
 
 def read_bytes(path: str, number: int, size: int) -> bytes:
@@ -294,19 +411,6 @@ def _reported(path: Path) -> Iterator[None]:
         yield
     except (RuntimeError, OSError) as error:
         raise PackError(f"{str(path)!r} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _index(folder: str) -> str:
-    return os.path.join(folder, INDEX)
-
-
-def _fault(path: str, size: int) -> str | None:
-    """What is wrong with a shard that should have `size` bytes."""
-    try:
-        found = os.path.getsize(path)
-    except OSError as error:
-        return f"{os.path.basename(path)}: {error.strerror}"
-    return None if found == size else f"{os.path.basename(path)}: {found:,} bytes; it should have {size:,}"
 
 
 @functools.lru_cache(maxsize=_OPEN)

@@ -1,27 +1,46 @@
 """Which image files belong to a data set, found from folders, packs, single files and lists.
 
 A data set is either clean (`gt` alone: noise or other degradations are added later) or paired (`gt` and `lq`,
-low quality). Files pair by BasicSR's rule: `filename_tmpl.format(stem of gt)` in the same sub-folder. Unlike
-BasicSR, the suffix may differ where that leaves no doubt, sub-folders are searched, and every file that has
-no partner is an error, told in one message. Files and folders whose names start with a dot are not seen.
+low quality). Files pair by BasicSR's rule: `filename_tmpl`, with the stem of gt in place of its `{}`, in the same
+sub-folder. Unlike BasicSR, the suffix may differ where that leaves no doubt, sub-folders are searched, and every file
+that has no partner is an error, told in one message. Files and folders whose names start with a dot are not seen.
 Wherever a folder is wanted a pack (`kdjax.data.shards`) can be given: it has the names of the folder it was made from.
+
+A name from a list or a template never leaves its folder; links inside a folder are its owner's, and are followed
+wherever they lead. No image is its own partner: gt and lq that are one file, by whatever names, are an error. Names are
+the bytes of the file system, also where those are not UTF-8.
 
 Left out: lmdb stores, and looking into the files, which `kdjax.data.images` does.
 """
 
 from __future__ import annotations
 
+import codecs
+import logging
 import os
+import posixpath
+import random
 import re
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+import stat
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Protocol
 
-from kdjax.data.images import IMAGE_SUFFIXES
-from kdjax.data.shards import PackError, is_pack, open_pack
+from kdjax.data.images import IMAGE_SUFFIXES, ImageError, inspect_image
+from kdjax.data.shards import PackError, identity, is_pack, name_fault, open_pack, split_path
+from kdjax.files import printable
+from kdjax.names import brief
+
+_logger = logging.getLogger("kdjax")
 
 _LISTED = 10  # names that a message shows of each kind
+_LINE = 1000  # characters of a line of a message
+_NAME = 300  # and of a name in it
+_LONG_LINE = 10_000  # of a list: longer than two paths
+_COMMAS = 100  # in a line of a list at which a name may end
+_VISITS = 1000  # of one folder, by way of links; a few links to each other can spell any number of paths
 
 # BasicSR's meta_info: "name.png (480,480,3)", in lmdb folders followed by the compression level.
 _NAME_AND_SIZE = re.compile(r"(?P<name>.*\S)\s+\(\s*\d+(\s*,\s*\d+)*\s*\)(\s+\d+)?")
@@ -47,8 +66,9 @@ class Found:
     pairs: list[ImagePair]
     without_lq: list[str]  # paths of images that should have a partner in lq
     without_gt: list[str]  # and in gt
-    not_found: list[str]  # entries of a meta_info file that do not exist: "line 3: no gt '9.png'"
-    message: str | None  # all of that for the user, and what to do; None when nothing is missing
+    not_found: list[str]  # entries of a meta_info file that cannot be used: "line 3: no gt '9.png'"
+    message: str | None  # for the user, all that is wrong and what to do; None when nothing is
+    left_out: list[str] = field(default_factory=list)  # paths of files in the folders that are not images
 
 
 def find_pairs(
@@ -68,11 +88,12 @@ def find_pairs(
     Without `lq`, lq names are ignored. `what` names the data set in messages.
 
     Raises:
-      DataError: a folder cannot be used, or anything is missing.
+      DataError: a folder cannot be used, anything is missing, or gt and lq are the same.
     """
     found = survey(gt=gt, lq=lq, filename_tmpl=filename_tmpl, meta_info=meta_info, recursive=recursive, what=what)
     if found.message:
         raise DataError(found.message)
+    _tell_left_out(found, what)
     return found.pairs
 
 
@@ -85,7 +106,7 @@ def survey(
     recursive: bool = True,
     what: str = "training",
 ) -> Found:
-    """As `find_pairs`, but images without partner and entries that do not exist are part of what it returns.
+    """As `find_pairs`, but what is missing or wrong with the images is part of what it returns.
 
     Raises:
       DataError: a folder cannot be used.
@@ -98,23 +119,24 @@ def survey(
             raise DataError(f"{what} images: meta_info needs a folder as gt, and {gt!r} is a file")
         if lq is not None and not os.path.isfile(lq):
             raise DataError(f"{what} images: gt is the file {gt!r}, so lq must be a file too, and {lq!r} is a folder")
-        return _all_found([ImagePair(os.path.basename(gt), gt, lq)])
+        return _told_apart(_all_found([ImagePair(os.path.basename(gt), gt, lq)]), what)
     if lq is not None and os.path.isfile(lq):
         raise DataError(f"{what} images: gt is the folder {gt!r}, so lq must be a folder too, and {lq!r} is a file")
-    gt_source = _open_source(gt, f"{what} images (gt)")
-    lq_source = None if lq is None else _open_source(lq, f"{what} images (lq)")
-    if meta_info is not None:
-        return _listed_pairs(gt_source, lq_source, filename_tmpl, meta_info, what)
-    gt_names = _list_images(gt_source, recursive, f"{what} images (gt)")
-    if lq_source is None:
-        return _all_found([ImagePair(name, gt_source.path(name), None) for name in gt_names])
-    if os.path.samefile(gt, lq):
+    if lq is not None and meta_info is None and os.path.samefile(gt, lq):
         raise DataError(
             f"{what} images: gt and lq are the same folder, {gt!r}; keep them in two folders, "
             "or list the pairs in a meta_info file"
         )
-    lq_names = _list_images(lq_source, recursive, f"{what} images (lq)")
-    return _matched_pairs(gt_source, lq_source, gt_names, lq_names, filename_tmpl, what)
+    gt_source = _open_source(gt, f"{what} images (gt)")
+    lq_source = None if lq is None else _open_source(lq, f"{what} images (lq)")
+    if meta_info is not None:
+        return _told_apart(_listed_pairs(gt_source, lq_source, filename_tmpl, meta_info, what), what)
+    gt_names, left_out = _list_images(gt_source, recursive, f"{what} images (gt)")
+    if lq_source is None:
+        return _all_found([ImagePair(name, gt_source.path(name), None) for name in gt_names], left_out)
+    lq_names, others = _list_images(lq_source, recursive, f"{what} images (lq)")
+    found = _matched_pairs(gt_source, lq_source, gt_names, lq_names, filename_tmpl, what)
+    return replace(_told_apart(found, what), left_out=left_out + others)
 
 
 def find_unlabelled(folder: str, *, degraded: bool) -> list[ImagePair]:
@@ -126,13 +148,20 @@ def find_unlabelled(folder: str, *, degraded: bool) -> list[ImagePair]:
     Raises:
       DataError: there is no such folder, or no image in it.
     """
+    found = survey_unlabelled(folder)
+    _tell_left_out(found, "unlabelled")
+    return [replace(pair, lq=pair.gt) for pair in found.pairs] if degraded else found.pairs
+
+
+def survey_unlabelled(folder: str) -> Found:
+    """The images of `find_unlabelled`, none with a partner, and what else is in the folder; raises as it does."""
     role = "unlabelled images"
     folder = _existing(folder, role)
     if not os.path.isdir(folder):
         raise DataError(f"{role}: {folder!r} is a file; give a folder")
     source = _open_source(folder, role)
-    paths = [(name, source.path(name)) for name in _list_images(source, True, role)]
-    return [ImagePair(name, path, path if degraded else None) for name, path in paths]
+    names, left_out = _list_images(source, True, role)
+    return _all_found([ImagePair(name, source.path(name), None) for name in names], left_out)
 
 
 class _Source(Protocol):
@@ -140,10 +169,14 @@ class _Source(Protocol):
 
     folder: str
 
-    def names(self, recursive: bool) -> list[str]:
-        """The names of all images, in no order; without `recursive`, of those in no sub-folder."""
+    def names(self, recursive: bool) -> tuple[list[str], list[str]]:
+        """The names of all images and of all other files, in no order.
 
-    def has(self, name: str) -> bool: ...
+        Without `recursive`, of those in no sub-folder.
+        """
+
+    def has(self, name: str) -> bool:
+        """Whether there is such an image; never for a name that leads out of the folder."""
 
     def path(self, name: str) -> str: ...
 
@@ -155,45 +188,56 @@ def _open_source(folder: str, role: str) -> _Source:
         raise DataError(f"{role}: {error}") from None
 
 
-def _list_images(source: _Source, recursive: bool, role: str) -> list[str]:
-    """The names of the images, in natural order; never an empty list."""
+def _list_images(source: _Source, recursive: bool, role: str) -> tuple[list[str], list[str]]:
+    """The names of the images, in natural order and never an empty list, and the paths of all other files."""
     try:
-        names = source.names(recursive)
+        names, others = source.names(recursive)
     except OSError as error:
         raise DataError(f"{role}: the folder {error.filename!r} cannot be read: {error.strerror}") from error
     if not names:
         depth = "and its sub-folders" if recursive else "(sub-folders were not searched)"
-        seen = [files for parent, _, files in os.walk(source.folder) if recursive or parent == source.folder]
-        others = sum(not name.startswith(".") for files in seen for name in files)
+        count = len(others)
         raise DataError(
             f"{role}: no image in {source.folder!r} {depth}; looked for {', '.join(IMAGE_SUFFIXES)} and saw "
-            f"{others} other file{'' if others == 1 else 's'}"
+            f"{count} other file{'' if count == 1 else 's'}"
         )
-    return sorted(names, key=_natural)
+    return sorted(names, key=_natural), [source.path(name) for name in sorted(others, key=_natural)]
 
 
-def _all_found(pairs: list[ImagePair]) -> Found:
-    return Found(pairs, [], [], [], None)
+def _all_found(pairs: list[ImagePair], left_out: Sequence[str] = ()) -> Found:
+    return Found(pairs, [], [], [], None, list(left_out))
 
 
-def _existing(path: str, role: str) -> str:
+def _existing(path: str | os.PathLike[str], role: str) -> str:
+    """The path of a file or folder, as text, ~ resolved."""
+    path = os.fspath(path)
     if not path:
         raise DataError(f"{role}: no path was given; give a folder or an image file")
-    path = os.path.expanduser(path)
-    if not os.path.exists(path):
-        raise DataError(f"{role}: {path!r} does not exist (looked for {os.path.abspath(path)})")
+    try:
+        path = os.path.expanduser(path)
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        looked_for = brief(os.path.abspath(path), _LINE)
+        raise DataError(f"{role}: {brief(path, _NAME)} does not exist (looked for {looked_for})") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or a character that no path can have
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{role}: {brief(path, _NAME)} cannot be used: {reason}") from None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise DataError(f"{role}: {path!r} is neither a file nor a folder")
     return path
 
 
 def _check_template(template: str) -> None:
-    try:
-        varies = template.format("a") != template.format("b")
-    except (IndexError, KeyError, ValueError, AttributeError):
-        varies = False
-    if not varies:
+    rest = template.replace("{}", "", 1)
+    if "{}" not in template or "{" in rest or "}" in rest:
         raise DataError(
-            f"filename_tmpl is {template!r}; it must hold one {{}} where the name of gt without its suffix "
-            "goes, such as '{}' or '{}x4'"
+            f"filename_tmpl is {brief(template)}; it must hold one {{}} where the name of gt without its suffix "
+            "goes, and no other braces, such as '{}' or '{}x4'"
+        )
+    if any(separator in template for separator in ("/", "\0", os.sep, os.altsep or os.sep)):
+        raise DataError(
+            f"filename_tmpl is {brief(template)}; it is for file names: an lq is in the same sub-folder as its gt. Give"
+            " the other folder as lq, or list the pairs in a meta_info file"
         )
 
 
@@ -203,30 +247,49 @@ class _Folder:
     def __init__(self, folder: str) -> None:
         self.folder = folder
 
-    def names(self, recursive: bool) -> list[str]:
-        names: list[str] = []
-
-        def fail(error: OSError) -> None:
-            raise error
-
-        for parent, folders, files in os.walk(self.folder, onerror=fail, followlinks=True):
-            here = os.path.realpath(parent)
-
-            def leads_back(name: str, here: str = here) -> bool:  # a link to a folder that holds this one
-                target = os.path.realpath(os.path.join(here, name))
-                return f"{here}{os.sep}".startswith(f"{target}{os.sep}")
-
-            folders[:] = [name for name in folders if recursive and not name.startswith(".") and not leads_back(name)]
-            for name in files:
-                if not name.startswith(".") and name.lower().endswith(IMAGE_SUFFIXES):
-                    names.append(os.path.relpath(os.path.join(parent, name), self.folder).replace(os.sep, "/"))
-        return names
+    def names(self, recursive: bool) -> tuple[list[str], list[str]]:
+        images: list[str] = []
+        others: list[str] = []
+        visits: Counter[tuple[int, int]] = Counter()
+        waiting: list[tuple[str, tuple]] = [("", ())]  # sub-folders, and the folders that each is in, innermost first
+        while waiting:
+            inside, above = waiting.pop()
+            state = os.stat(self.path(inside))
+            here = state.st_dev, state.st_ino
+            if any(here == other for other in _chain(above)):  # a link to a folder that holds it
+                continue
+            visits[here] += 1
+            if visits[here] > _VISITS:
+                raise OSError(0, f"links lead to it on more than {_VISITS:,} ways", self.path(inside))
+            with os.scandir(self.path(inside)) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if _is_folder(entry):
+                        if recursive:
+                            waiting.append((f"{inside}{entry.name}/", (here, above)))
+                    else:
+                        (images if entry.name.lower().endswith(IMAGE_SUFFIXES) else others).append(inside + entry.name)
+        return images, others
 
     def has(self, name: str) -> bool:
-        return os.path.isfile(self.path(name))
+        return name_fault(name) is None and os.path.isfile(self.path(name))
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _chain(above: tuple) -> Iterator[tuple[int, int]]:
+    while above:
+        folder, above = above
+        yield folder
 
 
 def _natural(name: str) -> tuple[list[list[str | int]], str]:
@@ -242,17 +305,16 @@ def _stem(name: str) -> str:
 
 def _partner_stem(gt_name: str, template: str) -> str:
     """The path of lq without its suffix: the template applies to the file name, the sub-folder stays."""
-    folder, _, file_name = gt_name.rpartition("/")
-    partner = template.format(_stem(file_name))
-    return f"{folder}/{partner}" if folder else partner
+    folder, slash, file_name = gt_name.rpartition("/")
+    return folder + slash + template.replace("{}", _stem(file_name))
 
 
 def _matched_pairs(
     gt: _Source, lq: _Source, gt_names: Sequence[str], lq_names: Sequence[str], template: str, what: str
 ) -> Found:
-    free: dict[str, list[str]] = defaultdict(list)  # by path without suffix: lq files that have no gt yet
+    free: dict[str, dict[str, None]] = defaultdict(dict)  # by path without suffix: lq files that have no gt yet
     for name in lq_names:
-        free[_stem(name)].append(name)
+        free[_stem(name)][name] = None
     partner: dict[str, str] = {}
     rest: dict[str, list[str]] = defaultdict(list)
     for name in gt_names:
@@ -260,12 +322,12 @@ def _matched_pairs(
         exact = wanted + os.path.splitext(name)[1]
         if exact in free.get(wanted, ()):
             partner[name] = exact
-            free[wanted].remove(exact)
+            del free[wanted][exact]
         else:
             rest[wanted].append(name)
     for wanted, names in rest.items():
         if len(names) == 1 and len(free.get(wanted, ())) == 1:
-            partner[names[0]] = free[wanted].pop()
+            partner[names[0]], _ = free[wanted].popitem()
     pairs = [ImagePair(name, gt.path(name), lq.path(partner[name])) for name in gt_names if name in partner]
     without_lq = [name for name in gt_names if name not in partner]
     without_gt = [name for name in lq_names if name in free[_stem(name)]]
@@ -278,9 +340,11 @@ def _matched_pairs(
         wanted = _partner_stem(example, template)
         looked_for = wanted + os.path.splitext(example)[1]
         lines += [f"{len(without_lq)} of {len(gt_names)} in gt have no lq:", *shortened(without_lq)]
-        lines += [f"for {example!r} the lq would be {looked_for!r}, or the same with another suffix"]
-        if len(found := free.get(wanted, [])) > 1:
-            lines[-1] += f", but there are {len(found)}: {', '.join(found)}"
+        lines += [
+            f"for {brief(example, _NAME)} the lq would be {brief(looked_for, _NAME)}, or the same with another suffix"
+        ]
+        if len(found := free.get(wanted, {})) > 1:
+            lines[-1] += f", but there are {len(found)}: {one_line(', '.join(islice(found, _LISTED)))}"
     if without_gt:
         lines += [f"{len(without_gt)} of {len(lq_names)} in lq have no gt:", *shortened(without_gt)]
     lines += ["rename or remove these files, set filename_tmpl, or list the pairs in a meta_info file"]
@@ -288,30 +352,21 @@ def _matched_pairs(
 
 
 def _listed_pairs(gt: _Source, lq: _Source | None, template: str, meta_info: str, what: str) -> Found:
-    meta_info = os.path.expanduser(meta_info)
-    try:
-        with open(meta_info, encoding="utf-8-sig") as file:
-            lines = file.readlines()
-    except OSError as error:
-        raise DataError(f"{what} images: meta_info {meta_info!r} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{what} images: meta_info {meta_info!r} is not a text file in UTF-8: {error}") from error
     pairs: list[ImagePair] = []
     faults: list[str] = []
-    for number, line in enumerate(lines, 1):
-        line = line.strip()
-        if not line or line.startswith("#"):
+    for number, line in enumerate(_read_list(meta_info, what), 1):
+        if not line.strip():
             continue
         gt_name, lq_name = _parse_line(line, gt)
         if not gt.has(gt_name):
-            faults.append(f"line {number}: no gt {gt_name!r}")
+            if not line.lstrip().startswith("#"):  # a comment, unless it is the name of a file
+                faults.append(f"line {number}: {_no_such('gt', gt_name)}")
             continue
         lq_path = None
         if lq is not None:
-            if lq_name is None:
-                lq_name = _partner_in(lq, gt_name, template)
+            lq_name = _partner_in(lq, gt_name, template) if lq_name is None else _plain(lq_name)
             if not lq.has(lq_name):
-                faults.append(f"line {number}: no lq {lq_name!r}")
+                faults.append(f"line {number}: {_no_such('lq', lq_name)}")
                 continue
             lq_path = lq.path(lq_name)
         pairs.append(ImagePair(gt_name, gt.path(gt_name), lq_path))
@@ -319,7 +374,7 @@ def _listed_pairs(gt: _Source, lq: _Source | None, template: str, meta_info: str
         places = f"gt {gt.folder!r}" if lq is None else f"gt {gt.folder!r} and lq {lq.folder!r}"
         lines = [
             f"{what} images: {len(faults)} of {len(faults) + len(pairs)} entries in meta_info {meta_info!r} "
-            f"do not exist; names are relative to {places}",
+            f"cannot be used; names are relative to {places}, and stay inside",
             *shortened(faults),
         ]
         return Found(pairs, [], [], faults, "\n".join(lines))
@@ -328,21 +383,63 @@ def _listed_pairs(gt: _Source, lq: _Source | None, template: str, meta_info: str
     return _all_found(pairs)
 
 
+def _read_list(path: str, what: str) -> list[str]:
+    """The lines of a text file, whose bytes become text as those of file names do."""
+    path = _existing(path, f"{what} images (meta_info)")
+    if not os.path.isfile(path):
+        raise DataError(
+            f"{what} images: meta_info {path!r} is a folder; give a text file that names one image in a line"
+        )
+    try:
+        with open(path, "rb") as file:
+            content = file.read().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise DataError(f"{what} images: meta_info {path!r} cannot be read: {error.strerror}") from error
+    if b"\0" in content:
+        raise DataError(
+            f"{what} images: meta_info {path!r} is not a text file in UTF-8: it has bytes that are zero, as UTF-16 and"
+            " binary files have"
+        )
+    try:
+        return [os.fsdecode(line) for line in content.splitlines()]
+    except UnicodeDecodeError as error:  # on Windows, whose file names are Unicode
+        raise DataError(f"{what} images: meta_info {path!r} is not a text file in UTF-8: {error}") from error
+
+
 def _parse_line(line: str, gt: _Source) -> tuple[str, str | None]:
     """The gt name and, in Real-ESRGAN's form, the lq name; a name with spaces or commas is found by looking."""
 
-    if gt.has(line):
+    def parse(line: str) -> tuple[str, str | None]:
+        if (match := _NAME_AND_SIZE.fullmatch(line)) is not None:
+            return match["name"], None
+        first_split = None
+        for comma in islice(re.finditer(",", line), _COMMAS):
+            split = line[: comma.start()].rstrip(), line[comma.end() :].lstrip()
+            if gt.has(split[0]):
+                return split
+            first_split = first_split or split
+        if first_split:
+            return first_split
+        first = line.split()[0]  # BasicSR takes the first word, whatever follows
+        return (first, None) if gt.has(first) else (line, None)
+
+    if len(line) > _LONG_LINE:
         return line, None
-    if (match := _NAME_AND_SIZE.fullmatch(line)) is not None:
-        return match["name"], None
-    splits = [(line[: comma.start()].rstrip(), line[comma.end() :].lstrip()) for comma in re.finditer(",", line)]
-    for left, right in splits:
-        if gt.has(left):
-            return left, right
-    if splits:
-        return splits[0]
-    first = line.split()[0]  # BasicSR takes the first word, whatever follows
-    return (first, None) if gt.has(first) else (line, None)
+    for name in dict.fromkeys((line, line.strip())):
+        if gt.has(name):
+            return _plain(name), None
+    gt_name, lq_name = parse(line.strip())
+    return _plain(gt_name), lq_name
+
+
+def _plain(name: str) -> str:
+    """One spelling of a name that has several: a/./b and a//b are a/b."""
+    return name if name_fault(name) else posixpath.normpath(name.replace(os.sep, "/"))
+
+
+def _no_such(role: str, name: str) -> str:
+    fault = name_fault(name)
+    return f"{role} {brief(name, _NAME)} {fault}" if fault else f"no {role} {brief(name, _NAME)}"
 
 
 def _partner_in(lq: _Source, gt_name: str, template: str) -> str:
@@ -355,7 +452,70 @@ def _partner_in(lq: _Source, gt_name: str, template: str) -> str:
     return found[0] if len(found) == 1 else exact
 
 
+def _told_apart(found: Found, what: str) -> Found:
+    """The same, with a message where gt and lq are one thing by two names."""
+    pairs = [pair for pair in found.pairs if pair.lq is not None]
+    same = [pair for pair in pairs if is_one_file(pair.gt, pair.lq)]
+    if same:
+        lines = [
+            f"{what} images: gt and lq are the same file in {len(same)} of {len(pairs)} pairs:",
+            *shortened([pair.gt if pair.gt == pair.lq else f"{pair.gt} is also {pair.lq}" for pair in same]),
+            "an lq is the degraded image: give the folder that has them as lq, or name them in the meta_info file",
+        ]
+    elif not found.message and _is_packed(pairs) and _has_the_same_pixels(pairs):
+        lines = [
+            f"{what} images: gt and lq have the same pixels in all of {len(pairs)} pairs, {pairs[0].gt!r} and"
+            f" {pairs[0].lq!r} for example: were they packed from one folder? Give a pack of the degraded images as lq"
+        ]
+    else:
+        return found
+    return replace(found, message="\n".join(filter(None, [found.message, *lines])))
+
+
+def is_one_file(gt: str, lq: str) -> bool:
+    """Whether two paths lead to one image: through links, by another spelling, or to one record of a pack."""
+    return gt == lq or ((one := identity(gt)) is not None and one == identity(lq))
+
+
+def _is_packed(pairs: Sequence[ImagePair]) -> bool:
+    """Whether some are in a pack: there, two copies of one image are not one file."""
+    return bool(pairs) and any(split_path(path) for path in (pairs[0].gt, pairs[0].lq))
+
+
+def _has_the_same_pixels(pairs: Sequence[ImagePair]) -> bool:
+    """Whether no pair that can be read shows two images."""
+
+    def is_alike(pair: ImagePair) -> bool | None:
+        try:
+            gt, lq = inspect_image(pair.gt)[0], inspect_image(pair.lq)[0]
+        except ImageError:
+            return None
+        return gt.shape == lq.shape and bool((gt == lq).all())
+
+    # In no order: among degraded images there may be some that are clean, on purpose, and they may come first.
+    known = (alike for pair in random.Random(0).sample(pairs, len(pairs)) if (alike := is_alike(pair)) is not None)
+    return next(known, False) and all(known)
+
+
+def _tell_left_out(found: Found, what: str) -> None:
+    if found.left_out:
+        _logger.info("%s images: %s", what, left_out_line(found.left_out))
+
+
+def left_out_line(paths: Sequence[str]) -> str:
+    """For the user, in one line, which files of a folder were not taken."""
+    count = len(paths)
+    shown = ", ".join(map(one_line, paths[:3])) + (f" and {count - 3} more" if count > 3 else "")
+    return f"{count} other file{' is not an image' if count == 1 else 's are not images'} that kdjax reads: {shown}"
+
+
 def shortened(items: Sequence[str]) -> list[str]:
     """The first of the items, a line each, and how many more there are."""
     rest = len(items) - _LISTED
-    return [f"  {item}" for item in items[:_LISTED]] + ([f"  ... and {rest} more"] if rest > 0 else [])
+    return [f"  {one_line(item)}" for item in items[:_LISTED]] + ([f"  ... and {rest} more"] if rest > 0 else [])
+
+
+def one_line(text: str) -> str:
+    """The text for a line of a message, whatever characters the name of a file in it has."""
+    text = printable(text[:_LINE] + ("..." if len(text) > _LINE else ""))
+    return text.replace("\n", "\\n").replace("\t", "\\t")
