@@ -34,7 +34,7 @@ def to_model(
       state: the tensors of one network; `check_cost` has seen them.
       arch: a key of MODELS, or None to recognise it.
       said: hyper-parameters the file states about itself; None when it states nothing.
-      given: hyper-parameters the caller states; they win over `said`.
+      given: hyper-parameters the caller states.
     """
     layout_name = None
     if arch in (None, "dncnn") and has_batch_norm(state):
@@ -49,6 +49,7 @@ def to_model(
     stated = dict(said or {}) | dict(given)
     completed = _complete(layout.arch, stated)
     stated = {name: completed[name] for name in stated}
+    said = said and _complete(layout.arch, said)
     # Only the files themselves know the hyper-parameters of a network that is not ours.
     told = layout.told({key: state[key] for key in fit.constants})
     if layout.arch in INFER:
@@ -57,6 +58,11 @@ def to_model(
         f"{name}={brief(value)}, the tensors say {told[name]!r}"
         for name, value in stated.items()
         if name in told and told[name] != value
+    ]
+    wrong += [
+        f"{name}={brief(stated[name])}, the file says {brief(said[name])}"
+        for name in given
+        if said and stated[name] != said[name]
     ]
     if wrong:
         raise WeightsError(f"it is stated to be {layout.arch} with {'; '.join(wrong)}; leave that out or correct it")

@@ -149,15 +149,20 @@ def one_network(
     if rest:
         state, path = _prefixed(state, rest), (*path, rest)
     state = _without_wrapping_modules(_without_counters(state))
+    before: tuple[str, ...] = ()  # what stands before every key, as far as it was removed
     for _ in range(_MAX_DEPTH):
         state, is_one_of_several = _without_others(state, path)
         heads = _groups(state)
-        name = _prefix(state, heads, fits)
-        if name is None:
-            name, is_one_of_several = _network_among(heads, state, path, fits), True
-        if name is None:
+        if (inner := _without_prefixes(state, fits)) is not state:
+            before = (*before, next(iter(heads)))
+            state = inner
+        elif (name := _network_among(heads, state, path, fits)) is not None:
+            before, is_one_of_several = (*before, name), True
+            state = heads[name]
+        else:
             break
-        state, path = heads[name], (*path, name) if is_one_of_several else path
+        if is_one_of_several:
+            path, before = (*path, ".".join(before)), ()
     return state, "/".join(path) or "bare"
 
 
@@ -196,25 +201,22 @@ def _without_others(state: dict[str, Tensor], path: tuple[str, ...]) -> tuple[di
     return {key: value for key, value in state.items() if not key.startswith(dropped)}, bool(others)
 
 
-def _prefix(state: Mapping[str, Tensor], heads: Mapping[str, dict[str, Tensor]], fits: Fits) -> str | None:
-    """The name of an enclosing module that stands before every key, or None."""
-    (name, inner), *more = heads.items() or [("", {})]
-    if more or not name:
-        return None
-    # "model." begins the keys of KAIR's DnCNN and of the old ESRGAN, always followed by a number.
-    if kind_of(name) < UNKNOWN and not any(key[:1].isdigit() for key in inner):
-        return name
-    return name if fits(state) < 0.5 < fits(inner) else None
-
-
 def _without_prefixes(state: dict[str, Tensor], fits: Fits) -> dict[str, Tensor]:
-    for _ in range(_MAX_DEPTH):
-        heads = _groups(state)
-        name = _prefix(state, heads, fits)
-        if name is None:
-            break
-        state = heads[name]
-    return state
+    """The tensors without the names of enclosing modules that stand before every key."""
+    inner = [state]
+    names = [""]
+    while len(inner) <= _MAX_DEPTH and len(heads := _groups(inner[-1])) == 1 and "" not in heads:
+        names += heads
+        inner += heads.values()
+    for candidate in inner:
+        if fits(candidate) >= 0.5:
+            return candidate
+    # No supported network; without its prefixes a message can say which one it is.
+    kept = [
+        kind_of(name) == UNKNOWN or any(key[0:1].isdigit() for key in keys)
+        for name, keys in zip(names, inner, strict=True)
+    ]
+    return inner[kept.index(True, 1) - 1] if True in kept[1:] else inner[-1]
 
 
 def _groups(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -227,12 +229,18 @@ def _groups(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _prefixed(state: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose keys begin with `prefix`, as they are or without the modules that wrap, by what follows."""
     prefix = prefix.removesuffix(".") + "."
-    return {
-        key.removeprefix(prefix): value
-        for key, value in state.items()
-        if type(key) is str and key.startswith(prefix) and isinstance(value, Tensor)
-    }
+    tensors = {key: value for key, value in state.items() if type(key) is str and isinstance(value, Tensor)}
+    for rename in (str, _unwrapped):
+        names = {key: rename(key) for key in tensors}
+        if chosen := {name.removeprefix(prefix): key for key, name in names.items() if name.startswith(prefix)}:
+            return {name: tensors[key] for name, key in chosen.items()}
+    return {}
+
+
+def _unwrapped(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPING_MODULES)
 
 
 def _without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -247,8 +255,7 @@ def _without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _without_wrapping_modules(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for key, value in state.items():
-        parts = key.split(".")
-        name = ".".join(part for part in parts if part not in _WRAPPING_MODULES)
+        name = _unwrapped(key)
         if name in result:
             raise WeightsError(f"it has the tensor {brief(name, 120)} twice, with and without 'module.' before it")
         result[name] = value
