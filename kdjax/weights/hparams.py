@@ -51,11 +51,13 @@ def infer(arch: str, shapes: Shapes, stated: Mapping[str, Any]) -> dict[str, Any
     """
     hparams = INFER[arch](shapes, stated)
     wanted = NUM_TENSORS[arch](hparams, any(shape for key, shape in shapes.items() if _is_prelu(key, shape)))
-    if wanted > min(len(shapes) * 5 // 4 + 64, MAX_NETWORK):
+    # Beyond a thousand tensors, a network has far more than 250 scalars for each of them.
+    most = min(MAX_NETWORK, 1_000 + sum(map(math.prod, shapes.values())) // 250)
+    if wanted > min(len(shapes) * 5 // 4 + 64, most):
         settings = ", ".join(f"{name}={value}" for name, value in hparams.items())
         raise WeightsError(
-            f"its keys are those of {arch} ({settings}), which has {wanted:,} tensors (at most {MAX_NETWORK:,} are"
-            f" read), but the file has {len(shapes):,}; it is incomplete or damaged"
+            f"its keys are those of {arch} ({settings}), which has {wanted:,} tensors; the file has {len(shapes):,},"
+            f" and at most {most:,} as small as these are read; it is incomplete or damaged"
         )
     return hparams
 

@@ -157,7 +157,8 @@ def _read_legacy(data: bytes) -> Any:
     _, position = read_pickle(data, position, refuse)  # sizes of C types on the writing machine
     result, position = read_pickle(data, position, find_storage)
     keys, position = read_pickle(data, position, refuse)
-    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(roots):
+    is_list = type(keys) is list and all(type(key) is str for key in keys)
+    if not is_list or len(keys) != len(roots) or set(keys) != roots.keys():
         raise WeightsError("its list of storages does not fit its tensors; the file is damaged")
     for key in keys:
         root = roots[key]
