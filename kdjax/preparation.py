@@ -176,7 +176,7 @@ def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
         if not needs_teacher(config.terms):
             teacher = None
     elif config.student.weights:
-        student = load_weights(config.student.weights, arch=arch).model
+        student = load_weights(config.student.weights, arch=arch, **config.student.hparams).model
         if student.hparams != hparams:
             raise ConfigError(
                 f"config.student.weights={config.student.weights!r} holds {student.arch} with {student.hparams};"
