@@ -623,9 +623,26 @@ def test_links_and_lists_that_lead_to_other_images_are_followed(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "template",
-    "x4,,{name},{,},{} {},{}{x,{:d},{0},{!r},{0.__class__},{:>1000000000},{{}},../gt/{},/{},sub/{},{}/..,{}\0".split(
-        ","
-    ),
+    [
+        "x4",
+        "",
+        "{name}",
+        "{",
+        "}",
+        "{} {}",
+        "{}{x",
+        "{:d}",
+        "{0}",
+        "{!r}",
+        "{0.__class__}",
+        "{:>1000000000}",
+        "{{}}",
+        "../gt/{}",
+        "/{}",
+        "sub/{}",
+        "{}/..",
+        "{}\x00",
+    ],
 )
 def test_templates_have_one_place_for_the_name_and_stay_in_the_folder(tmp_path: Path, template: str) -> None:
     gt, lq = pair_folders(tmp_path)
