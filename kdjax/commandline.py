@@ -28,7 +28,6 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_flags
 
-from kdjax.config import Config
 from kdjax.files import printable
 from kdjax.signals import Stopped
 
@@ -152,6 +151,8 @@ class Parser(argparse.ArgumentParser):
             "--config", required=True, metavar="FILE[:VARIANT]",
             help=f"a config file such as {example}, and after a colon one of its variants",
         )  # fmt: skip
+        from kdjax.config import Config  # which needs JAX, as programs without a config do not
+
         keys = [f"  --config.{prefix}{key}={value!r}" for key, value in _flattened(Config())]
         about = "keys of the config, and their values where the file sets none (configs/denoise.py explains them):"
         self.epilog = "\n".join([about, *keys])

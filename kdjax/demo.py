@@ -34,7 +34,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from kdjax import assets, cost, models
+from kdjax import assets, commandline, cost, models, sharding
 from kdjax.data import ImageError, read_image
 from kdjax.data.images import opened
 from kdjax.files import FolderInUse, locked
@@ -283,8 +283,8 @@ def _private_folder() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kdjax.demo", description="A local page to try models on images.")
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.demo", __doc__)
     parser.add_argument("--model", nargs="+", required=True, metavar="[NAME=]FILE", help='weights, or "embedded"')
     parser.add_argument("--port", type=int, default=7860, help="port on localhost; 0 takes a free one (default: 7860)")
     parser.add_argument("--tile", type=int, default=256, help="side of a tile; 0 runs images whole (default: 256)")
@@ -292,11 +292,17 @@ def main() -> None:
     parser.add_argument("--key", default="auto", help="which state dict of the files, e.g. params; default: the best")
     parser.add_argument("--hparam", action="append", default=[], metavar="NAME=VALUE", help="what a file cannot tell")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
     if not 0 <= options.port <= 65535:
         parser.error(f"--port {options.port} must be from 0 to 65535")
     if importlib.util.find_spec("gradio") is None:
         sys.exit('error: the page needs Gradio; install it with pip install "kdjax[demo]"')
+    sharding.use_all_cores()
     try:
         _usable_port(options.port)  # before the wait
         hparams = parse_hparams(options.hparam)
@@ -386,4 +392,4 @@ def _usable_port(port: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main)

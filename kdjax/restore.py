@@ -16,9 +16,7 @@ import dataclasses
 import errno
 import functools
 import glob
-import logging
 import os
-import signal
 import stat
 import sys
 import tempfile
@@ -31,13 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import assets, cost, data, models, sharding
+from kdjax import assets, commandline, cost, data, models, sharding
 from kdjax.data import pictures, videos
 from kdjax.data.images import CONVERSIONS
 from kdjax.data.sources import shortened
 from kdjax.files import printable
 from kdjax.progress import Progress
-from kdjax.signals import StopSignals
+from kdjax.signals import Stopped, StopSignals
 from kdjax.tiles import restore_image
 from kdjax.weights import load_weights, parse_hparams
 
@@ -59,10 +57,6 @@ class Job:
     @property
     def is_video(self) -> bool:
         return self.source.suffix.lower() in videos.VIDEO_SUFFIXES
-
-
-class Stopped(Exception):
-    """SIGINT or SIGTERM came."""
 
 
 # ---- what is to be done ------------------------------------------------------------------------------------------
@@ -281,7 +275,7 @@ def run(
 
         def told(done: int, total: int, job: Job = job, size: int = size) -> None:
             if stop.requested:
-                raise Stopped
+                raise Stopped(stop.name)
             progress.show(size * done / total, f"{done / total:.0%} of {job.source.name}")
 
         started = time.monotonic()
@@ -384,10 +378,8 @@ def _is_disk_full(job: Job, error: Exception) -> bool:
 # ---- the command line --------------------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdjax.restore", description="Restores pictures and videos with a trained model."
-    )
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.restore", __doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="files, folders, or patterns in quotes")
     add("--model", required=True, metavar="FILE", help='.pth or .safetensors file, or "embedded"')
@@ -431,16 +423,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    logging.getLogger("jax").setLevel(logging.WARNING)
     sharding.use_all_cores()
     with StopSignals() as stop:
         try:
             failures = restore_all(options, stop)
         except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
             sys.exit(f"error: {error}")
-        except Stopped:
-            print(f"stopped by {stop.name}; the same command continues", file=sys.stderr)
-            sys.exit(128 + signal.Signals[stop.name])
     if failures:
         sys.exit("\n".join([f"error: {_count(failures)} could not be restored:", *shortened(failures)]))
 
@@ -479,4 +467,4 @@ def restore_all(options: argparse.Namespace, stop: StopSignals) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main)
