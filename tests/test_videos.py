@@ -107,6 +107,19 @@ def test_what_is_no_video_is_refused(tmp_path: Path) -> None:
         probe("-i.mp4")
 
 
+@pytest.mark.parametrize("name", ["list.mp4", "list.mkv", "list.ts"])
+@pytest.mark.parametrize(
+    "content",
+    ["#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:0.4,\na.ts\n#EXT-X-ENDLIST\n", "ffconcat version 1.0\nfile a.ts\n"],
+    ids=["hls", "concat"],
+)
+def test_a_list_of_other_files_is_no_video(tmp_path: Path, name: str, content: str) -> None:
+    make(tmp_path / "a.ts", "-c:v", "libx264")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(VideoError, match=rf"{name}: cannot be read: "):
+        probe(tmp_path / name)
+
+
 def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     video = probe(make(tmp_path / "a.mp4", "-c:v", "libx264"))
 

@@ -30,6 +30,7 @@ from kdjax.files import whole_file
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
 _KEPT_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # of containers for H.264
 
+_CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv"  # by ffmpeg's names
 _CRF = "16"  # of x264, from 0, without loss, to 51; below 18 the eye sees no difference
 BYTES_TO_CODE = 20  # about what decoder and encoder keep of a pixel: some tens of frames
 _SCALER = "flags=bicubic+accurate_rnd+full_chroma_int"
@@ -80,7 +81,7 @@ def probe(path: str | os.PathLike[str]) -> Video:
     entries += ["sample_aspect_ratio", "color_range", *_COLOUR_TAGS]
     shown = f"stream={','.join(entries)}:format=duration"
     command = [_program("ffprobe", path), "-v", "error", "-select_streams", "V:0", "-show_entries", shown]
-    result = subprocess.run([*command, "-of", "json", _url(path)], capture_output=True)
+    result = subprocess.run([*command, "-of", "json", *_input(path)], capture_output=True)
     if result.returncode:
         raise VideoError(f"{path}: cannot be read: {_reason(result.stderr, path)}")
     try:
@@ -124,7 +125,7 @@ def frames(video: Video) -> Iterator[np.ndarray]:
     filters = f"fps={video.rate}:start_time=0,scale={_SCALER},format={'rgb48be' if video.deep else 'rgb24'}"
     # PPM, because it says how large a frame is after it has been rotated.
     output = ["-map", "0:V:0", "-vf", filters, "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
-    with _ffmpeg(["-i", _url(video.path), *output], video.path, "cannot be decoded", stdout=subprocess.PIPE) as process:
+    with _ffmpeg([*_input(video.path), *output], video.path, "cannot be decoded", stdout=subprocess.PIPE) as process:
         number = 0
         while (frame := _read_ppm(process.stdout)) is not None:
             number += 1
@@ -163,7 +164,7 @@ def write_video(path: str | os.PathLike[str], video: Video, frames: Iterable[np.
         "-i",
         "pipe:0",
     ]
-    arguments += ["-i", _url(video.path), "-map", "0:v", "-map", "1:a?", "-map", "1:s?", "-map_metadata", "1"]
+    arguments += [*_input(video.path), "-map", "0:v", "-map", "1:a?", "-map", "1:s?", "-map_metadata", "1"]
     arguments += ["-c", "copy", "-c:v", "libx264", "-crf", _CRF, *_colour(video)]
     chroma = "420" if height % 2 == 0 == width % 2 else "444"  # of which an odd picture has no half
     arguments += ["-vf", f"{_scaling(video)},format=yuv{chroma}p{bits}"]
@@ -239,6 +240,15 @@ def _program(name: str, path: str | os.PathLike[str]) -> str:
     if (program := shutil.which(name)) is None:
         raise VideoError(f"{path}: videos need the program {name}, and it is not on the path; install ffmpeg")
     return program
+
+
+def _input(path: str | os.PathLike[str]) -> list[str]:
+    """Options that have a file read as a video of the known containers.
+
+    Others are lists of more files, such as HLS and concat, which a file can be whatever its suffix: a list would have
+    frames of any video on this machine restored.
+    """
+    return ["-format_whitelist", _CONTAINERS, "-protocol_whitelist", "file", "-i", _url(path)]
 
 
 def _url(path: str | os.PathLike[str]) -> str:
