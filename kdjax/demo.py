@@ -54,6 +54,8 @@ _KEPT_SECONDS = 3600
 _UPLOAD = "/gradio_api/upload"
 _FOLDER = "kdjax-demo-"
 _HOST = "127.0.0.1"
+# What the browser may load for the page, and who may frame it: some versions of Gradio fetch a script from elsewhere.
+_POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
 
 
 def add_noise(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -175,12 +177,21 @@ class _Guard:
 
     Refused are what a browser sends for the page of another site (403), unless it is following a link to this one; more
     than `_MOST_BYTES` (413); and the upload of a file that is no image (415). An upload is passed on once it is whole.
+    Answers tell the browser to load nothing from elsewhere.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_with_policy(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), (b"content-security-policy", _POLICY)]
+            await send(message)
+
+        await self._answer(scope, receive, send_with_policy)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         from starlette.concurrency import run_in_threadpool
         from starlette.requests import ClientDisconnect, Request
         from starlette.responses import PlainTextResponse

@@ -266,7 +266,13 @@ def test_pages_of_other_sites_are_refused_by_a_real_browser(
     browser: webdriver.Chrome, server: Server, folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "index.html").write_text(f"<a href='{server.url}'>link</a>")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: object) -> None:
+            asked.append(self.path)
+
+    handler = functools.partial(Handler, directory=tmp_path)
     script = UPLOAD.replace("PNG", base64.b64encode((folder / "image.png").read_bytes()).decode())
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
@@ -278,7 +284,12 @@ def test_pages_of_other_sites_are_refused_by_a_real_browser(
         browser.find_element(By.TAG_NAME, "a").click()
         WebDriverWait(browser, 60).until(lambda b: b.title == "kdjax")
         assert browser.execute_async_script(script, server.url) == 200
+        # And the page itself reaches no other server.
+        ask = "fetch(arguments[0]).then(() => arguments[1]('answered'), () => arguments[1]('refused'))"
+        assert browser.execute_async_script(ask, server.url) == "answered"
+        assert browser.execute_async_script(ask, f"http://127.0.0.1:{other.server_port}/secret") == "refused"
         other.shutdown()
+    assert not any("/secret" in path for path in asked)
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:{}", "127.0.0.1.evil.example", "localhost.:{}", ""])
