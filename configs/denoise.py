@@ -64,6 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
         canvas=0,
         gt_usm=False,  # use_usm_gt of Real-ESRGAN
         batch_size=16,  # batch_size_per_gpu, but of all devices together
+        per_device=False,  # batch_size and workers are those of each accelerator: num_gpu: auto
         hflip=True,  # use_hflip
         rot=True,  # use_rot
         workers=4,  # num_worker_per_gpu

@@ -98,6 +98,7 @@ def get_config(variant: str = "") -> ConfigDict:
         gt_usm=False,
         crop=128,  # gt_size; 400 in the guide, where the teacher's memory is the limit
         batch_size=16,  # batch_size_per_gpu, but of all devices together
+        per_device=False,  # batch_size and workers are those of each accelerator: num_gpu: auto
         hflip=True,  # use_hflip
         rot=True,  # use_rot
         workers=4,  # num_worker_per_gpu

@@ -6,11 +6,12 @@ alone agrees with itself.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 from kdjax import config as config_lib
+from kdjax.files import locked
 from kdjax.sharding import AgreedError, exchange, is_first
 
 _PATIENCE = 30.0  # seconds until what one host wrote must be seen by the others: network file systems cache
@@ -76,6 +78,29 @@ def _check_shared(workdir: Path, names: list[str]) -> None:
             f"{blind} does not see what {names[0]} writes in {workdir}: a run of several processes needs one folder"
             " that all hosts share (NFS, Lustre, a mounted bucket); give it as --workdir"
         )
+
+
+@contextlib.contextmanager
+def one_writer(workdir: Path, claim: Callable[[], None]) -> Iterator[None]:
+    """Holds the folder of a run, which `check` made, for the processes of this run alone.
+
+    Args:
+      claim: called by the first process once it holds the folder; raises ValueError where it must not be written.
+
+    Raises:
+      AgreedError: on every process: another run writes there, or the folder must not or cannot be written.
+    """
+    with contextlib.ExitStack() as held:
+        problem = ""
+        if is_first():
+            try:
+                held.enter_context(locked(workdir))
+                claim()
+            except (ValueError, OSError) as error:
+                problem = str(error)
+        if problem := exchange(problem)[0]:
+            raise AgreedError(problem)
+        yield
 
 
 def digest(parts: Iterable[Any]) -> str:

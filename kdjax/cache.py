@@ -14,32 +14,31 @@ complete shard. Several processes, on one host or many, share the work: each is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import logging
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 
+from kdjax import commandline, preparation, sharding, targets
 from kdjax import config as config_lib
-from kdjax import preparation, sharding, targets, train
 from kdjax.config import ConfigError
 from kdjax.data import DataError, shards
 from kdjax.data.cached import CACHE, PLAN, Field
-from kdjax.files import remove_leftovers, write_json
+from kdjax.files import FolderInUse, locked, read_json, remove_leftovers, write_json
 from kdjax.progress import clock
+from kdjax.signals import Stopped
 
 log = logging.getLogger("kdjax")
 
 SHARD_BYTES = 256 * 2**20
+_LOCK = ".lock"  # at the end of the names of lock files, which begin with a dot
 _SPARE = 1.02  # of the bytes of the records: what the format adds
 
 
@@ -108,7 +107,7 @@ def plan(setup: preparation.Setup, out: Path, samples: int, *, shard_bytes: int 
 
 def _check_same(job: Job, name: str) -> None:
     """Refuses a folder that has, or was to have, another cache."""
-    before = CACHE.read_index(str(job.out)) if name == CACHE.index else json.loads((job.out / name).read_text())
+    before = CACHE.read_index(str(job.out)) if name == CACHE.index else _read_plan(job.out / name)
     now = job.index()
     if differences := config_lib.changes({key: before.get(key) for key in now}, now):
         raise ConfigError(
@@ -120,6 +119,13 @@ def _check_same(job: Job, name: str) -> None:
                 ]
             )
         )
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ConfigError(f"{error}; remove {path.parent}, or give another --output") from None
 
 
 def describe(job: Job) -> str:
@@ -147,7 +153,7 @@ def write(
       Whether the cache is complete; otherwise other processes are still writing.
 
     Raises:
-      ConfigError: there is not enough room on the disk.
+      ConfigError: there is not enough room on the disk, or another process writes the same part.
       shards.PackError: a shard cannot be written.
       DataError: images cannot be read.
       FloatingPointError: the teacher's output is not finite in float16.
@@ -155,6 +161,22 @@ def write(
     if (job.out / CACHE.index).exists():
         return True
     job.out.mkdir(parents=True, exist_ok=True)
+    with _one_writer(job.out, f".process-{process_index}-of-{process_count}"):
+        _write_own(job, process_index, process_count, tell, tell_every)
+    if not all(is_written(job, shard) for shard in range(job.shards)):
+        return False
+    files = [job.out / shards.file_name(shard) for shard in range(job.shards)]
+    sizes = [{"file": path.name, "bytes": path.stat().st_size} for path in files]
+    CACHE.write_index(job.out, job.index() | {"shards": sizes})
+    for path in (job.out / PLAN, *job.out.glob(f".*{_LOCK}")):
+        path.unlink(missing_ok=True)
+    return True
+
+
+def _write_own(
+    job: Job, process_index: int, process_count: int, tell: Callable[[str], None], tell_every: float
+) -> None:
+    """Writes the shards of this process that are missing."""
     missing = [shard for shard in range(job.shards) if not is_written(job, shard)]
     check_room(job, sum(job.count(shard) for shard in missing))
     write_json(job.out / PLAN, job.index())
@@ -165,27 +187,32 @@ def write(
     own = [shard for shard in missing if shard in block]
     total, done, started = sum(job.count(shard) for shard in own), 0, time.monotonic()
     told = started
-    records = _records(job, own)
-    for shard in own:
-        path = job.out / shards.file_name(shard)
-        remove_leftovers(path)
-        with shards.new_shard(path) as append:
-            for _ in range(job.count(shard)):
-                append(next(records))
-                done += 1
-                if time.monotonic() - told > tell_every:
-                    told = time.monotonic()
-                    rate = done / (told - started)
-                    left = clock((total - done) / rate)
-                    tell(f"{done:,} of {total:,} samples  {rate:.1f} samples/s  {left} left  shard {path.name}")
-    records.close()
-    if not all(is_written(job, shard) for shard in range(job.shards)):
-        return False
-    files = [job.out / shards.file_name(shard) for shard in range(job.shards)]
-    sizes = [{"file": path.name, "bytes": path.stat().st_size} for path in files]
-    CACHE.write_index(job.out, job.index() | {"shards": sizes})
-    (job.out / PLAN).unlink(missing_ok=True)
-    return True
+    with contextlib.closing(_records(job, own)) as records:
+        for shard in own:
+            path = job.out / shards.file_name(shard)
+            with _one_writer(job.out, f".{path.stem}"):
+                remove_leftovers(path)
+                with shards.new_shard(path) as append:
+                    for _ in range(job.count(shard)):
+                        append(next(records))
+                        done += 1
+                        if time.monotonic() - told > tell_every:
+                            told = time.monotonic()
+                            rate = done / (told - started)
+                            left = clock((total - done) / rate)
+                            tell(f"{done:,} of {total:,} samples  {rate:.1f} samples/s  {left} left  shard {path.name}")
+
+
+@contextlib.contextmanager
+def _one_writer(folder: Path, part: str) -> Iterator[None]:
+    """Holds a part of the cache: two processes that were given the same work would write it side by side."""
+    try:
+        with locked(folder, part + _LOCK):
+            yield
+    except FolderInUse as error:
+        raise ConfigError(
+            f"--output={error}. Processes that share the work need a --process-id each, and the same --num-processes"
+        ) from None
 
 
 def is_written(job: Job, shard: int) -> bool:
@@ -256,38 +283,45 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f} MB" if size < 1e10 else f"{size / 1e9:,.1f} GB"
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        train.fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    train.start_logging()
-    out, started = Path(flags.FLAGS.output), time.monotonic()
-    index, count = flags.FLAGS.process_id, flags.FLAGS.num_processes
-    if not 0 <= index < count:
-        train.fail(f"--process_id={index} is not one of 0 ... {count - 1}, with --num_processes={count}")
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.cache", __doc__)
+    parser.add_config()
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of the cache")
+    parser.add_argument("--samples", required=True, type=int, metavar="N", help="how many samples of the run to keep")
+    parser.add_processes("share the work")
+    parser.set_defaults(num_processes=1, process_id=0)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    options, values = parser.parse(arguments)
+    if options.num_processes < 1 or not 0 <= options.process_id < options.num_processes:
+        parser.error(
+            f"--process-id {options.process_id} is not one of 0 ... {options.num_processes - 1}, with --num-processes"
+            f" {options.num_processes}"
+        )
+    commandline.start_logging()
+    started = time.monotonic()
     try:
-        config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
+        config = config_lib.parse(values)
         sharding.use_all_cores(config.data.batch_size)
-        setup = preparation.prepare(targets.without_cache(config))
-        job = plan(setup, out, flags.FLAGS.samples)
+        setup = preparation.prepare(targets.without_cache(preparation.on_these_devices(config)))
+        job = plan(setup, options.output, options.samples)
         log.info(f"teacher: {setup.teacher.identity}, {preparation.describe(setup.teacher.model)}")
         log.info(describe(job))
-        complete = write(job, process_index=index, process_count=count)
+        complete = write(job, process_index=options.process_id, process_count=options.num_processes)
     except (ValueError, OSError, FloatingPointError, DataError) as error:
-        train.fail(str(error))
+        commandline.fail(str(error))
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues")
+        raise Stopped("SIGINT") from None
     if complete:
-        log.info(f"complete after {time.monotonic() - started:.0f} s; train with --config.teacher.cache={out}")
+        log.info(
+            f"complete after {time.monotonic() - started:.0f} s; train with --config.teacher.cache={options.output}"
+        )
     else:
         log.info(f"this process is done after {time.monotonic() - started:.0f} s; others are still writing")
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file of a run, with :VARIANT behind it if it has any.")
-    flags.DEFINE_string("output", None, "Folder of the cache.")
-    flags.DEFINE_integer("samples", None, "How many samples of the run to keep.")
-    flags.DEFINE_integer("num_processes", 1, "How many processes share the work.", lower_bound=1)
-    flags.DEFINE_integer("process_id", 0, "Which of them this one is, from 0.")
-    flags.mark_flags_as_required(["config", "output", "samples"])
-    app.run(main, flags_parser=train.parse_flags)
+    commandline.run(main)

@@ -8,7 +8,10 @@ before. All processes of a run save and restore, in a folder that they share. Or
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import importlib
 import json
 import logging
 import shutil
@@ -48,6 +51,7 @@ class Checkpoints:
         # ERROR the traceback of what it raises as well, some of it through asyncio.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
+        _stop_leaks()
         # By one process, before any of them looks which checkpoints there are.
         if problem := exchange(_put_damaged_aside(directory) if is_first() else "")[0]:
             raise CheckpointError(problem)
@@ -137,6 +141,39 @@ class Checkpoints:
             f"a checkpoint could not be written to {self._manager.directory}: {error}. Make room or mend the disk; the"
             f" same command continues, and {last}"
         )
+
+
+@functools.cache
+def _stop_leaks() -> None:
+    """Keeps memory from growing with every checkpoint through TensorStore; does nothing where TensorStore is mended.
+
+    TensorStore never frees the keys and values of the dictionaries that it makes from JSON: so do all versions from
+    0.1.71 to 0.1.86 that were tried (benchmarks/tensorstore_json.py). Orbax (0.12.8) asks for one for every array that
+    it writes, and twice a checkpoint for a list of them, and has no option not to. The first question gets the same
+    answer here without TensorStore. The second only tells Orbax's log and telemetry how many bytes reached the disk; it
+    is left out.
+    """
+    spec_type = tensorstore.KvStore.Spec
+    answer = spec_type({"driver": "file", "path": "/a/path/"}).to_json()
+    if sys.getrefcount(answer["path"]) <= 2:  # of the dictionary and of this call
+        return
+    with_leak = spec_type.to_json
+
+    def to_json(spec: tensorstore.KvStore.Spec, *args: Any, **options: Any) -> Any:
+        if not args and not options:
+            with contextlib.suppress(ValueError):  # what is a path to another driver may be none to that of files
+                plain = {"driver": "file", "path": spec.path}
+                if spec_type(plain) == spec:
+                    return plain
+        return with_leak(spec, *args, **options)
+
+    # Other versions may have neither, or not let go of it; it is only about memory.
+    with contextlib.suppress(AttributeError, TypeError):
+        spec_type.to_json = to_json
+    with contextlib.suppress(ImportError):
+        orbax = importlib.import_module("orbax.checkpoint._src.serialization.tensorstore_utils")
+        if hasattr(orbax, "get_tensorstore_raw_bytes"):
+            orbax.get_tensorstore_raw_bytes = lambda *_, **__: 0
 
 
 def _as_dict(state: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import logging
 import re
 import statistics
 import sys
@@ -24,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import assets, cost, data, metrics, models, tradeoff, validation
+from kdjax import assets, commandline, cost, data, metrics, models, tradeoff, validation
 from kdjax.files import whole_file, write_json, write_text
 from kdjax.logbook import finite
 from kdjax.models import Model
@@ -110,7 +109,6 @@ def measure_quality(networks: dict[str, Model], samples: list[Sample]) -> list[Q
 
 def main() -> None:
     options = _parse_options()
-    logging.getLogger("jax").setLevel(logging.WARNING)
     jax.config.update("jax_enable_compilation_cache", False)  # the time of compiling is measured, not that of reading
     try:
         files = load_files([*options.teacher, *options.student], options.key, options.hparam)
@@ -209,10 +207,8 @@ def _parse_count(text: str) -> int:
     return int(text)
 
 
-def _parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdjax.compare", description="Cost and quality of a teacher and of its students."
-    )
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.compare", __doc__)
     what = '[NAME=]PATH of a .pth or .safetensors file, or "embedded"'
     add = parser.add_argument
     add("--teacher", nargs="+", required=True, metavar="MODEL", help=f"{what}; the first is what all are compared with")
@@ -235,6 +231,11 @@ def _parse_options() -> argparse.Namespace:
     add("--filename-tmpl", default="{}", help='lq file stem from the gt stem, e.g. "{}_noisy"')
     add("--limit", type=int, default=0, help="images at most, spread over the folder; 0 takes all")
     add("--output", type=Path, help="folder for compare.json, compare.md and compare.png")
+    return parser
+
+
+def _parse_options() -> argparse.Namespace:
+    parser = make_parser()
     options = parser.parse_args()
     degraded = (options.sigma is not None) + (options.lq is not None)
     if options.data is not None and degraded != 1:
@@ -249,4 +250,4 @@ def _parse_options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main)

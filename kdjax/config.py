@@ -2,7 +2,8 @@
 
 A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` with the keys it wants to set; `parse` turns that
 nested dict into these frozen dataclasses and refuses what does not fit. What a number means for the rest of the run
-(does the batch divide, is there such a loss term) is checked where it is used, at start.
+(does the batch divide, is there such a loss term) is checked where it is used, at start. Whatever the key, numbers are
+finite in 32 bits, as which the devices compute with them, and texts are such as paths can be.
 
 Paths may be the word "embedded": the photographs and the teacher inside the package.
 """
@@ -15,7 +16,11 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from kdjax.names import nearest
+import numpy as np
+
+from kdjax.files import printable
+from kdjax.names import brief, nearest
+from kdjax.schedules import levels, make_schedule
 
 
 class ConfigError(ValueError):
@@ -24,6 +29,20 @@ class ConfigError(ValueError):
 
 # A plain number, or a dict for `kdjax.schedules.make_schedule`.
 ScheduleSpec = float | dict
+
+_LARGEST, _LARGEST_FLOAT = 2**31 - 1, float(np.finfo(np.float32).max)
+_LONGEST_TEXT = 4096  # bytes, as of a path
+_LONGEST_NAME = 200  # bytes; a file system allows 255
+_DEEPEST = 16  # groups within groups
+# The least and the largest value of every whole number.
+_RANGES = {
+    # Larger seeds would give JAX the random numbers of smaller ones.
+    "seed": (0, 2**32 - 1),
+    **dict.fromkeys(("data.crop", "data.batch_size", "train.steps", "train.accumulate"), (1, _LARGEST)),
+    **dict.fromkeys(("log.every", "val.every", "checkpoint.every", "checkpoint.keep"), (1, _LARGEST)),
+    **dict.fromkeys(("data.limit", "data.canvas", "data.workers", "data.cache_mb"), (0, _LARGEST)),
+    **dict.fromkeys(("val.crop", "val.limit", "val.save_images"), (0, _LARGEST)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +77,7 @@ class Data:
     canvas: int = 0  # side of the gt square that is loaded and degraded, from which the crop is cut; 0 means crop
     gt_usm: bool = False  # sharpen the target (unsharp mask), as Real-ESRGAN does
     batch_size: int = 16  # crops per step over all devices and processes together
+    per_device: bool = False  # batch_size and workers are those of each accelerator (`num_gpu: auto` of a YAML)
     hflip: bool = True
     rot: bool = True  # with hflip, all 8 flips and quarter turns
     workers: int = 0  # decoding processes; 0 decodes in threads of the main process
@@ -124,13 +144,26 @@ class Config:
     checkpoint: Checkpoint = Checkpoint()
 
     def __post_init__(self) -> None:
-        positive = ("data.crop", "data.batch_size", "train.steps", "log.every", "val.every", "checkpoint.every")
-        for path, least in [*((path, 1) for path in positive), ("checkpoint.keep", 1), ("train.accumulate", 1)]:
-            _require(self, path, lambda value, least=least: value >= least, f"at least {least}")
-        for path in ("data.limit", "data.workers", "data.cache_mb", "val.crop", "val.limit", "val.save_images", "seed"):
-            _require(self, path, lambda value: value >= 0, "0 or more")
+        check_name(self.name, "config.name")
+        for key, arch in (("student", self.student.arch), ("teacher.hparams", self.teacher.hparams.get("arch", True))):
+            if not arch:
+                raise ConfigError(
+                    f"config.{key}.arch is empty, and a network of your own, which a YAML can only ask for, is imported"
+                    f" when the command line names it: --config.{key}.arch=my_package.my_net:MyNet"
+                )
+        for path, (least, most) in _RANGES.items():
+            fits = lambda value, least=least, most=most: least <= value <= most  # noqa: E731
+            _require(self, path, fits, f"from {least} to {most:,}")
         for path in ("train.weight_decay", "train.grad_clip"):
-            _require(self, path, lambda value: 0 <= value < float("inf"), "0 or more, and finite")
+            _require(self, path, lambda value: 0 <= value <= _LARGEST_FLOAT, "0 or more, and finite")
+        try:
+            make_schedule(self.train.lr)
+        except ValueError as error:
+            raise ConfigError(f"config.train.lr: {error}") from None
+        _require(self, "train.lr", lambda value: min(levels(value)) >= 0, "never negative")
+        for name, spec in self.terms.items():
+            if not isinstance(spec, Mapping):
+                raise ConfigError(f"config.terms.{name} is {brief(spec)}; it must be a group of keys")
         _require(self, "train.ema_decay", lambda value: 0 <= value < 1, "from 0 up to, not including, 1")
         for path in ("data.unlabelled_part", "data.unpaired_part"):
             _require(self, path, lambda value: 0 < value < 1, "between 0 and 1")
@@ -153,7 +186,7 @@ class Config:
         _require(
             self,
             "train.betas",
-            lambda value: len(value) == 2 and all(isinstance(beta, float) and 0 <= beta < 1 for beta in value),
+            lambda value: len(value) == 2 and all(type(b) in (int, float) and 0 <= np.float32(b) < 1 for b in value),
             "two numbers from 0 up to, not including, 1",
         )
         for path in ("student.dtype", "teacher.dtype"):
@@ -167,6 +200,20 @@ def parse(values: Mapping[str, Any]) -> Config:
       ConfigError: an unknown key (the nearest valid one is named), a value of the wrong type or out of range.
     """
     return _parse(Config, values, "")
+
+
+def check_name(name: object, key: str) -> None:
+    """Refuses what is not the plain name of a folder, so that no config decides where on the disk it is written.
+
+    Raises:
+      ConfigError: with the name of `key`.
+    """
+    plain = isinstance(name, str) and name.strip() not in ("", ".", "..") and printable(name) == name
+    if not plain or set(name) & set("/\\\n\t") or len(name.encode()) > _LONGEST_NAME:
+        raise ConfigError(
+            f"{key}={brief(name)} must be the name of one folder: without slashes, backslashes and control characters,"
+            f" not . or .., at most {_LONGEST_NAME} bytes. Another place is given as --workdir"
+        )
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -198,7 +245,8 @@ def _parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
         if key not in fields:
             where = f"in {prefix[:-1]}" if prefix else "at the top level"
             raise ConfigError(
-                f"config key {prefix + key!r} does not exist{nearest(key, fields)} (keys {where}: {', '.join(fields)})"
+                f"config key {brief(f'{prefix}{key}')} does not exist{nearest(key, fields)} (keys {where}:"
+                f" {', '.join(fields)})"
             )
         arguments[key] = _convert(value, hints[key], prefix + key)
     return cls(**arguments)
@@ -207,23 +255,60 @@ def _parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 def _convert(value: Any, wanted: Any, path: str) -> Any:
     if dataclasses.is_dataclass(wanted):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"config.{path} is {value!r}; it must be a group of keys")
+            raise ConfigError(f"config.{path} is {brief(value)}; it must be a group of keys")
         return _parse(wanted, value, path + ".")
+    value = _plain(value, path)
     if isinstance(wanted, types.UnionType):
         # A schedule: a dict, or else a number.
-        wanted = dict if isinstance(value, Mapping) else float
-    if wanted is dict and isinstance(value, Mapping):
-        return {key: _convert(entry, dict, f"{path}.{key}") if isinstance(entry, Mapping) else entry
-                for key, entry in value.items()}  # fmt: skip
+        wanted = dict if isinstance(value, dict) else float
     if wanted is float and type(value) is int:
         return float(value)
     if wanted is tuple and isinstance(value, list):
         return tuple(value)
     if type(value) is not wanted:
         raise ConfigError(
-            f"config.{path}={value!r} is of type {type(value).__name__}; it must be of type {wanted.__name__}"
+            f"config.{path}={brief(value)} is of type {type(value).__name__}; it must be of type {wanted.__name__}"
         )
     return value
+
+
+def _plain(value: Any, path: str, depth: int = 0) -> Any:
+    """A value of any key, with dicts for mappings, if JSON can hold it and all numbers and texts in it can be used."""
+    if depth > _DEEPEST:
+        raise ConfigError(f"config.{path[:_LONGEST_NAME]}... has groups within groups, more than {_DEEPEST} deep")
+    wanted = ""
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not (isinstance(key, str) and _can_be_a_path(key))]:
+            raise ConfigError(f"config.{path} has the key {brief(wrong[0])}; keys must be texts")
+        return {key: _plain(entry, f"{path}.{key}", depth + 1) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(entry, path, depth + 1) for entry in value)
+    if isinstance(value, str):
+        if not _can_be_a_path(value):
+            wanted = f"text without NUL, valid in UTF-8, of at most {_LONGEST_TEXT:,} bytes"
+    elif isinstance(value, float):
+        if not abs(value) <= _LARGEST_FLOAT:  # nan is not
+            wanted = f"a finite number, of at most {_LARGEST_FLOAT:.3g}"
+    elif isinstance(value, int):
+        if not -_LARGEST <= value <= max(_LARGEST, _RANGES.get(path, (0, 0))[1]):
+            wanted = f"a whole number from {-_LARGEST:,} to {_LARGEST:,}"
+    elif value is not None:
+        wanted = "made of numbers, texts, true, false, lists and groups"
+    if wanted:
+        raise ConfigError(f"config.{path}={brief(value)} must be {wanted}")
+    return value
+
+
+def _can_be_a_path(text: str) -> bool:
+    """Also with bytes that are not UTF-8, which Python keeps as lone surrogates from U+DC80 to U+DCFF."""
+    try:
+        return (
+            "\0" not in text
+            and len(text) <= _LONGEST_TEXT
+            and len(text.encode("utf-8", "surrogateescape")) <= _LONGEST_TEXT
+        )
+    except UnicodeEncodeError:
+        return False
 
 
 def _require(config: Config, path: str, holds: typing.Callable[[Any], bool], wanted: str) -> None:
@@ -231,4 +316,4 @@ def _require(config: Config, path: str, holds: typing.Callable[[Any], bool], wan
     for part in path.split("."):
         value = getattr(value, part)
     if not holds(value):
-        raise ConfigError(f"config.{path}={value!r} must be {wanted}")
+        raise ConfigError(f"config.{path}={brief(value)} must be {wanted}")

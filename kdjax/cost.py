@@ -5,7 +5,8 @@ Weights and input are on the device before the clock starts, and it stops when t
 noisy: models that are to be compared are run in turns, and times are given as quartiles.
 
 `measure` is the whole account of several models at one size. Multiply-accumulates come from `kdjax.models.count_macs`.
-`Planned` is a step of training whose memory is known, and compared with the machine's, before it runs.
+`Planned` is a step of training whose memory is known, and compared with the machine's, before it runs. What a config
+asks for is compared with it earlier, before networks and batches are made.
 """
 
 from __future__ import annotations
@@ -27,10 +28,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import models
+from kdjax.config import Config, ConfigError
+from kdjax.memory import host_memory
+from kdjax.models.custom import is_custom
+from kdjax.names import brief
 
 log = logging.getLogger("kdjax")
 
-_CONTAINER = Path("/sys/fs/cgroup")  # where Linux tells what a container may have
+# Of the hyper-parameters of architectures here: blocks are made one by one, and a level has twice the channels of the
+# one before.
+_MOST_CHANNELS, _MOST_BLOCKS, _MOST_LEVELS = 1024, 256, 16
+_CHANNELS, _LEVELS = ("num_in_ch", "num_out_ch", "img_channel", "num_feat", "num_grow_ch", "width"), ("num_level",)
+_COPIES = 5  # of a student's parameters in training: themselves, their EMA, the gradient, Adam's two moments
+_WORKER_BYTES = 100 << 20  # of a decoding process that has read nothing yet: Python, NumPy, Grain
 
 WARM_UP = 3  # runs before the first that counts: caches, thread pools, clocks of a GPU
 
@@ -320,17 +330,65 @@ def device_memory() -> tuple[int, int]:
         stats = jax.local_devices()[0].memory_stats() or {}
         limit = stats.get("bytes_limit", 0)
         return limit, max(0, limit - stats.get("bytes_in_use", 0))
-    if not hasattr(os, "sysconf"):
-        return 0, 0
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    info = Path("/proc/meminfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), 0)
-    limit = _CONTAINER / "memory.max"
-    if limit.exists() and (text := limit.read_text(encoding="utf-8").strip()).isdigit() and int(text) < there:
-        there = int(text)
-        free = max(0, min(free, there - int(limit.with_name("memory.current").read_text(encoding="utf-8"))))
-    return there, free
+    return host_memory()
+
+
+def check_network_fits(arch: str, hparams: Mapping[str, Any]) -> None:
+    """Refuses a student that is too large to be trained here, before any of its parameters is made.
+
+    Args:
+      hparams: complete ones.
+
+    Raises:
+      ConfigError: with what there is room for.
+    """
+    for name, value in {} if is_custom(arch) else hparams.items():
+        most = _MOST_CHANNELS if name in _CHANNELS else _MOST_LEVELS if name in _LEVELS else _MOST_BLOCKS
+        numbers = value if isinstance(value, tuple) else (value,)
+        if len(numbers) > _MOST_LEVELS:
+            raise ConfigError(f"config.student.hparams.{name} has {len(numbers):,} numbers, and {_MOST_LEVELS} at most")
+        if any(type(number) is int and number > most for number in numbers):
+            raise ConfigError(f"config.student.hparams.{name}={brief(value)} must be at most {most}")
+    shown = f"config.student.hparams={brief(dict(hparams), 200)}"
+    try:
+        count = models.count_params(models.abstract_params(arch, hparams))
+    except (TypeError, OverflowError) as error:  # of sizes beyond 64 bits, or of the user's own class
+        raise ConfigError(f"config.student: {arch} cannot be made with {shown}: {error}") from error
+    there, _ = device_memory()
+    # On a CPU every device keeps a copy of its own in the same memory.
+    needed = 4 * count * _COPIES * (jax.local_device_count() if jax.default_backend() == "cpu" else 1)
+    if there and needed > there:
+        raise ConfigError(
+            f"config.student: {arch} with {shown} has {count:,} parameters; training them takes {amount(needed)} at"
+            f" least, and there are {amount(there)}"
+        )
+
+
+def check_data_fits(config: Config, *, channels: int, scale: int, process_count: int = 1) -> None:
+    """Refuses batches, validation crops and decoding processes that memory cannot hold, before any is made.
+
+    Args:
+      channels, scale: of the student.
+
+    Raises:
+      ConfigError: with the keys that ask for too much.
+    """
+    options, workers, crop = config.data, config.data.workers, config.val.crop
+    side = max(options.crop, options.canvas)
+    rows = -(-options.batch_size // process_count)
+    # Batches that are loaded ahead, and made while those wait: see `kdjax.data.pipeline`.
+    batches = 2 + 3 * workers if workers else 8
+    pixels = side**2 + (side // scale) ** 2 * bool(options.lq)
+    asks = {
+        f"config.data.workers={workers:,}, as processes that decode images": workers * _WORKER_BYTES,
+        f"config.data.batch_size={options.batch_size:,} of squares of {side:,} pixels (config.data.crop and canvas),"
+        f" {batches:,} batches ahead": batches * rows * pixels * channels,
+        f"config.val.crop={crop:,}, as the side of an image": 5 * channels * crop**2,  # in 8 bit and in float32
+    }
+    there, _ = host_memory()
+    for what, needed in asks.items():
+        if there and needed > there:
+            raise ConfigError(f"{what}, takes {amount(needed)} at least, and the machine has {amount(there)}")
 
 
 def check_it_fits(memory: Memory | None, what: str = "a pass", *, devices: int = 1) -> None:

@@ -4,31 +4,56 @@
     python -m kdjax.demo --model student.pth teacher.pth
 
 The page takes an image, adds noise to it if asked to, and shows input and output with a slider between them, and how
-long that took. It listens on localhost; nothing is sent anywhere else.
+long that took.
+
+It listens on localhost, and refuses whoever calls it by another name, the pages of other sites in the same browser, and
+files that are no images. Nothing is sent anywhere else. Images and results are in a temporary folder that only its user
+can read, and are deleted after an hour, or when the program ends; what a killed program leaves, the next one deletes.
+Ctrl-C ends it with exit code 0, SIGTERM with 143, SIGHUP (the terminal is closed) with 129.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import html
+import importlib.util
+import json
 import os
+import shutil
+import signal
+import socket
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
-from kdjax import assets, models
-from kdjax.data import read_image
-from kdjax.names import named_paths
+from kdjax import assets, commandline, cost, models, sharding
+from kdjax.data import ImageError, read_image
+from kdjax.data.images import opened
+from kdjax.files import FolderInUse, locked
+from kdjax.names import brief, named_paths, pick
 from kdjax.tiles import restore_image
 from kdjax.weights import Loaded, load_weights, parse_hparams
 
 if TYPE_CHECKING:
     import gradio
+    from starlette.requests import Request
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 _MOST_PIXELS = 20_000_000  # what a browser still shows
+_MOST_BYTES = 200_000_000  # of a file: those pixels in RGBA of 16 bits without compression are 160 MB
+_MOST_NOISE = 75
+_KEPT_SECONDS = 3600
+_UPLOAD = "/gradio_api/upload"
+_FOLDER = "kdjax-demo-"
+_HOST = "127.0.0.1"
 
 
 def add_noise(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -43,17 +68,12 @@ def restore(
     """What the model was given and what it made of an image file, uint8 of one size, and the seconds that it took.
 
     Raises:
-      ImageError: the file is not an image.
-      ValueError: it has too many pixels for a page.
+      ImageError: the file is not an image, or has too many pixels for a page.
     """
-    image = read_image(path)
     scale = models.scale_of(model)
+    check_image(path, scale)
+    image = read_image(path)
     height, width = (size * scale for size in image.shape[:2])
-    if height * width > _MOST_PIXELS:
-        raise ValueError(
-            f"the result would be {width}x{height} pixels, more than the {_MOST_PIXELS / 1e6:g} million that this page"
-            " shows; use python -m kdjax.restore"
-        )
     noisy = add_noise(image, sigma)
     started = time.perf_counter()
     restored = restore_image(model, noisy, tile=tile, tile_pad=tile_pad)
@@ -62,25 +82,49 @@ def restore(
     return np.asarray(Image.fromarray(given).resize((width, height), Image.Resampling.BICUBIC)), made, seconds
 
 
-def build_page(loaded: dict[str, Loaded], *, tile: int, tile_pad: int) -> gradio.Blocks:
-    """The page for models by name."""
+def check_image(path: str | os.PathLike[str], scale: int = 1) -> None:
+    """Looks at the header of a file.
+
+    Raises:
+      ImageError: it is none of an image, or of one that has too many pixels for a page after enlarging `scale` times.
+    """
+    with opened(path, sys.maxsize) as image:
+        width, height = (side * scale for side in image.size)
+    if height * width > _MOST_PIXELS:
+        raise ImageError(
+            f"{path}: the result would be {width}x{height} pixels, more than the {_MOST_PIXELS / 1e6:g} million that"
+            " this page shows; use python -m kdjax.restore"
+        )
+
+
+def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: int) -> gradio.Blocks:
+    """The page for models by name; `folder` is where Gradio puts what is uploaded, and nothing else is read."""
     import gradio as gr
 
-    def run(name: str, path: str | None, sigma: float) -> tuple[tuple[np.ndarray, np.ndarray], str]:
-        if path is None:
-            raise gr.Error("Drop an image first.")
+    def run(name: str, image: dict[str, Any] | None, sigma: float) -> tuple[tuple[np.ndarray, np.ndarray], str]:
+        if not image or not image.get("path"):
+            raise _error("Drop an image first.")
+        path = image["path"]
+        if not Path(path).resolve().is_relative_to(folder.resolve()) or not os.path.exists(path):
+            raise _error("The image is not there: those dropped on the page are deleted after an hour. Drop it again.")
         try:
-            given, made, seconds = restore(loaded[name].model, path, sigma, tile=tile, tile_pad=tile_pad)
+            if not isinstance(sigma, int | float) or not 0 <= sigma <= _MOST_NOISE:
+                raise ValueError(f"the noise is {brief(sigma)}; it must be a number from 0 to {_MOST_NOISE}")
+            model = pick(loaded, str(name), "model").model
+            with cost.telling_out_of_memory():
+                given, made, seconds = restore(model, path, sigma, tile=tile, tile_pad=tile_pad)
+        except cost.OutOfMemory as error:
+            raise _error(f"out of memory: {error}; start the page with a smaller --tile") from error
         except ValueError as error:  # also an ImageError: what was dropped, not the program
-            raise gr.Error(str(error).replace(str(path), Path(path).name)) from error
+            raise _error(_without_folder(error, path)) from error
         height, width = made.shape[:2]
-        megapixels = height * width / models.scale_of(loaded[name].model) ** 2 / 1e6
+        megapixels = height * width / models.scale_of(model) ** 2 / 1e6
         return (given, made), (
             f"**{seconds * 1000:.0f} ms** for {width}x{height} pixels, {megapixels / seconds:.2f} megapixels of input a"
             " second. The first image of a size below the tile also compiles the model."
         )
 
-    with gr.Blocks(title="kdjax", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title="kdjax", analytics_enabled=False, delete_cache=(60, _KEPT_SECONDS)) as page:
         gr.Markdown(
             "# kdjax\nDrop an image; the slider shows the input on its left and the restored image on its right."
         )
@@ -88,18 +132,30 @@ def build_page(loaded: dict[str, Loaded], *, tile: int, tile_pad: int) -> gradio
             with gr.Column(scale=1):
                 name = gr.Dropdown(list(loaded), value=next(iter(loaded)), label="Model", elem_id="model")
                 about = gr.Markdown(_about(next(iter(loaded.values()))), elem_id="about")
-                path = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", elem_id="image")
-                sigma = gr.Slider(0, 75, 0, step=1, label="Noise to add first, sigma of 255", elem_id="sigma")
+                image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", elem_id="image")
+                sigma = gr.Slider(0, _MOST_NOISE, 0, step=1, label="Noise to add first, sigma of 255", elem_id="sigma")
                 button = gr.Button("Restore", variant="primary", elem_id="restore")
-                gr.Examples([str(photo) for photo in _photographs()], path, label="Photographs of the package")
+                gr.Examples([str(photo) for photo in _photographs()], image, label="Photographs of the package")
             with gr.Column(scale=2):
                 slider = gr.ImageSlider(
                     label="Input | restored", type="numpy", format="png", interactive=False, elem_id="result"
                 )
                 timing = gr.Markdown(elem_id="timing")
         name.change(lambda chosen: _about(loaded[chosen]), name, about, api_visibility="private")
-        button.click(run, [name, path, sigma], [slider, timing], api_name="restore")
+        # In its preprocessing Gradio would convert what is not 8-bit RGB, and say only "Error" of what it cannot open.
+        button.click(run, [name, image, sigma], [slider, timing], api_name="restore", preprocess=False)
     return page
+
+
+def _error(message: str) -> Exception:
+    """What Gradio shows on the page as it is."""
+    import gradio as gr
+
+    return gr.Error(html.escape(message, quote=False), print_exception=False)
+
+
+def _without_folder(error: Exception, path: str) -> str:
+    return str(error).replace(path, Path(path).name)
 
 
 def _about(loaded: Loaded) -> str:
@@ -114,8 +170,121 @@ def _photographs() -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix == ".png")[:4]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kdjax.demo", description="A local page to try models on images.")
+class _Guard:
+    """Stands before Gradio, which takes any file from anybody, and keeps half of an upload that broke off.
+
+    Refused are what a browser sends for the page of another site (403), unless it is following a link to this one; more
+    than `_MOST_BYTES` (413); and the upload of a file that is no image (415). An upload is passed on once it is whole.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        from starlette.concurrency import run_in_threadpool
+        from starlette.requests import ClientDisconnect, Request
+        from starlette.responses import PlainTextResponse
+
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        request = Request(scope, receive)
+        if _is_foreign(request):
+            return await PlainTextResponse("this page answers no other site", 403)(scope, receive, send)
+        if request.method in ("GET", "HEAD", "OPTIONS"):
+            return await self._app(scope, receive, send)
+        try:
+            chunks = await _read_body(request)
+        except ClientDisconnect:
+            return None
+        if chunks is None:
+            message = f"more than {_MOST_BYTES / 1e6:.0f} MB"
+            return await PlainTextResponse(message, 413)(scope, receive, send)
+        chunks.reverse()
+
+        async def replay() -> Message:
+            if not chunks:
+                return await receive()
+            return {"type": "http.request", "body": chunks.pop(), "more_body": bool(chunks)}
+
+        if scope["path"] != _UPLOAD:
+            return await self._app(scope, replay, send)
+        answer: list[Message] = []
+
+        async def keep(message: Message) -> None:
+            answer.append(message)
+
+        await self._app(scope, replay, keep)
+        if answer[0]["status"] == 200:
+            stored = json.loads(b"".join(message.get("body", b"") for message in answer))
+            if problem := await run_in_threadpool(_remove_what_is_no_image, stored):
+                return await PlainTextResponse(problem, 415)(scope, receive, send)
+        for message in answer:
+            await send(message)
+        return None
+
+
+def _is_foreign(request: Request) -> bool:
+    """Whether a browser sends this for the page of another site; programs send neither of the two headers."""
+    site, origin = (request.headers.get(name) for name in ("sec-fetch-site", "origin"))
+    is_own = site in (None, "same-origin", "none") and (
+        origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    )
+    is_whole_page = request.headers.get("sec-fetch-dest") == "document"  # not in a frame
+    is_link = request.method == "GET" and request.url.path == "/" and is_whole_page
+    return not is_own and not is_link
+
+
+async def _read_body(request: Request) -> list[bytes] | None:
+    """The chunks of a request's body, at least one; None if it is too long.
+
+    Raises:
+      ClientDisconnect: it broke off.
+    """
+    most = _MOST_BYTES + 2**16  # with what is around a file
+    if int(request.headers.get("content-length", 0)) > most:
+        return None
+    chunks, size = [b""], 0
+    async for chunk in request.stream():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > most:
+            return None
+    return chunks
+
+
+def _remove_what_is_no_image(paths: list[str]) -> str:
+    """Removes all the files of an upload if one of them is no image; returns what is wrong with it, or ''."""
+    try:
+        for path in paths:
+            check_image(path)
+    except ImageError as error:
+        for other in map(Path, paths):
+            other.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                other.parent.rmdir()
+        return _without_folder(error, path)
+    return ""
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder that only this user can read, removed at the end, with those that killed programs left."""
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
+    try:
+        with locked(folder):
+            for other in folder.parent.glob(f"{_FOLDER}*"):
+                with contextlib.suppress(FolderInUse, OSError):
+                    is_own = other.lstat().st_uid == folder.lstat().st_uid  # in /tmp, anybody can take a name
+                    if is_own and any(other.iterdir()):  # one that is being made is still empty
+                        with locked(other):
+                            shutil.rmtree(other)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.demo", __doc__)
     parser.add_argument("--model", nargs="+", required=True, metavar="[NAME=]FILE", help='weights, or "embedded"')
     parser.add_argument("--port", type=int, default=7860, help="port on localhost; 0 takes a free one (default: 7860)")
     parser.add_argument("--tile", type=int, default=256, help="side of a tile; 0 runs images whole (default: 256)")
@@ -123,15 +292,19 @@ def main() -> None:
     parser.add_argument("--key", default="auto", help="which state dict of the files, e.g. params; default: the best")
     parser.add_argument("--hparam", action="append", default=[], metavar="NAME=VALUE", help="what a file cannot tell")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
     if not 0 <= options.port <= 65535:
         parser.error(f"--port {options.port} must be from 0 to 65535")
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it would look for news
-    try:
-        import gradio as gr
-    except ImportError:
+    if importlib.util.find_spec("gradio") is None:
         sys.exit('error: the page needs Gradio; install it with pip install "kdjax[demo]"')
+    sharding.use_all_cores()
     try:
+        _usable_port(options.port)  # before the wait
         hparams = parse_hparams(options.hparam)
         paths = named_paths(options.model, "--model")
         loaded = {
@@ -140,36 +313,83 @@ def main() -> None:
         }
         first = next(iter(loaded.values())).model
         restore_image(first, np.zeros((8, 8), np.float32), tile=options.tile, tile_pad=options.tile_pad)
+        code = _serve(options, loaded)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         sys.exit(f"error: {error}")
-    page = build_page(loaded, tile=options.tile, tile_pad=options.tile_pad)
-    fonts = ["system-ui", "sans-serif"]  # Gradio's own would be fetched
+    # Not sys.exit: a thread may be restoring an image, cannot be stopped, and would abort where the interpreter ends.
+    os._exit(code)
+
+
+def _serve(options: argparse.Namespace, loaded: dict[str, Loaded]) -> int:
+    """Serves the page until a signal ends it; returns the exit code."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        _, url, _ = page.launch(
-            server_name="127.0.0.1",
-            server_port=options.port or _free_port(),
-            inbrowser=options.open,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            theme=gr.themes.Default(font=fonts, font_mono=["monospace"]),
-            footer_links=[],
-        )
-    except OSError as error:
-        sys.exit(
-            f"error: port {options.port} cannot be used ({error}); choose another with --port, or 0 for a free one"
-        )
-    print(f"{url}  (Ctrl-C ends)", flush=True)
-    page.block_thread()
+        with _private_folder() as folder:
+            _set_environment(folder)
+            page = build_page(loaded, folder, tile=options.tile, tile_pad=options.tile_pad)
+            url = _launch(page, _usable_port(options.port), options.open)
+            print(f"{url}  (Ctrl-C ends)", flush=True)
+            while True:
+                time.sleep(_KEPT_SECONDS)
+    except KeyboardInterrupt:
+        return 0
+    except SystemExit as ended:
+        return ended.code
 
 
-def _free_port() -> int:
-    import socket
+def _launch(page: gradio.Blocks, port: int, open_it: bool) -> str:
+    """Serves the page from a thread of its own; returns its URL."""
+    import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    _, url, _ = page.launch(
+        server_name=_HOST,
+        server_port=port,
+        inbrowser=open_it,
+        share=False,
+        quiet=True,
+        show_error=True,
+        prevent_thread_lock=True,
+        max_file_size=_MOST_BYTES,
+        app_kwargs={
+            "middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"]), Middleware(_Guard)]
+        },
+        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),  # others would be fetched
+        footer_links=[],
+    )
+    return url
+
+
+def _set_environment(folder: Path) -> None:
+    """What Gradio reads from the environment, before it is imported: nothing that is meant for other pages."""
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        del os.environ[name]
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    os.environ["GRADIO_EXAMPLES_CACHE"] = str(folder / "examples")  # else ./.gradio, which it serves
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{direct},{_HOST}"  # it calls its own server
+
+
+def _usable_port(port: int) -> int:
+    """The port itself, or a free one for 0.
+
+    Raises:
+      OSError: it cannot be used.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: after another has ended
+        try:
+            probe.bind((_HOST, port))
+        except OSError as error:
+            raise OSError(
+                f"port {port} cannot be used: {error.strerror}; choose another with --port, or 0 for a free one"
+            ) from None
         return probe.getsockname()[1]
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import logging
 import math
 import re
 import sys
@@ -27,9 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import assets, cost, data, models, report, sharding, validation
+from kdjax import assets, commandline, cost, data, models, report, sharding, validation
 from kdjax.files import write_json, write_text
 from kdjax.logbook import finite
+from kdjax.markdown import literal, table
 from kdjax.metrics import named, niqe
 from kdjax.metrics.named import METRICS
 from kdjax.names import named_paths
@@ -115,10 +115,8 @@ class Request:
         return [(one, sigma) for one in self.datasets for sigma in (self.sigmas if one.lq is None else [None])]
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdjax.evaluate", description="Models on folders of images, any number of each in one table."
-    )
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.evaluate", __doc__)
     add = parser.add_argument
     add("--model", required=True, action="extend", nargs="+", metavar="[NAME=]FILE",
         help='.pth or .safetensors files, or "embedded"')  # fmt: skip
@@ -130,7 +128,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lq", metavar="DIR", help="the degraded images of the one --data, in place of --sigma")
     add("--filename-tmpl", default="{}", help='lq file stem from the gt stem, e.g. "{}_noisy"')
     add("--limit", type=int, default=0, help="images at most, spread over each folder; 0 takes all")
-    add("--metrics", nargs="+", default=["psnr", "ssim"], choices=list(METRICS), help="default: psnr ssim")
+    add("--metrics", nargs="+", default=["psnr", "ssim"], choices=list(METRICS), help="what to measure")
     add("--crop-border", type=int, default=0, metavar="N", help="pixels that metrics leave out at each side")
     add("--niqe", metavar="FILE|DIR", help="for niqe: BasicSR's niqe_pris_params.npz, or a folder of clean photographs")
     add("--lpips", metavar="FILE", help="for lpips: the state dict of lpips.LPIPS")
@@ -421,27 +419,26 @@ def _write_table(request: Request, rows: list[dict[str, Any]], options: argparse
 
 def markdown(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], settings: Mapping[str, str]) -> str:
     """The table, the best model of every set and level in bold, and what the numbers depend on."""
-    headings = ["data", "degraded", "images", "model", *(METRICS[name].heading for name in metrics)]
-    lines = [f"| {' | '.join(headings)} |"]
-    lines.append(f"| --- | --- | ---: | --- |{' ---: |' * len(metrics)}")
+    lines = []
     for row in rows:
         rivals = [
             other for other in rows
             if (other["data"], other["degraded"]) == (row["data"], row["degraded"]) and other["model"] != report.INPUT
         ]  # fmt: skip
-        cells = [row["data"], row["degraded"], str(row["images"]), row["model"]]
+        cells = [literal(row["data"]), literal(row["degraded"]), str(row["images"]), literal(row["model"])]
         for name in metrics:
             text, sign = METRICS[name].text(row[name]), 1 if METRICS[name].higher_is_better else -1
             best = max((sign * other[name] for other in rivals if not math.isnan(other[name])), default=None)
             wins = len(rivals) > 1 and row["model"] != report.INPUT and sign * row[name] == best
             cells.append(f"**{text}**" if wins else text)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join([*lines, "", *(f"- {name}: {value}" for name, value in settings.items())]) + "\n"
+        lines.append(cells)
+    headings = ["data", "degraded", "images", "model", *(METRICS[name].heading for name in metrics)]
+    about = [f"- {literal(name)}: {literal(value)}" for name, value in settings.items()]
+    return "\n".join([table(headings, lines, align="llrl" + "r" * len(metrics)), "", *about]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    logging.getLogger("jax").setLevel(logging.WARNING)
     sharding.use_all_cores()
     try:
         request = prepare(options)
@@ -464,4 +461,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main)

@@ -18,6 +18,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdjax.files import printable
+from kdjax.markdown import literal, table
+
 SCRATCH = "scratch"  # the column that all others are compared with
 
 Result = Mapping[str, Any]
@@ -76,25 +79,24 @@ def markdown(rows: Sequence[Row], *, teacher_psnr: float, input_psnr: float) -> 
     """The table, columns by falling gain below scratch, and how to read it."""
     base = next((row.gigamacs for row in rows if row.column == SCRATCH), None)
     ordered = sorted(rows, key=lambda row: (row.column != SCRATCH, -(row.gain if row.gain is not None else row.psnr)))
-    lines = [
-        "| column | PSNR | gain over scratch | gap closed | SSIM | PSNR(student, teacher) | steps | compute |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = []
     for row in ordered:
         is_other = row.column != SCRATCH and row.gain is not None
-        cells = [
-            row.column,
-            f"{row.psnr:.3f} ± {row.psnr_spread:.3f}",
-            f"{row.gain:+.3f} ± {row.gain_spread:.3f}" if is_other else "",
-            f"{100 * row.gap_closed:.1f} %" if is_other and row.gap_closed is not None else "",
-            f"{row.ssim:.4f}",
-            f"{row.psnr_student_teacher:.2f}",
-            f"{row.steps:,}",
-            f"{row.gigamacs / base:.2f}" if base else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(
+            [
+                literal(row.column),
+                f"{row.psnr:.3f} ± {row.psnr_spread:.3f}",
+                f"{row.gain:+.3f} ± {row.gain_spread:.3f}" if is_other else "",
+                f"{100 * row.gap_closed:.1f} %" if is_other and row.gap_closed is not None else "",
+                f"{row.ssim:.4f}",
+                f"{row.psnr_student_teacher:.2f}",
+                f"{row.steps:,}",
+                f"{row.gigamacs / base:.2f}" if base else "",
+            ]
+        )
+    header = ["column", "PSNR", "gain over scratch", "gap closed", "SSIM", "PSNR(student, teacher)", "steps", "compute"]
     seeds = sorted({seed for row in rows for seed in row.seeds})
-    incomplete = [f"{row.column} ({len(row.seeds)})" for row in rows if len(row.seeds) < len(seeds)]
+    incomplete = [f"{literal(row.column)} ({len(row.seeds)})" for row in rows if len(row.seeds) < len(seeds)]
     text = (
         f"Teacher {teacher_psnr:.3f} dB, input {input_psnr:.3f} dB. Mean over the seeds {', '.join(map(str, seeds))} ±"
         " standard deviation; the gain's is that of the differences between runs of one seed. Compute is the"
@@ -102,7 +104,7 @@ def markdown(rows: Sequence[Row], *, teacher_psnr: float, input_psnr: float) -> 
     )
     if incomplete:
         text += f" Fewer seeds so far: {', '.join(incomplete)}."
-    return "\n".join(lines) + "\n\n" + text + "\n"
+    return f"{table(header, lines, align='lrrrrrrr')}\n\n{text}\n"
 
 
 def plot(rows: Sequence[Row], results: Sequence[Result], path: Path, *, teacher_psnr: float) -> None:
@@ -116,6 +118,7 @@ def plot(rows: Sequence[Row], results: Sequence[Result], path: Path, *, teacher_
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a column is one
     ordered = sorted(rows, key=lambda row: row.gain if row.gain is not None else row.psnr)
     scratch = {result["seed"]: result["psnr"] for result in results if result["column"] == SCRATCH}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 0.4 * len(rows) + 2.2), layout="constrained")
@@ -124,7 +127,7 @@ def plot(rows: Sequence[Row], results: Sequence[Result], path: Path, *, teacher_
         values = [run["psnr"] - scratch.get(run["seed"], math.nan) if scratch else run["psnr"] for run in runs]
         left.plot(values, [position] * len(values), "o", color="C0", alpha=0.5)
         left.plot([statistics.fmean(values)], [position], "|", color="black", markersize=14, markeredgewidth=2)
-    left.set_yticks(range(len(ordered)), [row.column for row in ordered])
+    left.set_yticks(range(len(ordered)), [printable(row.column) for row in ordered])
     left.set_xlabel("PSNR - PSNR of scratch, dB: every seed, and their mean" if scratch else "PSNR, dB")
     left.axvline(0, color="grey", linewidth=1) if scratch else None
     left.grid(axis="x", alpha=0.3)
@@ -133,7 +136,7 @@ def plot(rows: Sequence[Row], results: Sequence[Result], path: Path, *, teacher_
         steps = sorted(set.intersection(*(set(curve) for curve in curves)))
         means = [statistics.fmean(curve[step] for curve in curves) for step in steps]
         style = dict(color="black", linewidth=2) if row.column == SCRATCH else dict(color=f"C{i % 10}")
-        right.plot(steps, means, marker=".", label=row.column, **style)
+        right.plot(steps, means, marker=".", label=printable(row.column), **style)
     right.axhline(teacher_psnr, color="grey", linestyle="--", linewidth=1)
     right.annotate("teacher", (0, teacher_psnr), xycoords=("axes fraction", "data"), va="bottom", color="grey")
     right.set_xscale("log")  # a column of equal compute can be many times as long as the others

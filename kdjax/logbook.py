@@ -66,7 +66,12 @@ class Logbook:
         return sharding.exchange(any(row["step"] == step and name in row for row in self._kept))[0]
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes numbers of one step; what is not finite is null in the JSON."""
+        """Writes numbers of one step; what is not finite is null in the JSON.
+
+        Numbers that were there when the run was continued are not written twice.
+        """
+        if any(row["step"] == step and values.keys() <= row.keys() for row in self._kept):
+            return
         if self._file:
             self._file.write(json.dumps(finite({"step": step, **values})) + "\n")
             self._file.flush()
@@ -90,6 +95,8 @@ def finite(value: Any) -> Any:
     """The value with None for every inf and nan inside it, which JSON does not have."""
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

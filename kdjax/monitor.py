@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -135,7 +136,7 @@ class Monitor:
         measured = ("gt", "lq", "filename_tmpl", "meta_info", "sigma", "degrade", "crop", "limit")
         of = json.loads(json.dumps({name: getattr(self._options, name) for name in measured}))  # as it is read back
         of["teacher"] = self._teacher and self._teacher.identity
-        known = sharding.exchange(read_json(path) if sharding.is_first() else {})[0]
+        known = sharding.exchange(_read_known(path) if sharding.is_first() else {})[0]
         if known.get("of") == of:
             self._scores = {who: Score(**values) for who, values in known["scores"].items()}
             return
@@ -185,6 +186,15 @@ class Monitor:
             picture = _side_by_side([image for image in images if image is not None])
             data.write_image(folder / f"{Path(sample.name).stem}.png", picture)
             logbook.image(step, f"val/{sample.name}", picture)
+
+
+def _read_known(path: Path) -> dict[str, Any]:
+    """What was measured before; empty where that is damaged, so it is measured again."""
+    try:
+        return read_json(path)
+    except ValueError as error:
+        log.warning(f"WARNING: {error}. It is measured again")
+        return {}
 
 
 def _centre(sample: Sample, side: int, scale: int) -> Sample:

@@ -19,14 +19,14 @@ def pick(table: Mapping[str, T], name: object, what: str) -> T:
     Raises:
       ValueError: there is no such name; `what` says in the message what was looked for.
     """
-    if name in table:
-        return table[name]  # type: ignore[index]
-    raise ValueError(f"unknown {what} {name!r}{nearest(name, table)} (known: {', '.join(table)})")
+    if isinstance(name, str) and name in table:
+        return table[name]
+    raise ValueError(f"unknown {what} {brief(name)}{nearest(name, table)} (known: {', '.join(table)})")
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
     """'; did you mean X?' for the known name most like `name`, or '' when none is."""
-    near = get_close_matches(str(name), list(known), n=1)
+    near = get_close_matches(name[:100] if isinstance(name, str) else brief(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from kdjax import assets, data, distill, models, sharding, targets
+from kdjax import assets, cost, data, distill, models, sharding, targets
 from kdjax import config as config_lib
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade
-from kdjax.files import read_json
+from kdjax.files import read_json, write_json
 from kdjax.models.slicing import slice_model
 from kdjax.schedules import make_schedule
 from kdjax.teachers import Teacher, load_teacher
@@ -65,6 +65,7 @@ def prepare(config: Config) -> Setup:
             raise ConfigError(f"config.log asks for {package}, which is not installed: pip install 'kdjax[{extra}]'")
     student, teacher = make_networks(config)
     scale = models.scale_of(student)
+    cost.check_data_fits(config, channels=models.num_channels(student), scale=scale, process_count=jax.process_count())
     for name, side in (("crop", config.data.crop), ("canvas", config.data.canvas)):
         if side % scale:
             raise ConfigError(
@@ -135,6 +136,23 @@ def prepare(config: Config) -> Setup:
     return dataclasses.replace(setup, cache=cache, recipe=recipe)
 
 
+def on_these_devices(config: Config) -> Config:
+    """The config with `data.batch_size` as that of all devices, where `data.per_device` says it is that of each.
+
+    A CPU counts as one device, however many its cores are taken for.
+    """
+    if not config.data.per_device:
+        return config
+    here, everywhere = jax.local_device_count(), jax.device_count()
+    if jax.default_backend() == "cpu":
+        here, everywhere = 1, jax.process_count()
+    options = config.data
+    whole = dataclasses.replace(
+        options, batch_size=options.batch_size * everywhere, workers=options.workers * here, per_device=False
+    )
+    return dataclasses.replace(config, data=whole)
+
+
 def sample_settings(setup: Setup) -> dict[str, object]:
     """All that the samples of this run follow from; see `kdjax.targets`."""
     kinds = {"gt": setup.pairs, "unlabelled": setup.unlabelled, "unpaired": setup.unpaired}
@@ -149,6 +167,7 @@ def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
     """
     arch = models.canonical_arch(config.student.arch)
     hparams = models.complete_hparams(arch, config.student.hparams)
+    cost.check_network_fits(arch, hparams)
     student = models.init_model(arch, hparams, jax.random.fold_in(jax.random.key(config.seed), 1))
     is_slice = config.student.weights == "teacher"
     teacher = load_teacher(config.teacher, student) if is_slice or needs_teacher(config.terms) else None
@@ -157,7 +176,7 @@ def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
         if not needs_teacher(config.terms):
             teacher = None
     elif config.student.weights:
-        student = load_weights(config.student.weights, arch=arch).model
+        student = load_weights(config.student.weights, arch=arch, **config.student.hparams).model
         if student.hparams != hparams:
             raise ConfigError(
                 f"config.student.weights={config.student.weights!r} holds {student.arch} with {student.hparams};"
@@ -219,6 +238,42 @@ def identity(setup: Setup) -> dict[str, object]:
     }
 
 
+# What a run writes into its folder; `run.json` comes first, and says that the folder is one of a run.
+RUN_FILES = (
+    "config.json", "metrics.jsonl", "train.log", "baseline.json", "result.json", "student.pth", "student.safetensors",
+    "checkpoints", "val", "tensorboard",
+)  # fmt: skip
+
+
+def claim(setup: Setup, workdir: Path) -> None:
+    """Makes a folder that of this run, or checks that it is already.
+
+    Raises:
+      ConfigError: it holds files of something else, which the run would replace.
+    """
+    path = workdir / "run.json"
+    foreign = [name for name in RUN_FILES if (workdir / name).exists()]
+    try:
+        before = read_json(path)
+    except ValueError as error:
+        if path.read_bytes().strip(b"\0\n ") and not (workdir / "checkpoints").is_dir():
+            raise ConfigError(f"{error}, so {workdir} may not be the folder of a run; give a new --workdir") from None
+        log.warning(
+            f"WARNING: {error}. It is written anew; whether student and teacher are those of before cannot be checked"
+        )
+    else:
+        if before and not before.keys() >= {"student", "teacher"}:
+            foreign = ["run.json", *foreign]
+        elif before:
+            return
+        if foreign:
+            raise ConfigError(
+                f"{workdir} holds {', '.join(foreign)}, and no run of kdjax, which would replace them; give a new"
+                " --workdir, or move these files away"
+            )
+    write_json(path, identity(setup))
+
+
 def check_same_run(setup: Setup, workdir: Path) -> None:
     """Refuses to continue a run with another student or another teacher file."""
     before, now = read_json(workdir / "run.json"), identity(setup)
@@ -229,8 +284,12 @@ def check_same_run(setup: Setup, workdir: Path) -> None:
     ]
     if changed:
         raise ConfigError(f"{workdir} holds a run with another {'; '.join(changed)}; give a new --workdir")
-    changes = config_lib.changes(read_json(workdir / "config.json"), config_lib.to_dict(setup.config))
-    for change in changes:
+    try:
+        config_before = read_json(workdir / "config.json")
+    except ValueError as error:
+        log.warning(f"WARNING: {error}. It is written anew")
+        return
+    for change in config_lib.changes(config_before, config_lib.to_dict(setup.config)):
         log.info(f"config changed since the last start: {change}")
 
 

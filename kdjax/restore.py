@@ -11,16 +11,17 @@ the same command again continues. `docs/restoring.md` explains the options.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import functools
 import glob
-import logging
 import os
-import signal
+import stat
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -28,16 +29,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import assets, cost, data, models, sharding
+from kdjax import assets, commandline, cost, data, models, sharding
 from kdjax.data import pictures, videos
+from kdjax.data.images import CONVERSIONS
 from kdjax.data.sources import shortened
+from kdjax.files import printable
 from kdjax.progress import Progress
-from kdjax.signals import StopSignals
+from kdjax.signals import Stopped, StopSignals
 from kdjax.tiles import restore_image
 from kdjax.weights import load_weights, parse_hparams
 
 _FORMATS = ("png", "jpg", "webp", "tif", "bmp", "ppm")
-_PICTURE_SUFFIXES = (*data.IMAGE_SUFFIXES, ".gif")  # that a folder is searched for
+_SUFFIXES = (*data.IMAGE_SUFFIXES, *videos.VIDEO_SUFFIXES)  # that a folder is searched for
+_LISTED = 8  # suffixes that a message lists
 
 Told = Callable[[int, int], None]  # how many parts are done, of how many
 Restore = Callable[..., np.ndarray]  # (image, progress=Told) -> the restored image, of the same type
@@ -55,75 +59,175 @@ class Job:
         return self.source.suffix.lower() in videos.VIDEO_SUFFIXES
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM came."""
-
-
 # ---- what is to be done ------------------------------------------------------------------------------------------
 
 
-def plan(inputs: Sequence[str], output: Path, *, suffix: str = "", format: str | None = None) -> list[Job]:
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be done, and what is not.
+
+    Attributes:
+      ignored: files of folders that are no pictures or videos by their suffix.
+      hidden: how many names of folders have a dot in front.
+      repeated: files that were given more than once.
+      results: files that are left out because this run, with this suffix, would write them.
+      unread: folders that could not be read, with why.
+    """
+
+    jobs: list[Job] = dataclasses.field(default_factory=list)
+    ignored: list[Path] = dataclasses.field(default_factory=list)
+    hidden: list[Path] = dataclasses.field(default_factory=list)
+    repeated: list[Path] = dataclasses.field(default_factory=list)
+    results: list[Path] = dataclasses.field(default_factory=list)
+    unread: list[str] = dataclasses.field(default_factory=list)
+
+
+def plan(inputs: Sequence[str], output: Path, *, suffix: str = "", format: str | None = None) -> Plan:
     """The files that `inputs` name, each with its target below `output`.
 
+    Every name has a target of its own, also where several of them are links to one file.
+
     Args:
-      inputs: files, folders with all that is below them, or patterns such as "scans/**/*.tif". The target of a file of
-        a folder is in the same sub-folder. Names with a dot in front, and `output` itself, are left out of folders.
+      inputs: files, folders with all that is below them, linked folders too, or patterns such as "scans/**/*.tif". The
+        target of a file of a folder is in the same sub-folder. Names with a dot in front, and `output` itself, are left
+        out of folders.
       suffix: is put between the name of a file and its suffix.
       format: "png", "jpg", ... for pictures; by default they keep theirs, or become png where that is not written.
 
     Raises:
-      ValueError: an input does not exist, or a target is an input or the target of another one.
-      OSError: a folder cannot be read.
+      ValueError: an input does not exist, a target is an input or the target of another one, or there is nothing to do.
+      OSError: a folder that was given cannot be read.
     """
-    jobs: dict[Path, Job] = {}  # by the real path of the source, which may be given twice
-    for source, name in _files(inputs, output):
-        jobs.setdefault(source.resolve(), Job(source, output / _target_name(name, suffix, format)))
-    if suffix:  # results of an earlier run that lie beside the inputs
-        targets = {job.target.resolve() for job in jobs.values()}
-        jobs = {path: job for path, job in jobs.items() if path not in targets or not job.source.stem.endswith(suffix)}
-    by_target: dict[Path, Job] = {}
-    for job in jobs.values():
-        if job.target.resolve() in jobs:
-            raise ValueError(
-                f"{job.source}: the output {job.target} would overwrite an input; give another --output, or a --suffix"
-            )
-        if (other := by_target.setdefault(job.target.resolve(), job)) is not job:
+    found = Plan()
+    jobs: dict[str, Job] = {}  # by the absolute name of the source
+    by_target: dict[str, Job] = {}
+    for source, name in _files(inputs, output, found):
+        job = Job(source, output / _target_name(name, suffix, format))
+        other = jobs.get(os.path.abspath(source)) or by_target.get(_place(job.target))
+        if other is None:
+            jobs[os.path.abspath(source)] = by_target[_place(job.target)] = job
+        elif _is_same(other.source, source):
+            found.repeated.append(source)
+        else:
             raise ValueError(
                 f"{other.source} and {job.source} would both become {job.target}; restore them in two runs into two"
                 " folders" + (", or without --format" if format else "")
             )
-    return list(jobs.values())
+    for job in jobs.values():
+        if suffix and _place(job.source) in by_target and job.source.stem.endswith(suffix):
+            found.results.append(job.source)
+        else:
+            found.jobs.append(job)
+    sources = {path for job in found.jobs for path in (_place(job.source), os.path.realpath(job.source))}
+    for job in found.jobs:
+        if _place(job.target) in sources:
+            raise ValueError(
+                f"{job.source}: the output {job.target} would overwrite an input; give another --output, or a --suffix"
+            )
+    if not found.jobs:
+        what = "\n".join([f"no pictures or videos in {', '.join(inputs)}", *left_out(found), *found.unread])
+        raise ValueError(f"{what}\nlooked for {', '.join(_SUFFIXES)}")
+    return found
 
 
-def _files(inputs: Sequence[str], output: Path) -> Iterator[tuple[Path, Path]]:
-    """Every file, and its name relative to what was given."""
+def _place(path: Path) -> str:
+    """Where a name is, whatever folders lead there; of a link, where the link is, which is what writing replaces."""
+    return os.path.join(os.path.realpath(path.parent), path.name)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # links to nothing
+        return _place(one) == _place(other)
+
+
+def _files(inputs: Sequence[str], output: Path, found: Plan) -> Iterator[tuple[Path, Path]]:
+    """Every file, and its name relative to what was given; tells `found` what it leaves out."""
     for text in inputs:
-        found = [text] if os.path.exists(text) else sorted(glob.glob(text, recursive=True))
-        if not found:
+        if "\0" in text:
+            raise ValueError(f"{printable(text)!r} is no name of a file: it has a NUL character")
+        paths = [text] if os.path.lexists(text) else sorted(glob.glob(text, recursive=True))
+        if not paths:
             raise ValueError(f"{text}: there is no file or folder of this name, and none that fits it as a pattern")
-        for path in map(Path, found):
+        for path in map(Path, paths):
             if path.is_dir():
-                yield from ((path / name, name) for name in _names_in(path, output))
+                os.listdir(path)  # what was given has to be readable; what is below it, as far as it goes
+                yield from ((path / name, name) for name in _names_in(path, output, found))
             else:
                 yield path, Path(path.name)
 
 
-def _names_in(folder: Path, output: Path) -> list[Path]:
+def _names_in(folder: Path, output: Path, found: Plan) -> Iterator[Path]:
     """The pictures and videos below a folder, relative to it."""
 
-    def fail(error: OSError) -> None:
-        raise error
+    left = [(Path(), frozenset())]
+    while left:
+        here, above = left.pop()
+        try:
+            entries = sorted(os.scandir(folder / here), key=lambda entry: entry.name)
+            above |= {_identity(folder / here)}
+        except OSError as error:
+            found.unread.append(f"{folder / here}: this folder cannot be read: {error.strerror}")
+            continue
+        folders = []
+        for entry in entries:
+            name = here / entry.name
+            if entry.name.startswith("."):
+                found.hidden.append(folder / name)
+            elif _is_folder(entry):
+                # Neither a link back to where it is found, nor what this program writes.
+                if _identity(entry.path) not in above and os.path.realpath(entry.path) != os.path.realpath(output):
+                    folders.append((name, above))
+            elif entry.name.lower().endswith(_SUFFIXES):
+                yield name
+            else:
+                found.ignored.append(folder / name)
+        left += reversed(folders)
 
-    suffixes = (*_PICTURE_SUFFIXES, *videos.VIDEO_SUFFIXES)
-    names: list[Path] = []
-    for parent, folders, files in os.walk(folder, onerror=fail):
-        is_output = lambda name, parent=parent: Path(parent, name).resolve() == output.resolve()  # noqa: E731
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not is_output(name))
-        here = Path(parent).relative_to(folder)
-        names += [here / name for name in sorted(files) if name.lower().endswith(suffixes) and name[0] != "."]
-    if not names:
-        raise ValueError(f"{folder}: no pictures or videos in this folder; looked for {', '.join(suffixes)}")
-    return names
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    about = os.stat(folder)
+    return about.st_dev, about.st_ino
+
+
+def left_out(found: Plan) -> list[str]:
+    """What is not done of what was given, in lines for the user."""
+    lines = []
+    if found.ignored:
+        lines.append(f"not taken, for their suffixes are not those of pictures or videos: {_count(found.ignored)}")
+        groups = defaultdict(list)
+        for path in found.ignored:
+            groups[path.suffix.lower()].append(path)
+        largest = sorted(groups, key=lambda suffix: (-len(groups[suffix]), suffix))
+        for suffix in largest[:_LISTED]:
+            hint = f"; {CONVERSIONS[suffix]}" if suffix in CONVERSIONS else ""
+            lines.append(f"  {len(groups[suffix])} {suffix or 'without a suffix'}: {_some(groups[suffix])}{hint}")
+        if others := [path for suffix in largest[_LISTED:] for path in groups[suffix]]:
+            lines.append(f"  {len(others)} others: {_some(others)}")
+    for what, paths in (
+        ("not taken, for their names begin with a dot", found.hidden),
+        ("given more than once, and restored once", found.repeated),
+        ("taken for results of an earlier run, for this one would write them", found.results),
+    ):
+        if paths:
+            lines.append(f"{what}: {_count(paths)}: {_some(paths)}")
+    return lines
+
+
+def _count(things: Sequence[object], what: str = "file") -> str:
+    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
+
+
+def _some(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else "")
 
 
 def _target_name(name: Path, suffix: str, format: str | None) -> Path:
@@ -140,14 +244,23 @@ def _target_name(name: Path, suffix: str, format: str | None) -> Path:
 # ---- doing it ----------------------------------------------------------------------------------------------------
 
 
-def run(jobs: Sequence[Job], restore: Restore, scale: int, quality: int | None, stop: StopSignals) -> list[str]:
-    """Restores the files one after the other and tells of each.
+def run(
+    jobs: Sequence[Job],
+    restore: Restore,
+    scale: int,
+    quality: int | None,
+    stop: StopSignals,
+    *,
+    max_pixels: float | None = None,
+) -> list[str]:
+    """Restores the files one after the other and tells of each. Nothing about one of them ends the others.
 
     Args:
       restore: a function of an image, as `kdjax.tiles.restore_image` takes it, and of `progress`.
       scale: how much it enlarges.
       quality: of JPEG and WebP (`kdjax.data.pictures.write_picture`).
       stop: ends the work after the tile at hand.
+      max_pixels: larger pictures and frames fail (`kdjax.data.pictures.too_large`).
 
     Returns:
       For every file that could not be restored, why.
@@ -156,53 +269,76 @@ def run(jobs: Sequence[Job], restore: Restore, scale: int, quality: int | None, 
       Stopped: a signal came.
       OSError: the disk is full.
     """
-    # The size of a file stands for the work that it is.
-    sizes = [max(1, job.source.stat().st_size) if job.source.exists() else 1 for job in jobs]
+    sizes = [_bytes_of(job.source) for job in jobs]  # which stand for the work that they are
     progress, failures = Progress(len(jobs), sum(sizes), "files"), []
     for number, (job, size) in enumerate(zip(jobs, sizes, strict=True)):
 
         def told(done: int, total: int, job: Job = job, size: int = size) -> None:
             if stop.requested:
-                raise Stopped
+                raise Stopped(stop.name)
             progress.show(size * done / total, f"{done / total:.0%} of {job.source.name}")
 
         started = time.monotonic()
         try:
             with cost.telling_out_of_memory():
-                job.target.parent.mkdir(parents=True, exist_ok=True)
+                _make_room(job.target)
                 if job.is_video:
-                    what, notes = restore_video(job, restore, told)
+                    what, notes = restore_video(job, restore, scale, told, max_pixels)
                 else:
-                    what, notes = restore_picture(job, restore, scale, quality, told)
-        except (ValueError, OSError, cost.OutOfMemory) as error:
+                    what, notes = restore_picture(job, restore, scale, quality, told, max_pixels)
+        except Stopped:
+            raise
+        except Exception as error:  # files can be wrong in more ways than there are kinds of exceptions
             failures.append(_failure(job, error))
             print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
-            if os.strerror(errno.ENOSPC) in failures[-1]:
+            if _is_disk_full(job, error):
                 raise OSError(
                     f"the disk is full; {len(jobs) - number} of {len(jobs)} files are left: the same command continues"
                 ) from None
         else:
             lines = [f"{job.source} -> {job.target}: {what}, {time.monotonic() - started:.1f} s"]
-            print("\n  note: ".join([*lines, *notes]), flush=True)
+            print("\n  note: ".join([*lines, *dict.fromkeys(notes)]), flush=True)
         progress.advance(size)
     return failures
 
 
+def _bytes_of(path: Path) -> int:
+    try:
+        return max(1, path.stat().st_size)
+    except OSError:  # it will fail, and say why
+        return 1
+
+
+def _make_room(target: Path) -> None:
+    """Makes the folder of a target, and raises an `OSError` where no file of this name can be, before any work."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISDIR(target.lstat().st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(target))
+
+
 def restore_picture(
-    job: Job, restore: Restore, scale: int, quality: int | None, told: Told
+    job: Job, restore: Restore, scale: int, quality: int | None, told: Told, max_pixels: float | None = None
 ) -> tuple[str, Sequence[str]]:
     """Restores a picture; returns what was done, and notes, for the user."""
-    picture = pictures.read_picture(job.source)
-    notes = picture.notes + pictures.check_target(job.target, picture, scale)
+    picture = pictures.read_picture(job.source, scale=scale, max_pixels=max_pixels)
+    notes = picture.notes
+    pictures.check_target(job.target, picture, scale)  # before any work
     before = _size(*picture.pixels.shape)
     picture = dataclasses.replace(picture, pixels=restore(picture.pixels, progress=told))
-    pictures.write_picture(job.target, picture, quality=quality)
+    notes += pictures.write_picture(job.target, picture, quality=quality)
     return f"{before} to {_size(*picture.pixels.shape)}", notes
 
 
-def restore_video(job: Job, restore: Restore, told: Told) -> tuple[str, Sequence[str]]:
+def restore_video(
+    job: Job, restore: Restore, scale: int, told: Told, max_pixels: float | None = None
+) -> tuple[str, Sequence[str]]:
     """As `restore_picture`, of a video."""
     video = videos.probe(job.source)
+    samples = 6 if video.deep else 3
+    encoding = video.width * video.height * videos.BYTES_TO_CODE * scale**2
+    if reason := pictures.too_large(video.width, video.height, samples, encoding, scale=scale, max_pixels=max_pixels):
+        raise videos.VideoError(f"{job.source}: {reason}")
 
     def restored() -> Iterator[np.ndarray]:
         for number, frame in enumerate(videos.frames(video)):
@@ -221,16 +357,29 @@ def _size(height: int, width: int, *_: int) -> str:
 def _failure(job: Job, error: Exception) -> str:
     if isinstance(error, cost.OutOfMemory):
         return f"{job.source}: out of memory ({error}); try a smaller --tile"
-    return str(error) if isinstance(error, data.ImageError | videos.VideoError) else f"{job.source}: {error}"
+    if isinstance(error, data.ImageError | videos.VideoError):
+        return str(error) if str(error).startswith(f"{job.source}: ") else f"{job.source} -> {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{job.source} -> {job.target}: {error.strerror}"
+    return f"{job.source}: {type(error).__name__}: {error}"
+
+
+def _is_disk_full(job: Job, error: Exception) -> bool:
+    """Whether that is why a file could not be written, as an error of the system or in the words of a program."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        chain = chain.__cause__
+    said = str(error).replace(str(job.source), "").replace(str(job.target), "")
+    return os.strerror(errno.ENOSPC) in said
 
 
 # ---- the command line --------------------------------------------------------------------------------------------
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdjax.restore", description="Restores pictures and videos with a trained model."
-    )
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.restore", __doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="files, folders, or patterns in quotes")
     add("--model", required=True, metavar="FILE", help='.pth or .safetensors file, or "embedded"')
@@ -241,6 +390,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="also restore files whose output exists")
     add("--tile", type=int, default=256, help="side of the tiles; 0 takes a picture whole; default: 256")
     add("--tile-pad", type=int, default=16, help="pixels around a tile that the network sees as well; default: 16")
+    add(
+        "--max-megapixels",
+        type=float,
+        metavar="N",
+        help="refuse larger pictures; default: those that would take more than half of the free memory",
+    )
     add("--x8", action="store_true", help="mean over the eight flips and rotations, at eight times the cost")
     add("--bf16", action="store_true", help="compute in bfloat16")
     add("--key", default="auto", help="which state dict of the file, e.g. params; default: the best")
@@ -255,6 +410,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     for name in ("tile", "tile_pad"):
         if getattr(options, name) < 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be 0 or more")
+    if options.max_megapixels is not None and not options.max_megapixels > 0:
+        parser.error(f"--max-megapixels {options.max_megapixels:g} must be more than 0")
     if options.quality is not None and not 1 <= options.quality <= 100:
         parser.error(f"--quality {options.quality} must be from 1 to 100")
     if os.path.basename(options.suffix) != options.suffix:
@@ -266,24 +423,19 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    logging.getLogger("jax").setLevel(logging.WARNING)
     sharding.use_all_cores()
     with StopSignals() as stop:
         try:
             failures = restore_all(options, stop)
         except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
             sys.exit(f"error: {error}")
-        except Stopped:
-            print(f"stopped by {stop.name}; the same command continues", file=sys.stderr)
-            sys.exit(128 + signal.Signals[stop.name])
     if failures:
-        count = f"{len(failures)} file{'' if len(failures) == 1 else 's'}"
-        sys.exit("\n".join([f"error: {count} could not be restored:", *shortened(failures)]))
+        sys.exit("\n".join([f"error: {_count(failures)} could not be restored:", *shortened(failures)]))
 
 
 def restore_all(options: argparse.Namespace, stop: StopSignals) -> list[str]:
     """Everything that the command line asks for; returns and raises as `run`, and ValueError for what cannot be."""
-    jobs = plan(options.inputs, options.output, suffix=options.suffix, format=options.format)
+    found = plan(options.inputs, options.output, suffix=options.suffix, format=options.format)
     loaded = load_weights(
         assets.locate(options.model, assets.TEACHER), key=options.key, **parse_hparams(options.hparam)
     )
@@ -297,16 +449,22 @@ def restore_all(options: argparse.Namespace, stop: StopSignals) -> list[str]:
         tempfile.TemporaryFile(dir=options.output).close()
     except OSError as error:
         raise OSError(f"--output {options.output}: this folder cannot be written to: {error.strerror}") from None
-    left = [job for job in jobs if options.overwrite or not job.target.is_file()]
+    jobs = found.jobs
+    left = [job for job in jobs if options.overwrite or not os.path.isfile(job.target)]
     done = f", {len(jobs) - len(left)} of them are done" if len(left) < len(jobs) else ""
-    print(f"{len(jobs)} file{'' if len(jobs) == 1 else 's'}{done}", flush=True)
+    print(f"{_count(jobs)}{done}", flush=True)
     on_devices = dataclasses.replace(model, params=jax.device_put(model.params))
     dtype = jnp.bfloat16 if options.bf16 else jnp.float32
     restore = functools.partial(
         restore_image, on_devices, tile=options.tile, tile_pad=options.tile_pad, x8=options.x8, dtype=dtype
     )
-    return run(left, restore, scale, options.quality, stop)
+    max_pixels = None if options.max_megapixels is None else options.max_megapixels * 1e6
+    failures = run(left, restore, scale, options.quality, stop, max_pixels=max_pixels)
+    counts = {"restored": len(left) - len(failures), "done before": len(jobs) - len(left), "failed": len(failures)}
+    print(", ".join(f"{count} {what}" for what, count in counts.items() if count or what == "restored"))
+    print("\n".join(left_out(found)), end="\n" if left_out(found) else "", flush=True)
+    return [*failures, *found.unread]
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main)

@@ -9,7 +9,8 @@ A schedule is written in a config as a number (constant) or as a dict with a `na
     dict(name="cosine", value=2e-4, steps=250_000, final=1e-7)
 
 and any of them may have `warmup=N`: linear from value/N at update 0 to the full value at update N - 1. (BasicSR's
-MultiStep never leaves its last warm-up value, value*(N-1)/N; here the full value is reached.)
+MultiStep never leaves its last warm-up value, value*(N-1)/N; here the full value is reached.) Values are finite in
+float32, as which they are computed; updates are counted in 32 bits.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kdjax.names import pick
+from kdjax.names import brief, pick
 
 Schedule = Callable[[jax.Array | int], jax.Array]
+
+_LAST_UPDATE, _LARGEST = 2**31 - 1, float(np.finfo(np.float32).max)
+_MOST_PHASES = 1_000  # each is an operation in the compiled step
+_COUNTS, _LISTS = ("steps", "warmup", "milestones", "boundaries"), ("milestones", "boundaries", "values")
 
 
 def constant(value: float) -> Schedule:
@@ -46,7 +51,7 @@ def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
     if len(values) != len(boundaries) + 1 or any(b <= a for a, b in itertools.pairwise(boundaries)):
         raise ValueError(
             f"a piecewise schedule needs rising boundaries and one value more than boundaries, got"
-            f" values={tuple(values)} and boundaries={tuple(boundaries)}"
+            f" values={brief(values)} and boundaries={brief(boundaries)}"
         )
     edges, levels = np.asarray(boundaries, np.int32), np.asarray(values, np.float32)
     return lambda count: jnp.asarray(levels)[jnp.sum(count >= edges)]
@@ -54,19 +59,17 @@ def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
 
 def linear(value: float, steps: int, final: float = 0.0) -> Schedule:
     """A straight line from `value` at update 0 to `final` at update `steps`, and `final` from then on."""
-    progress = _progress("linear", steps)
+    progress = _progress(steps)
     return lambda count: value + (final - value) * progress(count)
 
 
 def cosine(value: float, steps: int, final: float = 0.0) -> Schedule:
     """Half a cosine from `value` at update 0 to `final` at update `steps`, and `final` from then on."""
-    progress = _progress("cosine", steps)
+    progress = _progress(steps)
     return lambda count: final + 0.5 * (value - final) * (1 + jnp.cos(jnp.pi * progress(count)))
 
 
-def _progress(name: str, steps: int) -> Schedule:
-    if steps < 1:
-        raise ValueError(f"a {name} schedule needs steps >= 1, got {steps}")
+def _progress(steps: int) -> Schedule:
     return lambda count: jnp.minimum(count, steps) / steps
 
 
@@ -83,36 +86,55 @@ def make_schedule(spec: float | Mapping[str, Any]) -> Schedule:
     """The schedule that `spec` describes; see the module's docstring for what it may be.
 
     Raises:
-      ValueError: an unknown name or argument, a missing argument, or a negative warm-up.
+      ValueError: an unknown name or argument, a missing argument, or one that is no number of its kind.
     """
-    if isinstance(spec, int | float):
+    if not isinstance(spec, Mapping):
+        _check("", "a schedule", spec)
         return constant(spec)
     options = dict(spec)
     name = options.pop("name", None)
-    warmup = options.pop("warmup", 0)
     build = pick(SCHEDULES, name, "schedule")
-    if warmup < 0:
-        raise ValueError(f"schedule {name!r}: warmup={warmup} must not be negative")
+    for key, value in options.items():
+        _check(f"schedule {name!r}: ", key, value)
+    warmup = options.pop("warmup", 0)
     try:
         schedule = build(**options)
     except TypeError as error:  # an argument that the schedule does not take, or one that is missing
-        raise ValueError(f"schedule {dict(spec)}: {error}") from None
+        raise ValueError(f"schedule {brief(dict(spec))}: {error}") from None
     if not warmup:
         return schedule
     return lambda count: schedule(count) * jnp.minimum(1.0, (count + 1) / warmup)
 
 
+def _check(where: str, key: str, value: Any) -> None:
+    """Refuses an argument of a schedule that is not a number of its kind, or a list of such."""
+    if key in _COUNTS:
+        least = 1 if key == "steps" else 0
+        kind, span = "whole number", f" from {least} to {_LAST_UPDATE:,}"
+        fits = lambda number: type(number) is int and least <= number <= _LAST_UPDATE  # noqa: E731
+    else:
+        kind, span = "finite number", ""
+        fits = lambda number: type(number) in (int, float) and abs(number) <= _LARGEST  # noqa: E731
+    if key in _LISTS:
+        right = isinstance(value, list | tuple) and len(value) <= _MOST_PHASES and all(map(fits, value))
+        wanted = f"a list of at most {_MOST_PHASES:,} {kind}s{span}"
+    else:
+        right, wanted = fits(value), f"a {kind}{span}"
+    if not right:
+        raise ValueError(f"{where}{key}={brief(value)} must be {wanted}")
+
+
 def is_zero(spec: float | Mapping[str, Any]) -> bool:
     """Whether the schedule is 0 at every update, so that what it weights is not even built."""
-    return not any(_levels(spec))
+    return not any(levels(spec))
 
 
 def reaches_zero(spec: float | Mapping[str, Any]) -> bool:
     """Whether the schedule can be 0 at some update, so that the step has to look before it computes."""
-    return not all(_levels(spec))
+    return not all(levels(spec))
 
 
-def _levels(spec: float | Mapping[str, Any]) -> tuple[float, ...]:
+def levels(spec: float | Mapping[str, Any]) -> tuple[float, ...]:
     """The values that a valid schedule stays at, or moves between."""
     if isinstance(spec, int | float):
         return (spec,)

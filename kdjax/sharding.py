@@ -101,6 +101,12 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
             + (" JAX needs the package kubernetes: pip install 'jax[k8s]'." if launcher == "Kubernetes" else "")
         ) from error
     except RuntimeError as error:
+        if "before any JAX" in str(error):
+            raise ProcessError(
+                "the processes cannot be joined, because this one has used JAX's devices already: the config file, or a"
+                " module that it imports, computes with JAX while it is loaded. Move that into a function that is"
+                " called later"
+            ) from error
         raise ProcessError(
             f"the processes did not find each other at {address or 'the address of the launcher'}: were all of them"
             f" started, can they reach that host and port, and do proxy variables stand in the way? ({error})"
@@ -191,8 +197,9 @@ def use_all_cores(batch_size: int = 0) -> None:
     """Makes every core of a CPU a device, of which each computes its part of the batch, as accelerators do.
 
     XLA keeps the cores busier so than with threads inside of each operation (`docs/performance.md`). To be called
-    before anything else asks JAX for its devices; on other platforms it changes nothing, and a number of devices that
-    the user has set (JAX_NUM_CPU_DEVICES) stays.
+    before anything else asks JAX for its devices: programs call this or `connect` first, and config files are data that
+    need no device. On other platforms it changes nothing, and a number of devices that the user has set
+    (JAX_NUM_CPU_DEVICES) stays.
 
     Args:
       batch_size: what the number of devices must divide; 0 for nothing.
@@ -201,7 +208,15 @@ def use_all_cores(batch_size: int = 0) -> None:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = min(cores, _MOST_CPU_DEVICES)
-    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
+    try:
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
+    except RuntimeError:  # the devices are fixed at their first use
+        if jax.default_backend() == "cpu":
+            log.warning(
+                "WARNING: JAX'S DEVICES WERE IN USE BEFORE THE PROGRAM STARTED, so the cores of this CPU work as one"
+                " device, which is slower: the config file, or a module that it imports, computes with JAX while it is"
+                " loaded. Move that into a function that is called later"
+            )
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -8,18 +8,15 @@ blurred it, and what was drawn, in the order in which it was done.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 from PIL import Image, ImageDraw, ImageFont
 
+from kdjax import commandline, data, degradations, distill, ops, preparation, sharding, targets
 from kdjax import config as config_lib
-from kdjax import data, degradations, distill, ops, preparation, targets, train
 from kdjax.data import DataError
 from kdjax.degradations import realesrgan
 from kdjax.degradations.resize import MODES
@@ -112,27 +109,34 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        train.fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
-    logging.getLogger("jax").setLevel(logging.WARNING)
-    output = Path(flags.FLAGS.output)
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.show", __doc__)
+    parser.add_config()
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("sheet.png"), metavar="FILE", help="the picture to write")
+    add("--count", type=int, default=8, metavar="N", help="how many samples")
+    add("--step", type=int, default=0, metavar="N", help="training step whose samples come first")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    options, values = parser.parse(arguments)
+    output = options.output
+    if output.suffix.lower() not in data.WRITTEN_SUFFIXES:
+        parser.error(f"--output {output} must end in one of {', '.join(data.WRITTEN_SUFFIXES)}")
+    if options.count < 1 or options.step < 0:
+        parser.error(f"--count {options.count} must be 1 or more, and --step {options.step} 0 or more")
     try:
-        if output.suffix.lower() not in data.IMAGE_SUFFIXES:
-            raise ValueError(f"--output={output} must end in one of {', '.join(data.IMAGE_SUFFIXES)}")
-        config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
-        setup = preparation.prepare(targets.without_cache(config))
-        data.write_image(output, draw_sheet(setup, count=flags.FLAGS.count, step=flags.FLAGS.step))
+        config = config_lib.parse(values)
+        sharding.use_all_cores(config.data.batch_size)
+        setup = preparation.prepare(targets.without_cache(preparation.on_these_devices(config)))
+        data.write_image(output, draw_sheet(setup, count=options.count, step=options.step))
     except (ValueError, OSError, DataError) as error:
-        train.fail(str(error))
+        commandline.fail(str(error))
     made = f", degraded by {config.degrade['name']}" if setup.recipe.degrade else ""
-    print(f"{flags.FLAGS.count} samples{made}: {output}")
+    print(f"{options.count} samples{made}: {output}")
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file of a run, with :VARIANT behind it if it has any.")
-    flags.DEFINE_string("output", "sheet.png", "The picture to write.")
-    flags.DEFINE_integer("count", 8, "Number of samples.", lower_bound=1)
-    flags.DEFINE_integer("step", 0, "Training step whose samples come first.", lower_bound=0)
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=train.parse_flags)
+    commandline.run(main)

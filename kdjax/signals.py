@@ -7,6 +7,19 @@ from types import FrameType
 from typing import Self
 
 
+class Stopped(Exception):
+    """A program ended in order because a signal asked it to.
+
+    Args:
+      name: of the signal, such as "SIGTERM".
+      where: what had been done by then, such as "at step 6 of 100".
+    """
+
+    def __init__(self, name: str, where: str = "") -> None:
+        super().__init__(f"stopped by {name}{' ' * bool(where)}{where}; the same command continues")
+        self.exit_code = 128 + signal.Signals[name]
+
+
 class StopSignals:
     """While active, the first SIGTERM or SIGINT only sets `requested`; a second one ends the program at once."""
 

@@ -1,6 +1,7 @@
 """Compares ways of distilling with each other and with training without a teacher, over several seeds:
 
-    python -m kdjax.study --config configs/study_denoise.py [--workdir DIR] [--config.seeds=0,1,2 ...]
+    python -m kdjax.study --config configs/study_denoise.py
+    python -m kdjax.study --config configs/study_denoise.py --columns scratch output --config.seeds="(0, 1, 2)"
 
 The config has a training config, `base`, and `columns`: name -> what that column changes in it. Runs of one seed have
 the same initial weights, images, crops and noise, and those with the same data and length are trained together, in one
@@ -17,7 +18,6 @@ as many steps as make its multiply-accumulates those of column NAME.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import json
@@ -26,25 +26,24 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 
+from kdjax import commandline, cost, distill, ladder, metrics, models, preparation, sharding, train, validation
 from kdjax import config as config_lib
-from kdjax import cost, distill, ladder, metrics, models, preparation, sharding, train, validation
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
 from kdjax.data import DataError
-from kdjax.files import read_json, whole_file, write_json, write_text
+from kdjax.files import locked, read_json, whole_file, write_json, write_text
 from kdjax.logbook import Logbook, finite
+from kdjax.markdown import literal
 from kdjax.monitor import Monitor
-from kdjax.names import nearest
-from kdjax.signals import StopSignals
+from kdjax.names import nearest, pick
+from kdjax.signals import Stopped, StopSignals
 from kdjax.teachers import Teacher, load_teacher
 from kdjax.validation import Sample
 
@@ -58,7 +57,8 @@ class Study:
     name: str
     seeds: tuple[int, ...]
     curve_images: int  # on how many validation images the curve is measured; the result is measured on all
-    runs: dict[tuple[str, int], Config]
+    runs: dict[tuple[str, int], Config]  # by column and seed
+    compute_of: dict[str, str]  # column -> the column whose multiply-accumulates it has to get; see `ready`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,17 +125,82 @@ def parse(values: Mapping[str, Any]) -> Study:
     curve_images = values.get("curve_images", 16)
     if type(curve_images) is not int or curve_images < 1:
         raise ConfigError(f"study key 'curve_images' is {curve_images!r}; it must be a whole number, at least 1")
-    settings = {column: _settings(column, values) for column in columns}
+    compute_of = {column: changes["compute_of"] for column, changes in columns.items() if "compute_of" in changes}
+    settings = {}
+    for column, changes in columns.items():
+        settings[column] = _merge(values["base"], {key: changes[key] for key in changes if key != "compute_of"})
     runs = {
         (column, seed): _parse_column(column, settings[column] | {"seed": seed, "name": column})
         for seed in seeds
         for column in columns
     }
-    return Study(values.get("name", "study"), seeds, curve_images, runs)
+    for column, other in compute_of.items():
+        if other not in columns:
+            raise ConfigError(
+                f"column {column!r}: compute_of={other!r} is no column{nearest(other, columns)}"
+                f" (columns: {', '.join(columns)})"
+            )
+        if other in compute_of:
+            raise ConfigError(
+                f"column {column!r}: compute_of={other!r}, which has a compute_of itself; name that column"
+            )
+    name = values.get("name", "study")
+    config_lib.check_name(name, "study key 'name'")
+    return Study(name, seeds, curve_images, runs, compute_of)
+
+
+def ready(study: Study, columns: Sequence[str] | None = None) -> Study:
+    """The study with every column's batch and steps as they are on these devices.
+
+    A column with a `compute_of` gets as many steps as make its multiply-accumulates those of the other column.
+
+    Args:
+      columns: keep these alone; None keeps all. The others can be trained later, in the same folder.
+
+    Raises:
+      ValueError: there is no such column.
+    """
+    known = dict.fromkeys(column for column, _ in study.runs)
+    kept = set(known if columns is None else columns)
+    for column in kept:
+        pick(known, column, "column")
+    runs = {key: preparation.on_these_devices(config) for key, config in study.runs.items()}
+    first = study.seeds[0]
+    for column, other in study.compute_of.items():
+        if column not in kept:
+            continue
+        factor = _compute(runs[other, first]) / _compute(runs[column, first])
+        for seed in study.seeds:
+            runs[column, seed] = _stretch(runs[column, seed], factor)
+    runs = {key: config for key, config in runs.items() if key[0] in kept}
+    return dataclasses.replace(study, runs=runs, compute_of={})
+
+
+def check_folder(workdir: Path) -> None:
+    """Refuses a folder whose files the study would replace.
+
+    Raises:
+      ConfigError: it has results of something else.
+    """
+    try:
+        before = read_json(workdir / "results.json")
+    except ValueError:  # emptied by a power cut, for example; it is written anew
+        before = {}
+    foreign = [name for name in ("results.json", "results.md", "results.png", "train.log") if (workdir / name).exists()]
+    ours = "rows" in before and "results" in before
+    if foreign and not ours and not list(workdir.glob("seed*/*/config.json")):
+        raise ConfigError(
+            f"{workdir} holds {', '.join(foreign)}, and no study of kdjax, which would replace them; give a new"
+            " --workdir, or move these files away"
+        )
 
 
 def run(study: Study, workdir: Path) -> str:
-    """Trains what has no result yet and writes the tables; returns one line that says what came of it."""
+    """Trains what has no result yet and writes the tables; returns one line that says what came of it.
+
+    Raises:
+      Stopped: a signal came; the same command continues.
+    """
     baselines: dict[str, Baseline] = {}
     with StopSignals() as stop:
         for seed in study.seeds:
@@ -147,7 +212,7 @@ def run(study: Study, workdir: Path) -> str:
                 train_together(group, workdir / f"seed{seed}", study.curve_images, stop, baselines)
                 write_results(study, workdir)
                 if stop.requested:
-                    return f"stopped by {stop.name}; the same command continues"
+                    raise Stopped(stop.name)
     return write_results(study, workdir)
 
 
@@ -155,19 +220,31 @@ def is_finished(config: Config, folder: Path) -> bool:
     """Whether the run in `folder` has its result.
 
     Raises:
-      ConfigError: it is a run with another config.
+      ConfigError: it is a run with another config, or the folder holds something else.
     """
-    before = read_json(folder / "config.json")
+    try:
+        before = read_json(folder / "config.json")
+        result = read_json(folder / "result.json")
+    except ValueError as error:  # emptied by a power cut, for example
+        log.warning(f"WARNING: {error}. This run is trained again")
+        return False
+    if not before:
+        if foreign := [name for name in preparation.RUN_FILES if (folder / name).exists()]:
+            raise ConfigError(
+                f"{folder} holds {', '.join(foreign)}, and no config.json of a run, which would replace them; give a"
+                " new --workdir, rename the column, or move these files away"
+            )
+        return False
     with contextlib.suppress(ConfigError):  # a key that is new since then has its default
-        before = config_lib.to_dict(config_lib.parse(before)) if before else {}
+        before = config_lib.to_dict(config_lib.parse(before))
     # What is logged, and how often a checkpoint is written, changes nothing.
     changes = [c for c in config_lib.changes(before, config_lib.to_dict(config)) if not c.startswith(("log.", "check"))]
-    if before and changes:
+    if changes:
         raise ConfigError(
             f"{folder} holds a run with another config ({'; '.join(changes)}); give a new --workdir, rename the column,"
             " or remove that folder"
         )
-    return (folder / "result.json").exists()
+    return bool(result)
 
 
 def train_together(
@@ -372,7 +449,7 @@ def restore_all(apply: models.Apply, params: models.Params, samples: list[Sample
 def write_results(study: Study, workdir: Path) -> str:
     """Writes the account of all runs that have a result; returns one line about it."""
     paths = [workdir / f"seed{seed}" / column / "result.json" for column, seed in study.runs]
-    results = [read_json(path) for path in paths if path.exists()]
+    results = [result for path in paths if (result := _result(path))]
     if not results:
         return "no run has finished yet"
     teacher_psnr = statistics.fmean(result["teacher_psnr"] for result in results)
@@ -390,14 +467,23 @@ def write_results(study: Study, workdir: Path) -> str:
         ),
     )
     table = ladder.markdown(rows, teacher_psnr=teacher_psnr, input_psnr=input_psnr)
-    about = f"{results[0]['student']}; {results[0]['images']} validation images; teacher {results[0]['teacher']}."
-    write_text(workdir / "results.md", f"# {study.name}\n\n{table}\nStudent: {about}\n")
+    student, teacher = literal(results[0]["student"]), literal(results[0]["teacher"])
+    about = f"{student}; {results[0]['images']} validation images; teacher {teacher}."
+    write_text(workdir / "results.md", f"# {literal(study.name)}\n\n{table}\nStudent: {about}\n")
     try:
         with whole_file(workdir / "results.png") as temporary:
             ladder.plot(rows, results, temporary, teacher_psnr=teacher_psnr)
     except ImportError:
         log.info("no picture: matplotlib is not installed (pip install 'kdjax[plot]')")
     return f"{len(results)} of {len(study.runs)} runs have a result: {workdir / 'results.md'}"
+
+
+def _result(path: Path) -> dict[str, Any]:
+    """The result of a run; empty where there is none yet, or a damaged one, whose run is trained again."""
+    try:
+        return read_json(path)
+    except ValueError:
+        return {}
 
 
 def _groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:
@@ -412,24 +498,6 @@ def _groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:
         shared |= {"channels": models.num_channels(student), "scale": models.scale_of(student)}
         groups.setdefault(json.dumps(shared, sort_keys=True), {})[column] = config
     return groups.values()
-
-
-def _settings(column: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The training config of a column, with as many steps as `compute_of` makes them."""
-    columns, changes = values["columns"], dict(values["columns"][column])
-    other = changes.pop("compute_of", None)
-    own = _merge(values["base"], changes)
-    if other is None:
-        return own
-    if other not in columns:
-        raise ConfigError(
-            f"column {column!r}: compute_of={other!r} is no column{nearest(other, columns)}"
-            f" (columns: {', '.join(columns)})"
-        )
-    if "compute_of" in columns[other]:
-        raise ConfigError(f"column {column!r}: compute_of={other!r}, which has a compute_of itself; name that column")
-    theirs = _compute(_parse_column(other, _merge(values["base"], columns[other])))
-    return _stretch(own, theirs / _compute(_parse_column(column, own)))
 
 
 def _compute(config: Config) -> int:
@@ -448,17 +516,18 @@ def _parse_column(column: str, settings: Mapping[str, Any]) -> Config:
         raise ConfigError(f"column {column!r}: {error}") from None
 
 
-def _stretch(config: dict[str, Any], factor: float) -> dict[str, Any]:
+def _stretch(config: Config, factor: float) -> Config:
     """The config with `factor` times the steps, and its learning rate's schedule stretched as well."""
-    config = copy.deepcopy(config)
-    config["train"]["steps"] = round(config["train"]["steps"] * factor)
-    rate = config["train"].get("lr")
+    rate = config.train.lr
     if isinstance(rate, dict):
+        stretch: Callable[[int], int] = lambda count: round(count * factor)  # noqa: E731
+        rate = dict(rate)
         for key in ("steps", "milestones", "boundaries"):
             if key in rate:
-                scale: Callable = lambda count: round(count * factor)  # noqa: E731
-                rate[key] = tuple(map(scale, rate[key])) if key != "steps" else scale(rate[key])
-    return config
+                rate[key] = stretch(rate[key]) if key == "steps" else tuple(map(stretch, rate[key]))
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=round(config.train.steps * factor), lr=rate)
+    )
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -470,29 +539,35 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        train.fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
-    logging.getLogger("jax").setLevel(logging.WARNING)
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.study", __doc__)
+    parser.add_config("base.", "configs/study_denoise.py")
+    add = parser.add_argument
+    add("--workdir", type=Path, metavar="DIR", help="folder of the study (default: studies/NAME)")
+    add("--columns", nargs="+", metavar="NAME", help="train these columns alone, now (default: all)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options, values = make_parser().parse(arguments)
+    commandline.start_logging()
     try:
-        study = parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
-        sharding.use_all_cores(
-            math.gcd(*(config.data.batch_size // config.train.accumulate for config in study.runs.values()))
-        )
-        workdir = Path(flags.FLAGS.workdir or Path("studies") / study.name).absolute()
-        workdir.mkdir(parents=True, exist_ok=True)
-        train.start_logging(workdir)
+        study = parse(values)
+        sharding.use_all_cores(math.gcd(*(c.data.batch_size // c.train.accumulate for c in study.runs.values())))
         with cost.telling_out_of_memory():
-            log.info(run(study, workdir))
+            study = ready(study, options.columns)
+            workdir = (options.workdir or Path("studies") / study.name).absolute()
+            workdir.mkdir(parents=True, exist_ok=True)
+            with locked(workdir):
+                check_folder(workdir)
+                commandline.start_logging(workdir)
+                log.info(run(study, workdir))
     except (ValueError, OSError, train.NonFiniteLoss, CheckpointError, DataError) as error:
-        train.fail(str(error), alone=isinstance(error, CheckpointError))  # as in train
+        commandline.fail(str(error), alone=isinstance(error, CheckpointError))  # as in train
     except cost.OutOfMemory as error:
-        config = next(iter(study.runs.values()))
-        train.fail(f"out of memory: {error}. {train.how_to_save_memory(config, 'config.base.')}, or have fewer columns")
+        advice = train.how_to_save_memory(next(iter(study.runs.values())), "config.base.")
+        commandline.fail(f"out of memory: {error}. {advice}, or have fewer columns")
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file of a study.")
-    flags.DEFINE_string("workdir", None, "Folder of the study; studies/NAME by default.")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=train.parse_flags)
+    commandline.run(main)

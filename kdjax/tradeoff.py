@@ -11,6 +11,8 @@ from typing import Any
 
 from kdjax import cost
 from kdjax.cost import Cost
+from kdjax.files import printable
+from kdjax.markdown import literal, table
 
 _COLUMNS = 120  # of a terminal; the tables keep to it while names are at most 22 letters long
 
@@ -82,7 +84,7 @@ def markdown(comparison: Comparison) -> str:
     )
     how = (
         f"Times are medians (and quartiles) of {comparison.repeats} passes, the models in turns; speed-up is against "
-        f"{comparison.subjects[0].name}, turn by turn. GMAC: multiply-accumulates of one image, in 1e9. MiB: the peak "
+        f"the first model, turn by turn. GMAC: multiply-accumulates of one image, in 1e9. MiB: the peak "
         "that XLA plans, weights, input, output and all in between. MP/s: megapixels of input."
     )
     parts = [
@@ -95,7 +97,7 @@ def markdown(comparison: Comparison) -> str:
     if peak is not None:
         parts.append(f"The allocator of the device counted {_short(peak / 2**20)} MiB at most, over the whole run.")
     if comparison.quality:
-        parts.append(f"## Quality: {comparison.images}\n\n{_quality_table(comparison.quality)}")
+        parts.append(f"## Quality: {literal(comparison.images)}\n\n{_quality_table(comparison.quality)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -111,6 +113,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a model is one
     groups = _groups([row for row in comparison.costs if row.timing])
     if not groups:
         raise ValueError("no model fitted into memory, so there is nothing to draw")
@@ -133,16 +136,16 @@ def _groups(costs: Sequence[Cost]) -> dict[str, list[Cost]]:
 def _models_table(subjects: Sequence[Subject]) -> str:
     rows = [
         [
-            subject.name,
+            literal(subject.name),
             "teacher" if subject.is_teacher else "student",
-            subject.arch,
+            literal(subject.arch),
             subject.sha256[:12],
             f"{subject.parameters:,}",
             _short(subjects[0].parameters / subject.parameters),
         ]
         for subject in subjects
     ]
-    return _table(["model", "role", "network", "sha256", "parameters", "times fewer"], rows, texts=4)
+    return table(["model", "role", "network", "sha256", "parameters", "times fewer"], rows, align="llllrr", pad=True)
 
 
 def _costs_table(costs: Sequence[Cost]) -> str:
@@ -151,23 +154,24 @@ def _costs_table(costs: Sequence[Cost]) -> str:
         timing = row.timing
         rows.append(
             [
-                row.model,
+                literal(row.model),
                 _short(row.macs / 1e9),
                 _short(row.memory.peak / 2**20) if row.memory else "",
-                _spread(timing.milliseconds) if timing else row.problem.partition(":")[0],
+                _spread(timing.milliseconds) if timing else literal(row.problem.partition(":")[0]),
                 _short(timing.images_per_second) if timing else "",
                 _short(timing.megapixels_per_second) if timing else "",
                 _spread(timing.speed_up) if timing and timing.speed_up else "",
                 _short(row.compile_seconds) if row.compile_seconds is not None else "",
             ]
         )
-    return _table(["model", "GMAC", "MiB", "latency, ms", "images/s", "MP/s", "speed-up", "compile, s"], rows)
+    header = ["model", "GMAC", "MiB", "latency, ms", "images/s", "MP/s", "speed-up", "compile, s"]
+    return table(header, rows, align="lrrrrrrr", pad=True)
 
 
 def _quality_table(quality: Sequence[Quality]) -> str:
     rows = [
         [
-            row.model,
+            literal(row.model),
             f"{row.psnr:.2f}",
             f"{row.ssim:.4f}",
             f"{row.gap:.2f}",
@@ -175,19 +179,7 @@ def _quality_table(quality: Sequence[Quality]) -> str:
         ]
         for row in quality
     ]
-    return _table(["model", "PSNR, dB", "SSIM", "gap, dB", "PSNR to the teacher, dB"], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """A Markdown table that is aligned as plain text too: `texts` columns to the left, then numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    pads = [str.ljust if i < texts else str.rjust for i in range(len(widths))]
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(pad(c, width) for pad, c, width in zip(pads, cells, widths, strict=True)) + " |"
-
-    rule = ["-" * width if i < texts else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join(map(line, (header, rule, *rows)))
+    return table(["model", "PSNR, dB", "SSIM", "gap, dB", "PSNR to the teacher, dB"], rows, align="lrrrr", pad=True)
 
 
 def _short(value: float) -> str:
@@ -224,7 +216,7 @@ def _draw_quality(pyplot: Any, comparison: Comparison, groups: dict[str, list[Co
         _use_log_axis(axes)
     _label_points(left, [(row.timing.milliseconds.median, psnr[row.model], row.model) for row in rows])
     _label_points(right, [(row.macs / 1e9, psnr[row.model], row.model) for row in rows])
-    figure.suptitle(comparison.images, fontsize=10)
+    figure.suptitle(printable(comparison.images), fontsize=10)
     return figure
 
 
@@ -237,7 +229,7 @@ def _draw_latency(pyplot: Any, comparison: Comparison, groups: dict[str, list[Co
         lane = 0.25 - 0.5 * (number + 0.5) / len(groups)  # so that equal latencies are all seen
         style = dict(color=f"C{number % 10}", fmt="o", capsize=3, label=name)
         axes.errorbar(medians, [place[row.model] + lane for row in rows], xerr=_bars(rows), **style)
-    axes.set_yticks(list(place.values()), list(place))
+    axes.set_yticks(list(place.values()), list(map(printable, place)))
     axes.set_ylim(min(place.values()) - 0.5, 0.5)
     axes.set_xlabel("latency, ms: median and quartiles")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
@@ -265,6 +257,7 @@ def _use_log_axis(axes: Any) -> None:
 def _label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
     """Writes the names of points (x, y, name), in their colours C0, C1, ...: towards the middle, not on each other."""
     axes.autoscale_view()
+    points = [(x, y, printable(name)) for x, y, name in points]
     middle = math.sqrt(math.prod(axes.get_xlim()))
     taken: list[tuple[float, float]] = []  # where there are names, in points of 1/72 inch
     for number, (x, y, name) in enumerate(points):
@@ -275,4 +268,6 @@ def _label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None
         taken.append((across, up + step))
         align = dict(ha="left") if x < middle else dict(ha="right")
         shift = (8 if x < middle else -8, step)
-        axes.annotate(name, (x, y), shift, textcoords="offset points", fontsize=9, color=f"C{number % 10}", **align)
+        axes.annotate(
+            printable(name), (x, y), shift, textcoords="offset points", fontsize=9, color=f"C{number % 10}", **align
+        )

@@ -17,31 +17,31 @@ import dataclasses
 import errno
 import functools
 import logging
-import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import jax
-from absl import app, flags
-from ml_collections import config_flags
 
-from kdjax import agreement, cost, data, distill, models, sharding
+from kdjax import agreement, commandline, cost, data, distill, models, preparation, sharding
 from kdjax import config as config_lib
 from kdjax.checkpoint import CheckpointError, Checkpoints
+from kdjax.commandline import fail
 from kdjax.config import Config, ConfigError
 from kdjax.files import read_json, write_json
 from kdjax.logbook import Logbook
 from kdjax.monitor import Monitor
-from kdjax.preparation import Setup, check_same_run, identity, open_batches, prepare, report
+from kdjax.preparation import Setup, check_same_run, identity, open_batches, report
 from kdjax.progress import clock
-from kdjax.signals import StopSignals
+from kdjax.signals import Stopped, StopSignals
 from kdjax.terms import needs_teacher
 from kdjax.weights import WeightsError, save_model
 
 log = logging.getLogger("kdjax")
+
+STUDENT_SUFFIXES = (".pth", ".safetensors")
 
 
 class NonFiniteLoss(sharding.AgreedError):
@@ -49,9 +49,10 @@ class NonFiniteLoss(sharding.AgreedError):
 
 
 def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
-    """Trains to the last step, or until a signal, and returns one line that says what came of it.
+    """Trains to the last step, and returns one line that says what came of it.
 
     Raises:
+      Stopped: a signal came; the state is saved.
       NonFiniteLoss: the run diverged; its last checkpoint is from before.
       ConfigError: `workdir` holds a run with another student or teacher.
       cost.OutOfMemory: the step, a validation or the data takes more memory than there is.
@@ -101,9 +102,14 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
                     write_json(workdir / "result.json", {"step": step, "summary": summary})
                 return psnr
 
+            def result_of(step: int) -> dict[str, object]:
+                """What is known of the finished run, if all its files are there."""
+                return sharding.exchange(finished_result(workdir, step) if sharding.is_first() else {})[0]
+
             ended = False  # in the middle of a validation, by a signal to one of the processes
-            if step and is_validated(config, step) and not logbook.has(step, "val/student_psnr"):
-                ended = validate() is None  # which was ended before
+            has_files = step < config.train.steps or bool(result_of(step))
+            if step and is_validated(config, step) and not (logbook.has(step, "val/student_psnr") and has_files):
+                ended = validate() is None  # which was ended before, or whose files are gone
             pending: list[tuple[int, distill.Metrics]] = []
             progress = Progress(step, config)
             stop_all = sharding.SharedFlag(setup.mesh)
@@ -140,11 +146,22 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
             if pending:
                 fetch(pending)
             checkpoints.save(state)  # where a signal came between two checkpoints
-        result = sharding.exchange(read_json(workdir / "result.json"))[0]
-        signal_name = next(filter(None, sharding.exchange(stop.name)), "")
-        if result.get("step") != step:
-            return f"stopped by {signal_name} at step {step:,} of {config.train.steps:,}; the same command continues"
+        result = result_of(step)
+        if not result:
+            signal_name = next(filter(None, sharding.exchange(stop.name)), "")
+            raise Stopped(signal_name, f"at step {step:,} of {config.train.steps:,}")
         return f"{result['summary']}; saved as {workdir / 'student.pth'} and .safetensors"
+
+
+def finished_result(workdir: Path, step: int) -> dict[str, object]:
+    """What `result.json` says of a run that ended at this step; empty where a file of the result is missing."""
+    try:
+        result = read_json(workdir / "result.json")
+    except ValueError as error:  # emptied by a power cut, for example; it is written again
+        log.warning(f"WARNING: {error}")
+        return {}
+    whole = all((workdir / f"student{suffix}").is_file() for suffix in STUDENT_SUFFIXES)
+    return result if whole and result.get("step") == step else {}
 
 
 def is_validated(config: Config, step: int) -> bool:
@@ -155,7 +172,7 @@ def is_validated(config: Config, step: int) -> bool:
 def export(student: models.Model, params: models.Params, workdir: Path) -> None:
     """Writes the student with these parameters as `student.pth` and `student.safetensors`."""
     trained = dataclasses.replace(student, params=jax.device_get(params))
-    for suffix in (".pth", ".safetensors"):
+    for suffix in STUDENT_SUFFIXES:
         save_model(trained, workdir / f"student{suffix}")
 
 
@@ -233,58 +250,49 @@ def shared_facts(setup: Setup, monitor: Monitor) -> dict[str, object]:
     return {"config": config_lib.to_dict(setup.config)} | identity(setup) | names | weights | versions
 
 
-class LogFile(logging.FileHandler):
-    """A log file that ends the run when it cannot be written, as its other files do, and prints no tracebacks."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        raise  # what `emit` caught
-
-
-def start_logging(workdir: Path | None = None, *, process: int = 0) -> None:
-    """Sends the log to standard output and, if there is one, to `workdir/train.log`, a plain line each.
-
-    Of the processes of a run only the first one says all; the others warn, with their number.
-    """
-    log.handlers.clear()
-    log.setLevel(logging.WARNING if process else logging.INFO)
-    log.propagate = False
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
-    if workdir and not process:
-        handlers.append(LogFile(workdir / "train.log"))
-    for handler in handlers:
-        who = f"process {process}: " if process else ""
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S"))
-        log.addHandler(handler)
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.train", __doc__)
+    parser.add_config()
+    parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
+    parser.add_argument(
+        "--coordinator-address", "--coordinator_address", default="", metavar="HOST:PORT",
+        help="of process 0, for several processes without a launcher",
+    )  # fmt: skip
+    parser.add_processes("the run has; 1 stays alone under any launcher")
+    return parser
 
 
-def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        fail(f"unexpected argument {argv[1]!r}; options start with --, and config keys with --config.")
-    logging.getLogger("jax").setLevel(logging.WARNING)  # at INFO it tells which accelerators it did not find
-    start_logging()  # without a file: nothing is written for a config that is refused
+def main(arguments: Sequence[str] | None = None) -> None:
+    options, values = make_parser().parse(arguments)
+    commandline.start_logging()  # without a file: nothing is written for a config that is refused
     try:
-        joined = sharding.connect(flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id)
+        joined = sharding.connect(options.coordinator_address, options.num_processes, options.process_id)
     except sharding.ProcessError as error:
         fail(str(error))
     process = jax.process_index() if joined else 0
-    start_logging(process=process)
+    commandline.start_logging(process=process)
     problem, workdir = "", Path()
     try:
-        config = config_lib.parse(flags.FLAGS.config.copy_and_resolve_references().to_dict())
+        config = config_lib.parse(values)
         if not joined:  # several processes must have equal numbers of devices, whatever their hosts are
             sharding.use_all_cores(config.data.batch_size // config.train.accumulate)
+        config = preparation.on_these_devices(config)
         with cost.telling_out_of_memory():
-            setup = prepare(config)
+            setup = preparation.prepare(config)
             monitor = Monitor(config.val, setup.student, setup.teacher)
-        workdir = Path(flags.FLAGS.workdir or Path("runs") / config.name).absolute()
+        workdir = (options.workdir or Path("runs") / config.name).absolute()
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         problem = str(error)
     except cost.OutOfMemory as error:
         problem = f"out of memory: {error}. {how_to_save_memory(config)}"
     try:
         agreement.check(problem, lambda: shared_facts(setup, monitor), workdir)
-        start_logging(workdir, process=process)
-        log.info(train(setup, monitor, workdir))
+        with agreement.one_writer(workdir, lambda: preparation.claim(setup, workdir)):
+            commandline.start_logging(workdir, process=process)
+            log.info(train(setup, monitor, workdir))
+    except Stopped as stopped:
+        log.info(stopped)
+        sys.exit(stopped.exit_code)
     except (sharding.AgreedError, ConfigError) as error:  # which all processes meet
         fail(str(error))
     except cost.OutOfMemory as error:
@@ -322,47 +330,5 @@ def how_to_save_memory(config: Config, prefix: str = "config.") -> str:
     return f"Set with --{prefix}KEY=VALUE: {'; '.join(filter(None, ways))}. See docs/memory.md"
 
 
-def fail(message: str, *, alone: bool = False) -> NoReturn:
-    """Ends the program with one message on standard error and exit code 1.
-
-    `alone` ends it at once, without waiting for threads, nor for processes that do not know of it: when this one is
-    gone, they end too.
-    """
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    if alone:
-        sys.stdout.flush()
-        os._exit(1)
-    sys.exit(1)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """As absl, with a message in place of a traceback."""
-    try:
-        return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:  # ml_collections, for a key the config lacks
-        inner = error.args[0] if error.args else error  # a message, or a KeyError with one
-        key, _, hint = str(inner.args[0] if isinstance(inner, KeyError) else inner).partition("\n")
-        names = (word.partition("=")[0] for word in argv if word.startswith("-"))
-        flag = next((name for name in names if key.strip("'") in name.split(".")[1:]), None)
-        if flag is None:
-            fail(f"the config file itself asks for a key that does not exist: {key}. {hint}".strip())
-        empty = "A group that is empty in the config file is filled in the file, not on the command line"
-        fail(f"no such config key: {flag}. {hint or empty}")
-    except (flags.Error, ValueError, TypeError, OSError) as error:
-        lines = str(error.args[0] if error.args else error).strip().splitlines()
-        if lines[-1].startswith("ValueError: "):  # what a config file says of its variant, at the end of a traceback
-            lines = [lines[-1].removeprefix("ValueError: ")]
-        packaged = Path(__file__).parent / "configs"  # where a wheel puts them
-        if "No such file" in lines[-1] and packaged.exists():
-            lines.append(f"the configs of the package are in {packaged}")
-        fail("; ".join(line.strip() for line in lines) if len(lines) < 6 else "\n".join(lines))
-
-
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file, with :VARIANT behind it if it has any.")
-    flags.DEFINE_string("workdir", None, "Folder of the run; runs/NAME by default.")
-    flags.DEFINE_string("coordinator_address", "", "HOST:PORT of process 0, for several processes without a launcher.")
-    flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1 stays alone under any launcher.")
-    flags.DEFINE_integer("process_id", None, "Which of them this one is, from 0.")
-    flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse_flags)
+    commandline.run(main)

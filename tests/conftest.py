@@ -1,4 +1,7 @@
-"""One thread and four virtual devices for every test process; the reference vectors; a browser."""
+"""One thread and four virtual devices for every test process; the reference vectors; a browser.
+
+The environment stays as it was found: programs that tests start get that of a user.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "4")
-# Much of the time of the tests is compiling; optimising less saves a third of it. What is given comes last and counts.
-os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
-    + os.environ.get("XLA_FLAGS", "")
-)
-# What one process of the tests has compiled, or a program they start, the others read.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled = tempfile.mkdtemp(prefix="kdjax-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-    atexit.register(shutil.rmtree, compiled, ignore_errors=True)
-
 import jax
 import numpy as np
 import pytest
@@ -31,6 +21,36 @@ from kdjax import sharding
 
 if TYPE_CHECKING:
     from selenium import webdriver
+
+_COMPILED = "KDJAX_TESTS_COMPILED"  # a folder: what one process of the tests has compiled, the others read
+
+
+def _start_jax() -> None:
+    """Fixes the devices of this process, and how it compiles."""
+    if not os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", "cpu")
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", 4)
+    if _COMPILED not in os.environ:
+        os.environ[_COMPILED] = tempfile.mkdtemp(prefix="kdjax-tests-")
+        atexit.register(shutil.rmtree, os.environ[_COMPILED], ignore_errors=True)
+    jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Much of the time of the tests is compiling; optimising less saves a third of it. What is given comes last, and
+    # counts. XLA reads the variable once, when the devices are first asked for.
+    given = os.environ.get("XLA_FLAGS")
+    os.environ["XLA_FLAGS"] = (
+        "--xla_backend_optimization_level=0 --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1 "
+        + (given or "")
+    )
+    jax.devices()
+    if given is None:
+        del os.environ["XLA_FLAGS"]
+    else:
+        os.environ["XLA_FLAGS"] = given
+
+
+_start_jax()
 
 # Reference vectors computed with BasicSR. Another folder of the same form can be tried through KDJAX_GOLDEN:
 # tests take every name and size from the files.

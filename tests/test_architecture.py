@@ -13,6 +13,8 @@ FLOORS = [
     {
         "names",
         "files",
+        "commandline",
+        "markdown",
         "config",
         "progress",
         "signals",
@@ -21,6 +23,7 @@ FLOORS = [
         "schedules",
         "sharding",
         "convolution",
+        "memory",
     },  # the ground
     {"models", "losses", "perceptual", "metrics", "degradations"},  # the maths
     {"data", "weights", "checkpoint", "logbook", "ladder", "basicsr", "agreement"},  # the world outside
@@ -32,8 +35,9 @@ FLOORS = [
     {"study", "show", "compare", "cache"},  # programs over programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-# Modules that others of their floor may use: how names are looked up and files written, the VGG of losses and of LPIPS.
-FOUNDATION = {"names", "files", "perceptual"}
+# Modules that others of their floor may use: how names are looked up and files written, what a config and a schedule
+# may be, the VGG of losses and of LPIPS.
+FOUNDATION = {"names", "files", "config", "signals", "schedules", "perceptual"}
 
 
 def imported_modules(path: Path) -> set[str]:

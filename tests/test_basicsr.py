@@ -2,16 +2,18 @@
 
 import contextlib
 import copy
+import itertools
 import json
-import os
 import re
 import runpy
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -23,9 +25,11 @@ from test_perceptual import write_vgg
 from kdjax import assets, config, models, preparation, train, validation
 from kdjax.basicsr import Translation, format_account, translate
 from kdjax.basicsr.keys import DEGRADATION, KEYS
+from kdjax.basicsr.reader import read_yaml
 from kdjax.config import ConfigError, parse
 from kdjax.monitor import Monitor
 from kdjax.schedules import make_schedule
+from kdjax.weights import save_model
 
 ROOT = Path(__file__).parent.parent
 FILES = Path(__file__).parent / "basicsr"
@@ -98,7 +102,7 @@ def check_account(options: Mapping[str, Any], translation: Translation) -> None:
 def test_every_key_is_accounted_for_once_and_the_config_is_valid(name: str) -> None:
     options = read(name)
     before = copy.deepcopy(options)
-    translation = translate(options, devices=4)
+    translation = translate(options)
     assert options == before
     check_account(options, translation)
     parsed = parse(translation.config)
@@ -202,11 +206,11 @@ def test_defaults_are_those_of_basicsr() -> None:
 
 
 def test_clean_images_that_are_degraded() -> None:
-    translated = translate(read("realesrnet_x4plus"), devices=4).config
+    translated = translate(read("realesrnet_x4plus")).config
     data = translated["data"]
     assert (data["gt"], data["lq"], data["meta_info"]) == ("data/clean", "", "data/meta_info.txt")
     assert (data["crop"], data["canvas"], data["gt_usm"]) == (256, 400, True)
-    assert (data["batch_size"], data["workers"]) == (48, 20)  # num_gpu: auto
+    assert (data["batch_size"], data["workers"]) == (12, 5) and data["per_device"]  # num_gpu: auto
     assert set(translated["degrade"]) == {"name", *DEGRADATION}
     assert translated["degrade"]["blur_sigma2"] == (0.2, 1.5) and translated["degrade"]["jpeg_range2"] == (30.0, 95.0)
     assert translated["student"]["hparams"]["scale"] == 4
@@ -414,7 +418,9 @@ def test_what_becomes_of_keys(values: dict, expected: dict) -> None:
         ({"network_g__num_feat": "many"}, "network_g.num_feat: .*'many' is a str, wanted int"),
         ({"network_g__rgb_mean": [0.5, 0.5, 0.5]}, "network_g.rgb_mean: .*DIV2K"),
         ({"network_g__type": "RRDBnet2"}, "network_g.type: .*did you mean 'RRDBNet'"),
-        ({"network_g__type": "no_such_module:Net"}, "network_g.type: .*cannot be imported"),
+        ({"network_g": {"type": "my_net:Net"}, "scale": 4}, "network_g.scale: 1, but scale is 4; write what the class"),
+        ({"network_teacher": {"type": "my_net:Net", "key": "params"}}, "network_teacher.key: no network has"),
+        ({"name": "../../x"}, "name: '../../x': .* the name of one folder"),
         ({"network_teacher__type": "Restormer"}, "network_teacher.type: 'Restormer': there is no such architecture"),
         ({"network_teacher__num_blk": 3}, "network_teacher.num_blk: .*did you mean 'num_block'"),
         ({"datasets__train__type": "FFHQDataset"}, "datasets.train.type: .*unknown data set 'FFHQDataset'.*Paired"),
@@ -495,14 +501,157 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
     }
 
 
+# ---- a file is data --------------------------------------------------------------------------------------------
+
+LEVELS = list(itertools.pairwise("abcdefghij"))
+HOSTILE = {
+    "deep flow": "[" * 60_000,
+    "deep block": "\n".join(" " * i + "a:" for i in range(700)),
+    "deep sequence": "- " * 20_000,
+    "laughs": "a: &a [x]\n" + "".join(f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in LEVELS),
+    "merged laughs": "a: &a {k: 1}\n" + "".join(f"{c}: &{c} {{<<: [{','.join(['*' + p] * 9)}]}}\n" for p, c in LEVELS),
+    "long laughs": f"a: &a {'x' * 100_000}\nb: [{','.join(['*a'] * 9_000)}]",
+    "itself": "a: &a [*a]",
+    "undefined": "a: *b",
+    "python": "a: !!python/object/apply:os.system [x]",
+    "renamed tag": "%TAG !a! tag:yaml.org,2002:python/\n--- !a!object/apply:os.system [x]",
+    "own tag": "a: !x 1",
+    "no int": "a: !!int abc",
+    "no digits": "a: !!int ''",
+    "no bool": "a: !!bool abc",
+    "no float": f"a: !!float {'1:1' * 60_000}",
+    "timestamp": "a: !!timestamp abc",
+    "int of a group": "!!int {a: 1}",
+    "long number": f"a: {'9' * 100_000}",
+    "long hex": f"a: 0x{'f' * 100_000}",
+    "octal": "a: 0100",
+    "twice": "a: 1\nb: 2\na: 3\n",
+    "twice in a line": "{a: 1, a: 2}",
+    "twice, quoted": "a: 1\n'a': 2",
+    "truth as a key": "yes: 1",
+    "a list as a key": "? [a]\n: 1",
+    "documents": "a: 1\n---\nb: 2",
+    "tab": "a:\n\tb: 1",
+    "control": "a: \x1b[2J",
+    "nul": "a: b\x00",
+    "utf-16": "a: 1".encode("utf-16"),
+    "latin-1": "a: caf\u00e9 x".encode("latin-1"),
+    "large": "a: " + "x" * 300_000,
+    "many": "".join(f"k{i}: 1\n" for i in range(6_000)),
+    "anchors": f"[{','.join(f'&a{i} x' for i in range(10_001))}]",
+    "unclosed": "{a: [1, 2",
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=list(HOSTILE))
+def test_a_hostile_file_is_refused_in_one_line_at_a_bounded_cost(content: str | bytes) -> None:
+    content = content if isinstance(content, bytes) else content.encode()
+    watched = len(content) < 50_000  # it takes much longer so, and others can hardly take more than their size
+    if watched:
+        tracemalloc.start()
+    with pytest.raises(ValueError) as caught:
+        read_yaml(content)
+    if watched:
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 20e6
+    assert type(caught.value) is ValueError
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_values_are_those_of_yaml_1_1_but_for_what_nobody_means() -> None:
+    for text, value in {
+        "12:30:45": "12:30:45", "2024-05-01": "2024-05-01", "1:30.5": "1:30.5", "=": "=", "yes": True, "'no'": "no",
+        "~": None, "1_000": 1000, "0x1F": 31, "1e-4": "1e-4", "1.0e-4": 1e-4, "!!float 1e-4": 1e-4, "0": 0, ".5": 0.5,
+    }.items():  # fmt: skip
+        assert read_yaml(f"a: {text}".encode()) == {"a": value}
+    merged = b"\xef\xbb\xbfa: &a {k: 1, j: 2}\nb: {<<: *a, k: 3}\nc: {<<: *a}\nd: *a"
+    assert read_yaml(merged) == {
+        "a": {"k": 1, "j": 2},
+        "b": {"k": 3, "j": 2},
+        "c": {"k": 1, "j": 2},
+        "d": {"k": 1, "j": 2},
+    }
+    for name in NAMES:
+        content = (FILES / f"{name}.yml").read_bytes()
+        assert read_yaml(content) == yaml.safe_load(content)
+
+
+def test_a_large_file_is_accounted_for_at_a_bounded_cost() -> None:
+    """Unknown and doubtful keys cost a search for the nearest each; values are shown in few characters."""
+    guide = read("guide")
+    unknown = {f"unknown_key_{i}": 1 for i in range(5_000)}
+    for options in (guide | unknown, changed(guide, network_g=guide["network_g"] | unknown)):
+        message = refusal(options)
+        assert message.count("\n") <= 60 and len(message) < 60_000
+    shared: list = ["x" * 1000]
+    for _ in range(100):
+        shared = [shared] * 4
+    free = changed(guide, dist_params={"x" * 5_000: shared, "\x1b": 10**5_000, "n": "a\nb"})
+    table = format_account(translate(free).account)
+    assert len(table) < 60_000 and "\x1b" not in table and max(map(len, table.splitlines())) < 400
+    for path in leaves(guide):
+        with contextlib.suppress(ConfigError):
+            translate(changed(guide, **{path.replace(".", "__"): 10**5_000}))
+
+
+OWN = """
+import pathlib
+from flax import nnx
+
+pathlib.Path("imported").touch()
+
+
+class Net(nnx.Module):
+    def __init__(self, num_in_ch: int = 3, width: int = 2, *, rngs: nnx.Rngs):
+        self.conv = nnx.Conv(num_in_ch, 3, (1, 1), rngs=rngs)
+
+    def __call__(self, image):
+        return self.conv(image), {}
+"""
+
+
+def test_a_network_of_ones_own_is_imported_only_when_the_command_line_names_it(
+    one_device: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "own_yaml_net.py").write_text(OWN)
+    make_pairs(tmp_path / "train")
+    options = small(
+        network_g={"type": "own_yaml_net:Net", "width": 4},
+        network_teacher={"type": "own_yaml_net:Net", "width": 4},
+        datasets__train__dataroot_gt_unpaired=...,
+        datasets__train__meta_info_unpaired=...,
+        datasets__val__dataroot_gt="train/gt",
+        datasets__val__dataroot_lq="train/lq",
+        train__perceptual_opt=...,
+    )
+    (tmp_path / "train.yml").write_text(yaml.safe_dump(options, sort_keys=False))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    values = runpy.run_path(str(ROOT / "configs" / "basicsr.py"))["get_config"]("train.yml")
+    assert re.search(r"network_g.type +own_yaml_net:Net .*only with --config.student.arch", capsys.readouterr().out)
+    with pytest.raises(ConfigError, match=r"config.student.arch is empty.*--config.student.arch="):
+        parse(values.to_dict())
+    values.student.arch = "own_yaml_net:Net"
+    with pytest.raises(ConfigError, match=r"config.teacher.hparams.arch is empty.*--config.teacher.hparams.arch="):
+        parse(values.to_dict())
+    assert not Path("imported").exists() and "own_yaml_net" not in sys.modules
+
+    teacher = models.init_model("own_yaml_net:Net", {"width": 4}, jax.random.key(0))
+    save_model(teacher, "teacher.pth")
+    values.teacher.weights, values.teacher.hparams.arch = "teacher.pth", "own_yaml_net:Net"
+    setup = preparation.prepare(parse(values.to_dict()))
+    assert setup.student.hparams == {"num_in_ch": 3, "width": 4} == setup.teacher.model.hparams
+    assert Path("imported").exists()
+
+
 # ---- as a program ----------------------------------------------------------------------------------------------
 
 
 def start(folder: Path, yml: str, *flags: str) -> subprocess.CompletedProcess:
     """The training program with a YAML of `folder`, whose paths are relative to it."""
     command = [sys.executable, "-m", "kdjax.train", "--config", f"{ROOT / 'configs' / 'basicsr.py'}:{yml}", *flags]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, text=True, capture_output=True, timeout=300)
+    return subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=300)
 
 
 def make_pairs(folder: Path) -> None:
@@ -582,8 +731,8 @@ def test_pairs_and_clean_images_are_trained_on_together(tmp_path: Path) -> None:
         ("", "the file holds None; wanted a training YAML"),
         ("- a\n- b\n", r"the file holds \['a', 'b'\]; wanted a training YAML"),
         ("name: [1, 2\n", "train.yml: while parsing"),
-        ("train: !!python/object/apply:os.system ['touch executed']\n", "could not determine a constructor"),
-        ("a: &a {b: *a}\ntrain: *a\n", "error: train.yml: "),
+        ("train: !!python/object/apply:os.system ['touch executed']\n", "the tag .*os.system' is not read"),
+        ("a: &a {b: *a}\ntrain: *a\n", "error: train.yml: the alias .* stands inside what it stands for"),
         ("\x00\x01", "error: train.yml: "),
         ("name: x\ntrain: {}\n", "network_g.type, .*train.total_iter: missing"),
     ],
@@ -609,6 +758,11 @@ def test_messages_of_the_program(tmp_path: Path) -> None:
         result = start(tmp_path, "pairs.yml", f"--config.{key}=1")
         assert result.returncode == 1 and "Traceback" not in result.stderr
         assert f"error: no such config key: --config.{key}. A group that is empty in the config file" in result.stderr
+    (tmp_path / "own_yaml_net.py").write_text(OWN)
+    (tmp_path / "own.yml").write_text(yaml.safe_dump(small(network_g__type="own_yaml_net:Net")))
+    result = start(tmp_path, "own.yml")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("error: config.student.arch is empty") and not (tmp_path / "imported").exists()
     with pytest.raises(SystemExit, match="name the YAML behind a colon"):
         runpy.run_path(str(ROOT / "configs" / "basicsr.py"))["get_config"]()
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -150,17 +151,20 @@ def main(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[object, str
     return ended.value.code, *capsys.readouterr()
 
 
-def test_ctrl_c_is_exit_code_130(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    folder = make_folder(tmp_path / "gt")
+def test_ctrl_c_does_not_wait_for_the_images_that_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, read = make_folder(tmp_path / "gt", 40), []
 
     def stops(path: str) -> None:
-        raise KeyboardInterrupt
+        read.append(path)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        time.sleep(0.01)
 
-    monkeypatch.setattr(program, "inspect_image", stops)
-    assert main(capsys, "--gt", folder, "--json", tmp_path / "r.json") == (130, "", "stopped by SIGINT\n")
-    assert not (tmp_path / "r.json").exists()
+    monkeypatch.setattr(program, "_facts", stops)
+    monkeypatch.setattr(sys, "argv", ["check", "--gt", str(folder), "--json", str(tmp_path / "r.json")])
+    with pytest.raises(KeyboardInterrupt):
+        program.main()
+    assert len(read) < 30 and not (tmp_path / "r.json").exists()
 
 
 def test_how_files_are_stored_is_told_and_is_no_fault(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from kdjax import cost, models, sharding
+from kdjax import cost, memory, models, sharding
+from kdjax.config import ConfigError, parse
 
 HEIGHT, WIDTH, FEATURES = 48, 40, 8
 IMAGE_BYTES = HEIGHT * WIDTH * 3 * 4
@@ -207,6 +208,52 @@ def test_a_container_may_have_less_memory_than_its_machine(
     machine = cost.device_memory()[0]
     (tmp_path / "memory.max").write_text(f"{limit}\n")
     (tmp_path / "memory.current").write_text(f"{1 << 19}\n")
-    monkeypatch.setattr(cost, "_CONTAINER", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
     there, free = cost.device_memory()
     assert (there, free) == expected if expected else there >= machine
+
+
+# ---- what a config asks for ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "hparams", "message"),
+    [
+        ("srvggnetcompact", {"num_feat": 10**9}, "config.student.hparams.num_feat=1000000000 must be at most 1024"),
+        ("srvggnetcompact", {"num_conv": 10**6}, "config.student.hparams.num_conv=1000000 must be at most 256"),
+        ("rrdbnet", {"num_block": 999}, "config.student.hparams.num_block=999"),
+        ("unet", {"num_level": 1024}, "config.student.hparams.num_level=1024 must be at most 16"),
+        (
+            "nafnet",
+            {"enc_blk_nums": (0,) * 999, "dec_blk_nums": (0,) * 999},
+            "config.student.hparams.enc_blk_nums has 999",
+        ),
+        ("unet", {"num_level": 14}, "config.student: unet with .* parameters; training them takes .* at least"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_refused_before_it_is_made(arch: str, hparams: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cost.check_network_fits(arch, models.complete_hparams(arch, hparams))
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"data": {"batch_size": 10**9}}, "config.data.batch_size"),
+        ({"data": {"crop": 10**9}}, "config.data.crop"),
+        ({"data": {"canvas": 10**6}}, "canvas"),
+        ({"data": {"workers": 10**6}}, "config.data.workers"),
+        ({"val": {"crop": 10**9}}, "config.val.crop"),
+    ],
+)
+def test_data_that_memory_cannot_hold_are_refused_before_they_are_loaded(values: dict, key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}.* takes .* at least, and the machine has .* [GM]iB"):
+        cost.check_data_fits(parse(values), channels=3, scale=1)
+
+
+def test_what_fits_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse({"data": {"batch_size": 64, "crop": 256, "workers": 8, "lq": "x"}, "val": {"crop": 4096}})
+    for there in (8 << 30, 0):  # 0: not known
+        monkeypatch.setattr(cost, "host_memory", lambda there=there: (there, there))
+        cost.check_data_fits(config, channels=3, scale=4, process_count=3)
+        cost.check_network_fits("srvggnetcompact", models.complete_hparams("srvggnetcompact", {}))

@@ -15,21 +15,27 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from kdjax import agreement
 from kdjax.data import (
+    IMAGE_SUFFIXES,
+    WRITTEN_SUFFIXES,
     DataError,
     ImageError,
     ImagePair,
     find_pairs,
     find_unlabelled,
+    images,
     load_images,
     open_cache,
     read_image,
@@ -261,12 +267,78 @@ def test_forbidden_file(tmp_path: Path) -> None:
         read_image(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("limit", [40, 70])  # Pillow warns above its limit and refuses above twice the limit
-def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    write_image(tmp_path / "a.png", random_image(10, 10))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises(ImageError, match=r"a\.png: too many pixels"):
-        read_image(tmp_path / "a.png")
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".gif"])
+def test_the_limit_follows_the_memory_and_pillows_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    Image.fromarray(random_image(10, 10)[..., 0]).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert read_image(path).shape == (10, 10, 3) and Image.MAX_IMAGE_PIXELS == 10
+    images.most_bytes.cache_clear()
+    monkeypatch.setattr(images, "host_memory", lambda: (4000, 0))
+    with pytest.raises(ImageError, match=rf"a\{suffix}: too many pixels: 10x10 .* an eighth .* cut it into smaller"):
+        read_image(path)
+    images.most_bytes.cache_clear()
+    monkeypatch.setattr(images, "host_memory", lambda: (0, 0))  # not known
+    read_image(path)
+    images.most_bytes.cache_clear()
+
+
+def test_pillows_limit_is_lifted_while_any_thread_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "a.tif", random_image(10, 10))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(image.shape == (10, 10, 3) for image in pool.map(read_image, [tmp_path / "a.tif"] * 200))
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_every_suffix_of_a_format_that_is_read_is_found(tmp_path: Path) -> None:
+    Image.init()
+    known = {suffix for suffix, format in Image.EXTENSION.items() if format in images._FORMATS}
+    assert known - {".pfm", ".avifs"} <= set(IMAGE_SUFFIXES)  # of floats, of moving pictures
+    for suffix in IMAGE_SUFFIXES:
+        Image.fromarray(random_image(8, 8)).save(tmp_path / f"{suffix[1:]}{suffix.upper()}", "JPEG")
+    assert len(find_pairs(gt=str(tmp_path))) == len(IMAGE_SUFFIXES)
+    assert set(WRITTEN_SUFFIXES) < set(IMAGE_SUFFIXES) and ".gif" not in WRITTEN_SUFFIXES
+
+
+def test_avif(tmp_path: Path) -> None:
+    image = np.kron(random_image(4, 5), np.ones((16, 16, 1), np.uint8))
+    Image.fromarray(image).save(tmp_path / "a.avif", quality=100, subsampling="4:4:4")
+    assert np.abs(read_image(tmp_path / "a.avif").astype(int) - image).max() < 4
+
+
+def test_sixteen_bits_of_scanners(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 4096, (7, 9), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "white_is_zero.tif", values * 16, photometric="miniswhite")
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "white_is_zero.tif", 1)[..., 0], np.round((65535 - values * 16.0) / 257)
+    )
+    (tmp_path / "twelve_bits.tif").write_bytes(twelve_bits(values))
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "twelve_bits.tif", 1)[..., 0], np.round((values << 4 | values >> 8) / 257)
+    )
+
+
+def twelve_bits(values: np.ndarray) -> bytes:
+    """A TIFF file of 12 bits a sample, two in three bytes."""
+    height, width = values.shape
+    rows = [int("".join(f"{value:012b}" for value in row).ljust(-(-width * 12 // 8) * 8, "0"), 2) for row in values]
+    data = b"".join(row.to_bytes(-(-width * 12 // 8), "big") for row in rows)
+    tags = [(256, width), (257, height), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, height)]
+    tags += [(279, len(data))]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_what_pillow_warns_of_is_no_concern(tmp_path: Path) -> None:
+    Image.fromarray(random_image(8, 8)).save(tmp_path / "a.tif", tiffinfo={305: "x" * 99})
+    data = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(data.replace(struct.pack("<I", 100), struct.pack("<I", 400)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_image(tmp_path / "a.tif").shape == (8, 8, 3)
 
 
 def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -663,14 +735,14 @@ def test_folders_of_links_and_pipes_come_to_an_end(tmp_path: Path) -> None:
 
 def test_files_that_are_left_out_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     gt = touch(tmp_path / "gt", "1.png", "1.heic", ".hidden.psd")
-    lq = touch(tmp_path / "lq", "1.png", "sub/notes.txt", "a.psd", "b.psd")
+    lq = touch(tmp_path / "lq", "1.png", "sub/notes.txt", "a.txt", "b.psd")
     with caplog.at_level(logging.INFO, "kdjax"):
         find_pairs(gt=gt, lq=lq, what="validation")
         find_unlabelled(gt, degraded=True)
         find_pairs(gt=gt, lq=lq, recursive=False, meta_info=listing(tmp_path, "1.png"))
     assert [record.getMessage() for record in caplog.records] == [
         "validation images: 4 other files are not images that kdjax reads: "
-        f"{gt}/1.heic, {lq}/a.psd, {lq}/b.psd and 1 more",
+        f"{gt}/1.heic, {lq}/b.psd, {lq}/a.txt and 1 more",
         f"unlabelled images: 1 other file is not an image that kdjax reads: {gt}/1.heic",
     ]
 

@@ -223,7 +223,7 @@ def test_the_best_model_is_bold_where_there_are_several() -> None:
     assert [line.split(" | ", 3)[3] for line in lines[2:6]] == [
         "input | 40.00 | 1.000 |", "x | 30.00 | **5.000** |", "y | **31.00** | 5.500 |", "z | 20.00 | - |"
     ]  # fmt: skip
-    assert lines[2].startswith("| a\\|b |") and lines[-1] == "- noise: none"
+    assert lines[2].startswith("| `a\\|b` |") and lines[-1] == "- noise: none"
     assert "**" not in markdown(rows[:2], ["psnr", "niqe"], {})
 
 

@@ -32,6 +32,7 @@ from kdjax.data import (
 )
 from kdjax.data import pack as program
 from kdjax.data.cached import CACHE
+from kdjax.signals import Stopped
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -513,9 +514,7 @@ def test_what_an_earlier_run_left_is_not_believed_either(tmp_path: Path) -> None
         (out / "pack.json").unlink()
 
 
-def test_stopped_by_ctrl_c_it_leaves_whole_files_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_stopped_by_ctrl_c_it_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = make_folder(tmp_path / "gt", count=8, height=400, width=500), tmp_path / "out"
     inspect, seen = program.inspect_image, []
 
@@ -527,9 +526,9 @@ def test_stopped_by_ctrl_c_it_leaves_whole_files_only(
 
     monkeypatch.setattr(program, "inspect_image", stops)
     monkeypatch.setattr(sys, "argv", ["pack", folder, str(out), "--shard-mb", "1"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(Stopped, match=r"^stopped by SIGINT; the same command continues$") as stopped:
         program.main()
-    assert ended.value.code == 130 and capsys.readouterr().err == "stopped by SIGINT; the same command continues\n"
+    assert stopped.value.exit_code == 130
     assert {path.suffix for path in out.iterdir()} <= {".arrayrecord", ".jsonl", ".lock"}
     assert all(shards.count_records(path) == 2 for path in out.glob("*.arrayrecord"))
 

@@ -115,7 +115,7 @@ def test_killed_stopped_and_continued_by_other_numbers_of_processes(tmp_path: Pa
     assert "continuing at step " in processes[0].printed
     processes[1].send_signal(signal.SIGTERM)
     first, second = outputs(processes)
-    assert [process.returncode for process in processes] == [0, 0], first + second
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, first + second
     assert "stopped by SIGTERM at step " in first.splitlines()[-1] and "Traceback" not in first + second
     assert "loss " not in second  # only the first process talks
     step = int(first.splitlines()[-1].split("at step ")[1].split(" ")[0].replace(",", ""))

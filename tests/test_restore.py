@@ -1,6 +1,8 @@
 """The program on files as people have them: many kinds, bad ones among them, stopped and started again."""
 
+import contextlib
 import errno
+import io
 import os
 import shutil
 import signal
@@ -16,9 +18,9 @@ from PIL import Image
 
 import kdjax
 from kdjax import models, restore
-from kdjax.data import videos
+from kdjax.data import pictures, videos
 from kdjax.data.pictures import Picture, read_picture, write_picture
-from kdjax.restore import Job, plan
+from kdjax.restore import Job, Plan, left_out, plan
 from kdjax.signals import StopSignals
 
 
@@ -138,8 +140,8 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def targets(jobs: list[Job], folder: Path) -> dict[str, str]:
-    return {job.source.relative_to(folder).as_posix(): job.target.as_posix() for job in jobs}
+def targets(found: Plan, folder: Path) -> dict[str, str]:
+    return {job.source.relative_to(folder).as_posix(): job.target.as_posix() for job in found.jobs}
 
 
 def test_folders_files_and_patterns(tmp_path: Path) -> None:
@@ -165,10 +167,82 @@ def test_folders_files_and_patterns(tmp_path: Path) -> None:
 
 def test_results_beside_the_inputs_are_no_inputs(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "b_x.png")
-    for _ in range(2):
-        jobs = plan([str(tmp_path)], tmp_path, suffix="_x")
-        assert {job.source.name: job.target.name for job in jobs} == {"a.png": "a_x.png", "b_x.png": "b_x_x.png"}
-        touch(tmp_path, "a_x.png", "b_x_x.png")
+    for done in ([], ["a_x.png", "b_x_x.png"]):
+        found = plan([str(tmp_path)], tmp_path, suffix="_x")
+        wanted = {"a.png": "a_x.png", "b_x.png": "b_x_x.png"}
+        assert {job.source.name: job.target.name for job in found.jobs} == wanted
+        assert [path.name for path in found.results] == done
+        assert len(left_out(found)) == bool(done)
+        touch(tmp_path, *wanted.values())
+
+
+def test_every_name_has_an_output_of_its_own(tmp_path: Path) -> None:
+    """As in folders of Hugging Face, DVC and git-annex, where names are links to blobs."""
+    touch(tmp_path, "blobs/1f", "blobs/2e", "in/a.png", "elsewhere/sub/d.png")
+    for name, blob in (("b.png", "1f"), ("c.png", "1f")):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "blobs" / blob)
+    os.link(tmp_path / "in" / "a.png", tmp_path / "in" / "hard.png")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in" / "again").symlink_to(tmp_path / "elsewhere")
+    found = plan([str(tmp_path / "in")], tmp_path / "out")
+    names = ["a.png", "again/sub/d.png", "b.png", "c.png", "hard.png", "linked/sub/d.png"]
+    assert sorted(targets(found, tmp_path / "in")) == names
+    assert sorted(job.target.relative_to(tmp_path / "out").as_posix() for job in found.jobs) == names
+    assert left_out(found) == []
+
+
+def test_links_do_not_lead_in_circles_or_to_the_output(tmp_path: Path) -> None:
+    touch(tmp_path, "in/a.png", "in/one/b.png", "in/two/c.png", "in/out/a.png")
+    for link, to in (("one/two", "two"), ("two/one", "one"), ("up", ".."), ("loop", "loop"), ("results", "out")):
+        (tmp_path / "in" / link).symlink_to(tmp_path / "in" / to)
+    found = plan([str(tmp_path / "in")], tmp_path / "in" / "out")
+    assert sorted(targets(found, tmp_path / "in")) == [
+        "a.png",
+        "one/b.png",
+        "one/two/c.png",
+        "two/c.png",
+        "two/one/b.png",
+    ]
+    assert found.ignored == [tmp_path / "in" / "loop"]
+
+
+def test_what_is_given_twice_is_restored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "in/a.png", "in/sub/b.png")
+    (tmp_path / "link").symlink_to("in")
+    monkeypatch.chdir(tmp_path)
+    found = plan(["in", "in/a.png", "./in/sub/../a.png", "link", "in/sub/b.png", "i*/*.png"], Path("out"))
+    assert targets(found, Path()) == {"in/a.png": "out/a.png", "in/sub/b.png": "out/sub/b.png"}
+    assert len(found.repeated) == 6
+    assert left_out(found) == [
+        "given more than once, and restored once: 6 files: in/a.png, in/sub/../a.png, link/a.png, ..."
+    ]
+
+
+def test_what_is_not_taken_is_counted_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heic = [f"in/{number}.HEIC" for number in range(4)]
+    touch(tmp_path, "in/a.png", "in/b.JFIF", "in/c.avif", "in/sub/notes.txt", "in/README", "in/.cache/x.png", *heic)
+    touch(tmp_path, *(f"in/x.{number}" for number in range(10)), "in/raw.dng", "empty/.x")
+    monkeypatch.chdir(tmp_path)
+    found = plan(["in", "empty"], Path("out"))
+    assert targets(found, Path()) == {"in/a.png": "out/a.png", "in/b.JFIF": "out/b.JFIF", "in/c.avif": "out/c.png"}
+    assert left_out(found) == [
+        "not taken, for their suffixes are not those of pictures or videos: 17 files",
+        "  4 .heic: in/0.HEIC, in/1.HEIC, in/2.HEIC, ...; convert HEIC to JPEG or PNG first,"
+        " for example with heif-convert",
+        "  1 without a suffix: in/README",
+        *(f"  1 .{number}: in/x.{number}" for number in range(6)),
+        "  6 others: in/x.6, in/x.7, in/x.8, ...",
+        "not taken, for their names begin with a dot: 2 files: in/.cache, empty/.x",
+    ]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
+def test_a_folder_that_cannot_be_read_fails_alone(folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "locked").mkdir(mode=0)
+    message = refused("--model", folder / "same.pth", tmp_path / "in", "--output", tmp_path / "out")
+    assert "locked: this folder cannot be read: Permission denied" in message
+    assert files(tmp_path / "out") == ["a.png"]
 
 
 def test_names_that_clash_are_refused(tmp_path: Path) -> None:
@@ -176,12 +250,13 @@ def test_names_that_clash_are_refused(tmp_path: Path) -> None:
     a, b = str(tmp_path / "a.png"), str(tmp_path / "sub" / "a.png")
     for inputs, output, options, reason in (
         ([a], tmp_path, {}, "would overwrite an input; give another --output, or a --suffix"),
-        ([a, b], tmp_path / "sub", {}, "would overwrite an input"),
+        ([b], tmp_path / "sub", {}, "would overwrite an input"),
         ([a, b], tmp_path / "out", {}, "would both become"),
         ([a, a.replace("png", "jpg")], tmp_path / "out", {"format": "png"}, "or without --format"),
         ([str(tmp_path / "none.png")], tmp_path / "out", {}, "there is no file or folder of this name"),
         ([str(tmp_path / "none*.png")], tmp_path / "out", {}, "none that fits it as a pattern"),
-        ([str(tmp_path / "empty")], tmp_path / "out", {}, "no pictures or videos in this folder"),
+        ([str(tmp_path / "empty")], tmp_path / "out", {}, r"no pictures or videos in .*empty\n(.*\n)*.*notes\.txt"),
+        (["a\0b.png"], tmp_path / "out", {}, "has a NUL character"),
     ):
         with pytest.raises(ValueError, match=reason):
             plan(inputs, output, **options)
@@ -209,11 +284,11 @@ def test_bad_files_do_not_stop_the_rest(
     message = refused("--model", folder / "same.pth", "in", "--output", "out", "--format", "jpg", "--tile", 64)
     assert message.splitlines() == [
         "error: 5 files could not be restored:",
-        "  out/alpha.jpg: .jpg files hold no alpha channel; write png, webp or tif",
+        "  in/alpha.png -> out/alpha.jpg: .jpg files hold no alpha channel; write png, webp or tif",
         "  in/cut.png: image file is truncated",
         "  in/empty.png: the file is empty (0 bytes)",
-        "  in/link.png: No such file or directory",
-        "  in/moving.gif: is an animation of 2 frames; make single pictures or a video of it first "
+        "  in/link.png: No such file: is a link to nowhere.png",
+        "  in/moving.gif: is an animation; make single pictures or a video of it first "
         "(GIF and PNG: ffmpeg -i FILE frame_%04d.png)",
     ]
     assert files(Path("out")) == ["cmyk.jpg", "one.jpg", "strip.jpg"]
@@ -221,6 +296,90 @@ def test_bad_files_do_not_stop_the_rest(
     assert "in/strip.png -> out/strip.jpg: 500x3 to 500x3, " in told.out
     assert "  note: CMYK converted to sRGB\n" in told.out
     assert told.err.count("failed: ") == 5
+    assert told.out.splitlines()[-1] == "3 restored, 5 failed"
+
+
+STRANGE = ("caf\udce9.png", "-dash.png", "new\nline.png", "[1] 50% a:b x=2.png", "x" * 251 + ".png", "a" * 225 + ".png")
+
+
+def test_names_that_a_file_system_allows(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number, dtype in enumerate((np.uint8, np.uint16)):  # through Pillow and through libvips
+        write(tmp_path / "a.png", pixels(3, dtype))
+        for name in STRANGE:
+            shutil.copy(tmp_path / "a.png", tmp_path / "in" / name)
+        out = tmp_path / f"out{number}"
+        restored, failures = quietly(unchanged, [str(tmp_path / "in")], out)
+        assert (restored, failures) == (sorted(STRANGE), [])
+        restored, failures = quietly(unchanged, [str(tmp_path / "in")], out, suffix="_times_four")
+        assert len(restored) == len(STRANGE) - 1 + len(STRANGE)
+        assert len(failures) == 1 and failures[0].endswith(": File name too long") and "/in/xxx" in failures[0]
+    if shutil.which("ffmpeg"):
+        make = ["ffmpeg", "-v", "error", "-f", "lavfi", "-i", "testsrc2=s=32x24:r=25:d=0.08", "-f", "matroska"]
+        for name in STRANGE[:2]:
+            video = tmp_path / "videos" / f"{name}.mkv"
+            video.parent.mkdir(exist_ok=True)
+            subprocess.run([*make, "file:" + str(video)], check=True)
+        (tmp_path / "videos" / "b\udcff.mp4").write_bytes(b"no video")
+        restored, failures = quietly(unchanged, [str(tmp_path / "videos")], tmp_path / "out")
+        assert restored == sorted(f"{name}.mkv" for name in STRANGE[:2])
+        assert len(failures) == 1 and "b\udcff.mp4: cannot be read" in failures[0]
+
+
+def unchanged(image: np.ndarray, progress: restore.Told) -> np.ndarray:
+    """What stands in for a network."""
+    return image
+
+
+def quietly(network: restore.Restore, inputs: list[str], output: Path, **options: str) -> tuple[list[str], list[str]]:
+    """What is in the output after a run, and what failed."""
+    with StopSignals() as stop, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        failures = restore.run(plan(inputs, output, **options).jobs, network, scale=1, quality=None, stop=stop)
+    return files(output), failures
+
+
+def test_whatever_is_raised_for_a_file_is_its_failure(tmp_path: Path) -> None:
+    raised = [KeyError("x"), RecursionError("deep"), MemoryError(), AssertionError(), SyntaxError("tiff"), EOFError()]
+    for number in range(len(raised) + 1):
+        write(tmp_path / "in" / f"{number}.png")
+    errors = iter(raised)
+
+    def fails(image: np.ndarray, progress: restore.Told) -> np.ndarray:
+        if (error := next(errors, None)) is not None:
+            raise error
+        return image
+
+    restored, failures = quietly(fails, [str(tmp_path / "in")], tmp_path / "out")
+    assert restored == ["6.png"] and len(failures) == 6
+    assert all(f"in/{number}.png: " in failure for number, failure in enumerate(failures))
+
+
+def test_targets_that_cannot_be_are_seen_before_the_work(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "sub/c.png", "No space left on device.png"):
+        write(tmp_path / "in" / name)
+    (tmp_path / "out" / "b.png").mkdir(parents=True)
+    (tmp_path / "out" / "sub").touch()
+    (tmp_path / "out" / "No space left on device.png").mkdir()
+    (tmp_path / "out" / "a.png").symlink_to("nowhere/a.png")
+    calls = []
+    network = lambda image, progress: calls.append(1) or image  # noqa: E731
+    restored, failures = quietly(network, [str(tmp_path / "in")], tmp_path / "out")
+    assert len(calls) == 1 and restored == ["a.png", "sub"] and not (tmp_path / "out" / "a.png").is_symlink()
+    assert [failure.rsplit(": ")[-1] for failure in failures] == ["Is a directory", "Is a directory", "File exists"]
+
+
+def test_what_would_not_fit_into_memory_is_refused_and_the_flag_lifts_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.png", pixels(size=(40, 50)))
+    arguments = ("--model", folder / "double.pth", tmp_path / "a.png", "--output", tmp_path / "out")
+    monkeypatch.setattr(pictures, "host_memory", lambda: (10**9, 2 * 40 * 50 * 20))
+    message = refused(*arguments)
+    assert "a.png: too many pixels: 50x40 would take about" in message and "--max-megapixels 1 tries" in message
+    assert "--max-megapixels is 0.001; 1 would do" in refused(*arguments, "--max-megapixels", "0.001")
+    run(*arguments, "--max-megapixels", "1")
+    assert files(tmp_path / "out") == ["a.png"]
+    refused(*arguments, "--max-megapixels", "0", code=2)
 
 
 def test_bad_requests_are_refused(folder: Path, tmp_path: Path) -> None:

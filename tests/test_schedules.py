@@ -1,5 +1,7 @@
 """Schedules against the values that torch's and BasicSR's schedulers have."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -42,9 +44,27 @@ def test_warmup_reaches_the_full_value() -> None:
         (dict(name="multistop", value=1.0), "did you mean 'multistep'"),
         (dict(value=1.0), "unknown schedule None"),
         (dict(name="cosine", value=1.0), "steps"),
-        (dict(name="cosine", value=1.0, steps=0), "steps >= 1"),
+        (dict(name="cosine", value=1.0, steps=0), "steps=0 must be a whole number from 1"),
         (dict(name="multistep", value=1.0, milestones=(1,), gama=0.5), "gama"),
-        (dict(name="linear", value=1.0, steps=-1), "steps >= 1"),
+        (dict(name="linear", value=1.0, steps=-1), "steps=-1 must be a whole number from 1"),
+        (dict(name="linear", value=1.0, steps=10**30), "steps=1000.* must be a whole number from 1 to 2,147,483,647"),
+        (dict(name="linear", value=1.0, steps=True), "steps=True"),
+        (dict(name="linear", value=math.inf, steps=5), "value=inf must be a finite number"),
+        (dict(name="linear", value=1.0, steps=5, final=1e39), "final=1e"),
+        (dict(name="constant", value="1"), "value='1' must be a finite number"),
+        (dict(name="constant", value=1.0, warmup=1.5), "warmup=1.5"),
+        (dict(name="multistep", value=1.0, milestones=5), "milestones=5 must be a list"),
+        (dict(name="multistep", value=1.0, milestones=(5.5,)), r"milestones=\(5.5,\) must be .* whole numbers"),
+        (dict(name="multistep", value=1.0, milestones=(2**31,)), "milestones"),
+        (dict(name="multistep", value=1.0, milestones=(1,) * 1001), "at most 1,000"),
+        (dict(name="multistep", value=1.0, milestones=(1,), gamma=math.nan), "gamma=nan"),
+        (dict(name="piecewise", values=(1, math.nan), boundaries=(5,)), "values=.* finite numbers"),
+        (dict(name="piecewise", values=(1, 2), boundaries=(-5,)), "boundaries"),
+        (dict(name=["linear"], value=1.0, steps=5), "unknown schedule"),
+        (math.nan, "a schedule=nan must be a finite number"),
+        (10**400, "a schedule=.* must be a finite number"),
+        ("fast", "a schedule='fast' must be"),
+        (None, "a schedule=None must be"),
         (dict(name="piecewise", values=(1, 0), boundaries=(5, 9)), "one value more than boundaries"),
         (dict(name="piecewise", values=(1, 2, 0), boundaries=(9, 5)), "rising boundaries"),
         (dict(name="constant", value=1.0, warmup=-1), "warmup=-1"),

@@ -1,6 +1,5 @@
 """The contact sheet as a program, and that it shows what the run trains on."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def start(*arguments: str, code: int = 0) -> str:
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     command = [sys.executable, "-m", "kdjax.show", *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
 

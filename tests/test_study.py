@@ -1,7 +1,6 @@
 """A study as a program and as an account: columns, seeds, sums."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,8 +36,7 @@ def start(folder: Path, columns: tuple[str, ...], seeds: tuple[int, ...], code: 
     path = folder / "study.py"
     path.write_text(CONFIG.format(configs=str(ROOT / "configs" / "study_denoise.py"), columns=columns, seeds=seeds))
     command = [sys.executable, "-m", "kdjax.study", "--config", str(path), "--workdir", str(folder / "study")]
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
 

@@ -1,7 +1,6 @@
 """kdjax.weights: what real files give, every layout, both file formats both ways, and files that mean harm.
 
-The opcodes of test files are written here by hand, so that nothing is tested against itself; `-m torch` compares with
-torch where it is installed.
+`weight_files` writes the files; `-m torch` compares with torch where it is installed.
 """
 
 from __future__ import annotations
@@ -18,19 +17,32 @@ import sys
 import time
 import zipfile
 from collections import OrderedDict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import GOLDEN
 from flax import traverse_util
+from weight_files import (
+    BFLOAT16,
+    FORMATS,
+    STORAGES,
+    Parameter,
+    Strided,
+    Writer,
+    assert_same,
+    legacy_file,
+    random_model,
+    state_dict,
+    write,
+    zip_file,
+    zip_records,
+)
 
-from kdjax.models import Model, abstract_params, complete_hparams, count_params, make_apply
+from kdjax.models import Model, complete_hparams, count_params, make_apply
 from kdjax.weights import WeightsError, load_model, load_weights, save_model
 from kdjax.weights.convert import to_state_dict, torch_shapes
 from kdjax.weights.pickle_reader import ALLOWED
@@ -38,151 +50,9 @@ from kdjax.weights.pickle_reader import ALLOWED
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ("rrdbnet", "srvggnetcompact", "dncnn", "edsr", "msrresnet")
 GOLDEN_FILES = sorted(path for arch in ARCHS for path in (GOLDEN / "archs").glob(f"{arch}*.pth"))
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-# ---- writing torch files by hand -------------------------------------------------------------------------------
-
-STORAGES = {
-    np.dtype(np.float32): "FloatStorage", np.dtype(np.float64): "DoubleStorage", np.dtype(np.float16): "HalfStorage",
-    BFLOAT16: "BFloat16Storage", np.dtype(np.int64): "LongStorage", np.dtype(np.int32): "IntStorage",
-    np.dtype(np.int16): "ShortStorage", np.dtype(np.int8): "CharStorage", np.dtype(np.uint8): "ByteStorage",
-    np.dtype(np.bool_): "BoolStorage",
-}  # fmt: skip
-
-
-@dataclass(eq=False)
-class Strided:
-    """A tensor over `base` (a 1-D array) as the file describes it, true or not."""
-
-    base: np.ndarray
-    offset: Any
-    shape: Any
-    stride: Any
-    numel: int | None = None  # what the file says of the storage
-    view: tuple[int, int] | None = None  # legacy: the tensor's storage is base[view[0]:][:view[1]]
-
-
-@dataclass
-class Opcodes:
-    code: bytes
-
-
-@dataclass
-class Parameter:
-    data: np.ndarray
-
-
-class Writer:
-    """Opcodes of a value; the storages it meets collect in `storages`."""
-
-    def __init__(self, *, legacy: bool = False) -> None:
-        self.legacy, self.storages, self.keys = legacy, {}, {}
-
-    def code(self, value: Any) -> bytes:
-        match value:
-            case Opcodes():
-                return value.code
-            case None:
-                return b"N"
-            case bool():
-                return b"\x88" if value else b"\x89"
-            case int():
-                size = value.bit_length() // 8 + 1
-                return b"\x8b" + struct.pack("<i", size) + value.to_bytes(size, "little", signed=True)
-            case float():
-                return b"G" + struct.pack(">d", value)
-            case str():
-                return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
-            case tuple():
-                return b"(" + b"".join(map(self.code, value)) + b"t"
-            case list():
-                return b"](" + b"".join(map(self.code, value)) + b"e"
-            case OrderedDict():  # with the _metadata that torch adds
-                items = b"".join(self.code(part) for item in value.items() for part in item)
-                metadata = self.code({"_metadata": {"": {"version": 1}}})
-                return b"ccollections\nOrderedDict\n)R(" + items + b"u" + metadata + b"b"
-            case dict():
-                return b"}(" + b"".join(self.code(part) for item in value.items() for part in item) + b"u"
-            case Parameter():
-                return b"ctorch._utils\n_rebuild_parameter\n(" + self.code(value.data) + b"\x88)tR"
-            case np.ndarray():
-                strides = tuple(step // value.itemsize for step in value.strides)
-                return self.code(Strided(np.ascontiguousarray(value).reshape(-1), 0, value.shape, strides))
-            case Strided():
-                return self.tensor(value)
-        raise TypeError(type(value))
-
-    def tensor(self, tensor: Strided) -> bytes:
-        key = self.keys.setdefault(id(tensor.base), str(len(self.keys)))
-        self.storages[key] = tensor.base
-        numel = tensor.base.size if tensor.numel is None else tensor.numel
-        code = b"(" + self.code("storage") + f"ctorch\n{STORAGES[tensor.base.dtype]}\n".encode()
-        code += self.code(key) + self.code("cpu") + self.code(numel)
-        if self.legacy:
-            code += self.code(None if tensor.view is None else ("view", *tensor.view))
-        code += b"tQ" + self.code(tensor.offset) + self.code(tensor.shape) + self.code(tensor.stride)
-        return b"ctorch._utils\n_rebuild_tensor_v2\n(" + code + b"\x89ccollections\nOrderedDict\n)RtR"
-
-
-def zip_file(value: Any, *, byteorder: str | None = "little", **records: bytes) -> bytes:
-    writer = Writer()
-    program = b"\x80\x02" + writer.code(value) + b"."
-    return zip_records(program, writer.storages, byteorder=byteorder, **records)
-
-
-def zip_records(program: bytes, storages: dict[str, np.ndarray], *, byteorder: str | None, **records: bytes) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("any name/data.pkl", program)
-        if byteorder:
-            archive.writestr("any name/byteorder", byteorder)
-        for key, base in storages.items():
-            words = base.view(f"u{base.itemsize}")
-            archive.writestr(f"any name/data/{key}", (words.byteswap() if byteorder == "big" else words).tobytes())
-        for name, content in records.items():
-            archive.writestr(f"any name/{name.replace('__', '/')}", content)
-    return file.getvalue()
-
-
-def legacy_file(value: Any) -> bytes:
-    writer = Writer(legacy=True)
-    body = writer.code(value)
-    sizes = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-    parts = [writer.code(0x1950A86A20F9469CFC6C), writer.code(1001), writer.code(sizes), body]
-    parts.append(writer.code(sorted(writer.storages)))
-    file = b"".join(b"\x80\x02" + part + b"." for part in parts)
-    for _, base in sorted(writer.storages.items()):
-        file += struct.pack("<q", base.size) + base.tobytes()
-    return file
-
-
-FORMATS = {"zip": zip_file, "legacy": legacy_file}
 
 
 # ---- small things to store -------------------------------------------------------------------------------------
-
-
-def state_dict(model: Model) -> dict[str, np.ndarray]:
-    """Torch names and layouts, written out once more."""
-    state = {}
-    for path, leaf in traverse_util.flatten_dict(model.params, sep=".").items():
-        value = np.asarray(leaf)
-        if path.endswith("kernel"):
-            path, value = path[: -len("kernel")] + "weight", value.transpose(3, 2, 0, 1)
-        state[path] = np.ascontiguousarray(value)
-    return state
-
-
-def random_model(arch: str, hparams: dict[str, Any]) -> Model:
-    """Without jax, whose compilation would take most of the time of these tests."""
-    rng = np.random.default_rng(0)
-    hparams = complete_hparams(arch, hparams)
-    return Model(
-        arch,
-        hparams,
-        jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(arch, hparams)),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -194,21 +64,6 @@ def dncnn() -> Model:
 def rrdbnet() -> Model:
     hparams = {"num_in_ch": 1, "num_out_ch": 1, "num_feat": 4, "num_block": 2, "num_grow_ch": 2}
     return random_model("rrdbnet", hparams)
-
-
-def write(folder: Path, content: bytes, name: str = "file.pth") -> Path:
-    path = folder / name
-    path.write_bytes(content)
-    return path
-
-
-def assert_same(a: Any, b: Any) -> None:
-    """Equal trees, bit for bit, with numpy float32 leaves in the second."""
-    a, b = traverse_util.flatten_dict(a, sep="."), traverse_util.flatten_dict(b, sep=".")
-    assert a.keys() == b.keys()
-    for path, value in b.items():
-        assert type(value) is np.ndarray and value.dtype == np.float32, path
-        np.testing.assert_array_equal(np.asarray(a[path]), value, err_msg=path)
 
 
 def golden_act(path: Path) -> dict[str, Any]:
@@ -308,7 +163,9 @@ def test_every_rrdbnet_layout(layout: str, num_upsample: int, tmp_path: Path) ->
     model = random_model("rrdbnet", hparams | {"scale": 2**num_upsample})
     rename = {"BasicSR": str, "BSRGAN": bsrgan_key, "old ESRGAN": lambda key: old_esrgan_key(key, 2, num_upsample)}
     state = {rename[layout](key): value for key, value in state_dict(model).items()}
-    loaded = load_weights(write(tmp_path, zip_file(state)))
+    path = write(tmp_path, zip_file(state))
+    told = {"scale": 2} if num_upsample == 1 else {}  # or 3
+    loaded = load_weights(path, **told)
     assert (loaded.layout, loaded.key, loaded.model.hparams) == (layout, "bare", model.hparams)
     assert_same(model.params, loaded.model.params)
 
@@ -495,8 +352,6 @@ def test_other_wrappings(dncnn: Model, tmp_path: Path) -> None:
     assert load_weights(write(tmp_path, zip_file({"state_dict": {"params": state}}))).key == "state_dict/params"
     with pytest.raises(WeightsError, match=r"several sets of tensors: a, b.*key="):
         load_weights(write(tmp_path, zip_file({"a": state, "b": state})))
-    with pytest.raises(WeightsError, match="not tensors: epoch"):
-        load_weights(write(tmp_path, zip_file(state | {"epoch": 3})))
     for value in ([state], 3, "text", None, np.zeros(3, np.float32), {}, {"params": {}}, {"params": {"a": 1}}):
         with pytest.raises(WeightsError, match=r"wanted a dict|no tensors"):
             load_weights(write(tmp_path, zip_file(value)))
@@ -506,8 +361,8 @@ def test_other_wrappings(dncnn: Model, tmp_path: Path) -> None:
 def test_prefixes_before_every_key(dncnn: Model, prefix: str, tmp_path: Path) -> None:
     state = {prefix + key: value for key, value in state_dict(dncnn).items()}
     assert_same(dncnn.params, load_model(write(tmp_path, zip_file(state))).params)
-    state["model.0.bias"] = state.pop(prefix + "model.0.bias")
-    with pytest.raises(WeightsError, match=r"unexpected|fit no supported"):
+    state["strange.model.0.bias"] = state.pop(prefix + "model.0.bias")
+    with pytest.raises(WeightsError, match=r"unexpected|missing"):
         load_weights(write(tmp_path, zip_file(state)))
 
 
@@ -803,7 +658,7 @@ def test_names_are_matched_exactly(module: str, name: str, tmp_path: Path) -> No
 
 def test_the_list_of_names_is_exact() -> None:
     storages = "Float Double Half BFloat16 Long Int Short Char Byte Bool".split()  # noqa: SIM905
-    others = {("collections", "OrderedDict"), ("torch", "Size")}
+    others = {("collections", "OrderedDict"), ("collections", "Counter"), ("torch", "Size")}
     others |= {("torch._utils", f"_rebuild_{name}") for name in ("tensor", "tensor_v2", "parameter")}
     assert set(ALLOWED) == others | {("torch", f"{name}Storage") for name in storages}
 
@@ -892,7 +747,7 @@ def test_only_scalars_are_dict_keys(tmp_path: Path) -> None:
 def test_many_views_of_one_storage_cannot_fill_the_memory(tmp_path: Path) -> None:
     base = np.zeros(1000, np.float32)
     state = {f"model.{i}.weight": Strided(base, 0, (1000, 1000), (0, 1)) for i in range(1000)}
-    with pytest.raises(WeightsError, match="unfold to far more bytes"):
+    with pytest.raises(WeightsError, match=r"unfold to 4,000,000,000 bytes, far more than the .* of the file"):
         load_weights(write(tmp_path, zip_file(state)))
 
 
@@ -1204,8 +1059,7 @@ def test_export_and_import_is_the_identity(arch: str, hparams: dict, suffix: str
     ("arch", "hparams"),
     [
         ("nafnet", dict(width=4, middle_blk_num=2, enc_blk_nums=(1, 2, 1), dec_blk_nums=(2, 1, 1))),
-        ("edsr", dict(num_feat=4, num_block=2, upscale=4)),
-        ("edsr", dict(num_feat=4, num_block=2, upscale=1)),
+        ("edsr", dict(num_block=16, upscale=4)),
         ("msrresnet", dict(num_feat=4, num_block=2, upscale=3)),
         ("msrresnet", dict(num_feat=4, num_block=2, upscale=1)),
         ("dncnn", dict(num_feat=4, depth=3, unshuffle=2)),

@@ -23,9 +23,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Convert or describe image-restoration weights.")
     parser.add_argument("input", metavar="INPUT", help="a .pth or .safetensors file")
     parser.add_argument("output", metavar="OUTPUT", nargs="?", help="the file to write: .pth or .safetensors")
-    parser.add_argument("--key", default="auto", help="which entry of the file (default: params_ema first)")
+    parser.add_argument("--key", default="auto", help="which set of weights to take (default: a moving average first)")
     parser.add_argument("--arch", help="the architecture, if it shall not be recognised")
-    parser.add_argument("--hparam", metavar="NAME=VALUE", action="append", default=[])
+    hparam_help = "what the tensors do not tell: scale=3, res_scale=0.1, act_type=relu, enc_blk_nums=1,1,1,28"
+    parser.add_argument("--hparam", metavar="NAME=VALUE", action="append", default=[], help=hparam_help)
     parser.add_argument("--info", action="store_true", help="print what the file holds and write nothing")
     arguments = parser.parse_args()
     if arguments.info == (arguments.output is not None):

@@ -3,7 +3,10 @@
 `keys.KEYS` is the translation: every key there is in those files, what it becomes here, and what it may be. `translate`
 reads a file's keys by it, one after another, then brings together what a config key takes from several of them
 (`_finish_*`). A key that is not in KEYS, or whose value cannot be honoured, is an error; all of them are told at once.
-Nothing is read from disk.
+Nothing is read from disk, nothing is imported. `reader.read_yaml` makes the mapping of a file.
+
+A YAML is data. A network of the user's, `type: my_package.my_net:MyNet`, becomes an empty `student.arch`, which
+`kdjax.config` refuses until the command line names the class.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ from kdjax import config as config_lib
 from kdjax.basicsr.keys import KEYS, STRICT, ignored, number
 from kdjax.config import ConfigError
 from kdjax.degradations import preset
-from kdjax.models import MODELS, architecture, complete_hparams
+from kdjax.models import architecture, complete_hparams
 from kdjax.models.custom import signature
-from kdjax.names import nearest
+from kdjax.names import brief, nearest
 from kdjax.schedules import make_schedule
 
 
@@ -58,23 +61,25 @@ _REQUIRED = (  # one of each
 _VGG19 = "experiments/pretrained_models/vgg19-dcbb9e9d.pth"
 
 MISSING = "missing, and needed"
+_MOST_FAULTS, _LONGEST_FAULT = 50, 600  # that one message tells; characters
 
 Tree = dict[str, Any]
 Faults = dict[str, str]  # what is wrong, by the key of the YAML
 
 
-def translate(options: Any, *, devices: int = 1) -> Translation:
+def translate(options: Any) -> Translation:
     """The config of a training YAML.
 
     Args:
       options: what a YAML reader made of the file.
-      devices: how many there are, for `num_gpu: auto`.
 
     Raises:
       ConfigError: keys that are unknown, missing, or cannot be honoured; all of them in one message.
     """
     if not isinstance(options, Mapping) or not options:
-        raise ConfigError(f"the file holds {options!r:.60}; wanted a training YAML of BasicSR, with its groups of keys")
+        raise ConfigError(
+            f"the file holds {brief(options)}; wanted a training YAML of BasicSR, with its groups of keys"
+        )
     if "train" not in options:
         raise ConfigError("the file has no group `train`, so it is for testing; measure with python -m kdjax.evaluate")
     rows: list[Row] = []
@@ -83,6 +88,8 @@ def translate(options: Any, *, devices: int = 1) -> Translation:
     set_by: dict[str, str] = {}
     faults: Faults = {}
     for path, rule, value in _leaves(options):
+        if len(faults) == _MOST_FAULTS:
+            break
         key = KEYS.get(rule)
         if key is None and _is_group(rule) and not value:
             key = ignored("an empty group")
@@ -96,19 +103,18 @@ def translate(options: Any, *, devices: int = 1) -> Translation:
         try:
             read = key.read(value)
         except ValueError as error:
-            faults[path] = f"{value!r:.60}: {error}"
+            faults[path] = f"{brief(value)}: {error}"
             continue
         values[path if "*" in rule else rule] = read
         if key.direct:
             if becomes in set_by and _get(config, becomes) != read:
-                faults[path] = f"{value!r:.60}, but {set_by[becomes]} says {_get(config, becomes)!r}; keep one of them"
+                said = f"{brief(value)}, but {set_by[becomes]} says {brief(_get(config, becomes))}"
+                faults[path] = f"{said}; keep one of them"
             set_by[becomes] = path
             _set(config, becomes, read)
-    for names in _REQUIRED:
+    for names in _REQUIRED if len(faults) < _MOST_FAULTS else ():
         if not any(name in values or name in faults for name in names):
             faults[names[0]] = MISSING
-    if values.get("num_gpu") == "auto":
-        values["num_gpu"] = devices
     unread = tuple(faults)
     for finish, groups in (
         (_finish_data, ("datasets.", "gt_size")),
@@ -126,16 +132,24 @@ def translate(options: Any, *, devices: int = 1) -> Translation:
     for section, given in config.items():
         is_group = isinstance(given, dict) and section not in ("terms", "degrade")
         finished[section] = finished[section] | given if is_group else given
-    config_lib.parse(finished)
+    # As it would be if the command line named the classes of the user's.
+    student, teacher = finished["student"], finished["teacher"]
+    teacher = teacher | {"hparams": {name: value for name, value in teacher["hparams"].items() if name != "arch"}}
+    student = student | {"arch": student["arch"] or config_lib.Student().arch}
+    config_lib.parse(finished | {"student": student, "teacher": teacher})
     return Translation(finished, tuple(rows))
 
 
 def format_account(rows: Sequence[Row]) -> str:
     """The account as a table: a line for every key."""
     cells = [("key", "value", "becomes", "note")]
-    cells += [(row.key, _shortened(row.value), row.becomes, row.note) for row in rows]
+    cells += [(_shortened(row.key, 80), _shortened(row.value), _shortened(row.becomes, 80), row.note) for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(3)]
     return "\n".join("  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in cells)
+
+
+_PATTERNS = [pattern for pattern in KEYS if "*" in pattern and pattern != "datasets.*"]
+_GROUPS = {".".join(key.split(".")[:length]) for key in KEYS for length in range(1, key.count(".") + 1)} - set(KEYS)
 
 
 def _leaves(options: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -154,8 +168,7 @@ def _leaves(options: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
                 path = ".".join(["datasets.val", *parts[2:]])
             elif parts[1] != "train":
                 return "datasets.*" if parts[1].split("_")[0] in ("val", "test") else path
-        patterns = [pattern for pattern in KEYS if "*" in pattern and pattern != "datasets.*"]
-        return path if path in KEYS else next((p for p in patterns if fnmatch.fnmatchcase(path, p)), path)
+        return path if path in KEYS else next((p for p in _PATTERNS if fnmatch.fnmatchcase(path, p)), path)
 
     def walk(group: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, str, Any]]:
         for name, value in group.items():
@@ -171,13 +184,16 @@ def _leaves(options: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
 
 def _is_group(rule: str) -> bool:
     """Whether KEYS has keys inside it, and not it itself."""
-    return rule not in KEYS and any(key.startswith(f"{rule}.") for key in KEYS)
+    return rule in _GROUPS
 
 
 def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
     """Which folders the type of the data set uses, the canvas and the batch of all devices; the validation set."""
     data, train = config["data"], "datasets.train."
-    gpus = max(1, values.get("num_gpu", 1))
+    gpus = values.get("num_gpu", 1)
+    if gpus == "auto":  # how many there are is known when the run starts, not when its config is read
+        data["per_device"], gpus = True, 1
+    gpus = max(1, gpus)
     data |= {name: data[name] * gpus for name in ("batch_size", "workers") if name in data}
     if folder := values.get(f"{train}dataroot_paired"):
         if "gt" in data or "lq" in data:
@@ -238,41 +254,51 @@ def _finish_networks(config: Tree, values: Tree, faults: Faults) -> None:
     scale = values.get("scale", 1)
     student, teacher = config["student"], config.setdefault("teacher", {})
     hparams = _hparams(student["arch"], "network_g", student.get("hparams", {}), faults)
-    known = signature(architecture(student["arch"]))
-    name = next((name for name in ("scale", "upscale") if name in known), None)
-    if name and hparams.setdefault(name, scale) != scale:
-        faults[f"network_g.{name}"] = f"{hparams[name]}, but scale is {scale}; they must be equal"
-    if not name and scale != 1:
-        faults["scale"] = f"{scale}: {student['arch']} does not enlarge; write `scale: 1`, or another network_g"
-    try:
-        student["hparams"] = complete_hparams(student["arch"], hparams)
-    except ValueError as error:
-        faults.setdefault("network_g", str(error))
-    if "hparams" in teacher:
-        if arch := values.get("network_teacher.type"):
-            teacher["hparams"] = _hparams(arch, "network_teacher", teacher["hparams"], faults)
-        else:
+    if not student["arch"]:  # of the user's, whose arguments are known once it is imported
+        if (said := hparams.get("upscale", hparams.get("scale", 1))) != scale:
+            faults["network_g.scale"] = f"{said}, but scale is {scale}; write what the class calls it, scale or upscale"
+        student["hparams"] = hparams
+    else:
+        known = signature(architecture(student["arch"]))
+        name = next((name for name in ("scale", "upscale") if name in known), None)
+        if name and hparams.setdefault(name, scale) != scale:
+            faults[f"network_g.{name}"] = f"{brief(hparams[name])}, but scale is {scale}; they must be equal"
+        if not name and scale != 1:
+            faults["scale"] = f"{scale}: {student['arch']} does not enlarge; write `scale: 1`, or another network_g"
+        try:
+            student["hparams"] = complete_hparams(student["arch"], hparams)
+        except ValueError as error:
+            faults.setdefault("network_g", str(error))
+    if "hparams" in teacher or "network_teacher.type" in values:
+        arch = values.get("network_teacher.type")
+        if arch is None:
             faults["network_teacher.type"] = MISSING
+        else:
+            teacher["hparams"] = _hparams(arch, "network_teacher", teacher.get("hparams", {}), faults)
+            teacher["hparams"] |= {} if arch else {"arch": ""}
     for whose, weights in (("g", student.get("weights")), ("teacher", teacher.get("weights"))):
         if weights and values.get(f"path.strict_load_{whose}") is False:
             faults[f"path.strict_load_{whose}"] = f"false: {STRICT}; name a file of this network, or remove the file"
     if student.get("weights") and values.get("path.param_key_g", "params_ema") != "params_ema":
         faults["path.param_key_g"] = (
-            f"{values['path.param_key_g']!r}: a student starts from params_ema where a file has it. Write"
+            f"{brief(values['path.param_key_g'])}: a student starts from params_ema where a file has it. Write"
             " `params_ema`, or take the other weights out first: tools/convert_torch_weights.py --key"
         )
 
 
 def _hparams(arch: str, group: str, given: Mapping[str, Any], faults: Faults) -> Tree:
-    """The given hyper-parameters as the architecture has them."""
+    """The given hyper-parameters as the architecture has them; any, where it is one of the user's."""
     kept = {}
     for name, value in given.items():
         value = _number_if_any(value)
         try:
-            checked = complete_hparams(arch, {name: value}) if arch in MODELS else {name: value}
-            kept[name] = checked[name]
+            if not name.isidentifier() or name in ("arch", "key", "rngs"):
+                raise ValueError("no network has an argument of this name")
+            kept[name] = complete_hparams(arch, {name: value})[name] if arch else value
         except ValueError as error:
             faults[f"{group}.{name}"] = str(error)
+        if len(faults) >= _MOST_FAULTS:
+            break
     return kept
 
 
@@ -387,14 +413,17 @@ def _get(tree: Tree, path: str) -> Any:
     return tree
 
 
-def _shortened(value: Any) -> str:
-    shown = "~" if value is None else str(value)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."
+def _shortened(value: Any, length: int = 40) -> str:
+    """A value on one line; text as it stands in the file, as far as it can be shown."""
+    if isinstance(value, str) and value.isprintable():
+        return value if len(value) <= length else f"{value[: length - 3]}..."
+    return "~" if value is None else brief(value, length)
 
 
 def _told(faults: Faults) -> str:
     """One message with a line for every fault; keys with the same one share it."""
     keys: dict[str, list[str]] = {}
     for key, fault in faults.items():
-        keys.setdefault(fault, []).append(key)
+        fault = fault if len(fault) <= _LONGEST_FAULT else f"{fault[:_LONGEST_FAULT]}..."
+        keys.setdefault(fault, []).append(_shortened(key, 80))
     return "\n  ".join(["it cannot be run as it is:", *(f"{', '.join(keys[fault])}: {fault}" for fault in keys)])

@@ -10,8 +10,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from kdjax.config import check_name
 from kdjax.degradations import preset
 from kdjax.models import MODELS, canonical_arch
+from kdjax.models.custom import is_custom
 from kdjax.names import nearest, pick
 
 Read = Callable[[Any], Any]  # the value of a key as the config has it; a ValueError says what was wanted
@@ -28,6 +30,12 @@ def text(value: Any) -> str:
     if isinstance(value, str | int | float) and not isinstance(value, bool):
         return str(value)
     raise ValueError("wanted text")
+
+
+def plain_name(value: Any) -> str:
+    """The name of a run, and of its folder."""
+    check_name(text(value), "name")
+    return text(value)
 
 
 def number(value: Any) -> float:
@@ -95,16 +103,19 @@ def never(why: str) -> Read:
 
 
 def network(value: Any) -> str:
-    """The architecture's name here, or "module:Class"."""
+    """The architecture's name here; "" for "module:Class", which is not imported because a YAML says so."""
+    name = text(value)
+    if is_custom(name):
+        return ""
     try:
-        return canonical_arch(text(value))
-    except ValueError as error:
+        return canonical_arch(name)
+    except ValueError:
         names = [cls.__name__ for cls in MODELS.values()]
-        unknown = f"there is no such architecture{nearest(value, names)}" if ":" not in str(value) else str(error)
         raise ValueError(
-            f"{unknown}. Write the type and the keys of one of {', '.join(names)} (EDSR takes num_in_ch, num_out_ch,"
-            " num_feat and num_block), or `type: my_package.my_net:MyNet` for your own network in Flax, see"
-            " docs/your_own_student.md"
+            f"there is no such architecture{nearest(name, names)}. Write the type and the keys of one of"
+            f" {', '.join(names)} (EDSR takes num_in_ch, num_out_ch, num_feat and num_block). Or, for your own network"
+            " in Flax, write `type: my_package.my_net:MyNet` and start with"
+            " --config.student.arch=my_package.my_net:MyNet, see docs/your_own_student.md"
         ) from None
 
 
@@ -160,7 +171,7 @@ DATASETS = {
 
 # "datasets.val" stands for the first validation set, whatever it is called; "datasets.*" for the others.
 KEYS: dict[str, Key] = {
-    "name": Key("name", "the run's folder is runs/NAME, or --workdir", text),
+    "name": Key("name", "the run's folder is runs/NAME, or --workdir", plain_name),
     "model_type": ignored(
         "one program trains all of them",
         only(
@@ -173,7 +184,7 @@ KEYS: dict[str, Key] = {
     "scale": Key("student.hparams", "upscale or scale of network_g, which must agree", whole, direct=False),
     "num_gpu": Key(
         "data.batch_size",
-        "all devices are used; this multiplies batch_size_per_gpu",
+        "all devices are used; this multiplies batch_size_per_gpu, auto sets data.per_device",
         direct=False,
         read=lambda value: value if value == "auto" else whole(value),
     ),
@@ -248,10 +259,12 @@ KEYS: dict[str, Key] = {
     "datasets.val.std": ignored(_RAW, never(_RAW)),
     "datasets.*": ignored("one set is validated; python -m kdjax.evaluate measures others"),
     # ---- networks
-    "network_g.type": Key("student.arch", read=network),
+    "network_g.type": Key("student.arch", "one of your own is imported only with --config.student.arch", network),
     "network_g.rgb_mean": ignored("EDSR's, always", _MEAN_COLOUR),
     "network_g.*": Key("student.hparams.*"),
-    "network_teacher.type": ignored("recognised from the weights", network),
+    "network_teacher.type": ignored(
+        "recognised from the weights; one of your own is imported only with --config.teacher.hparams.arch", network
+    ),
     "network_teacher.rgb_mean": ignored("EDSR's, always", _MEAN_COLOUR),
     "network_teacher.*": Key("teacher.hparams.*", "the weights decide, and have to agree"),
     "network_d": ignored("there is no discriminator", never(_GAN)),
@@ -350,9 +363,7 @@ KEYS: dict[str, Key] = {
     "train.net_d_init_iters": ignored("there is no discriminator"),
     # ---- validation and logging
     "val.val_freq": Key("val.every", read=whole),
-    "val.save_img": Key(
-        "val.save_images", "4 pictures, input | student | teacher | clean", lambda value: 4 * flag(value)
-    ),
+    "val.save_img": Key("val.save_images", "4 pictures: input, student, teacher, clean", lambda value: 4 * flag(value)),
     "val.suffix": ignored("pictures are val/STEP/NAME.png"),
     "val.pbar": ignored("a line is logged"),
     "val.metrics.*": ignored(_WHOLE_RGB),

@@ -10,7 +10,7 @@ folder fast to read.
 """
 
 from kdjax.data.cached import Cache, open_cache
-from kdjax.data.images import IMAGE_SUFFIXES, ImageError, read_image, write_image
+from kdjax.data.images import IMAGE_SUFFIXES, WRITTEN_SUFFIXES, ImageError, read_image, write_image
 from kdjax.data.pipeline import (
     TrainingData,
     ValidationImage,
@@ -23,6 +23,7 @@ from kdjax.data.sources import DataError, ImagePair, find_pairs, find_unlabelled
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "WRITTEN_SUFFIXES",
     "Cache",
     "DataError",
     "ImageError",

@@ -19,11 +19,9 @@ images kdjax reads.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import os
-import signal
 import sys
 import time
 from collections import Counter, defaultdict
@@ -34,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdjax import assets
+from kdjax import assets, commandline
 from kdjax.data.images import ImageError, inspect_image
 from kdjax.data.sources import Found, is_one_file, left_out_line, shortened, survey, survey_unlabelled
 from kdjax.files import write_json
@@ -252,10 +250,8 @@ def lines(report: Report) -> list[str]:
     return text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdjax.data.check", description="Reads every image of a data set and reports what is wrong."
-    )
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.data.check", __doc__)
     parser.add_argument("--gt", required=True, help='folder or pack of clean images, or "embedded"')
     parser.add_argument("--lq", help="of their degraded partners")
     parser.add_argument("--filename-tmpl", default="{}", help='lq file stem from the gt stem, e.g. "{}_noisy"')
@@ -266,6 +262,11 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=1, help="how many times larger gt is than lq (default: 1)")
     parser.add_argument("--crop", type=int, default=128, help="side of the training crop, gt pixels (default: 128)")
     parser.add_argument("--json", type=Path, help="also write all that was found to this file")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
     if options.scale < 1 or options.crop < 0:
         parser.error("--scale must be 1 or more, and --crop 0 or more")
@@ -294,11 +295,8 @@ def main() -> None:
             write_json(options.json, {"clean": report.clean} | asdict(report))
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
     sys.exit(0 if report.clean else 1)
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main)

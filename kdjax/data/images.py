@@ -11,6 +11,9 @@ integer images have no agreed range and are refused. `kdjax.data.pictures` keeps
 
 A path may also lead into a pack (`kdjax.data.shards`), which holds the pixels that its files gave.
 
+Files are not trusted: what a header claims is compared with the machine's memory before anything is decoded, and
+metadata (`kdjax.data.containers`) costs no more than its bytes.
+
 Left out: colour profiles, which are ignored, and damage that a decoder cannot see, such as wrong bytes inside
 JPEG data.
 """
@@ -18,27 +21,44 @@ JPEG data.
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import os
+import re
 import stat
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
-from kdjax.data import shards
-from kdjax.files import whole_file
+from kdjax.data import containers, shards
+from kdjax.files import printable, whole_file
+from kdjax.memory import host_memory
 
 # What a folder is searched for. The content decides how a file is decoded, so a PNG named .jpg can be read.
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".gif"),
+    *(".tif", ".tiff", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm"),
+)
 
 # Pillow knows more formats, and some of them start other programs (EPS runs Ghostscript): an image folder
 # needs none.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "PPM", "GIF")
 
-_ORIENTATION_TAG = 0x0112
+_HEIC = "convert HEIC to JPEG or PNG first, for example with heif-convert"
+_RAW = "develop the raw files of cameras first, for example with darktable"
+_EXPORT = "save it as PNG or TIFF first"
+# What is often kept beside pictures and cannot be read, by suffix.
+CONVERSIONS = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), _HEIC),
+    **dict.fromkeys((".dng", ".cr2", ".cr3", ".crw", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".raw"), _RAW),
+    **dict.fromkeys((".psd", ".xcf", ".jxl", ".jp2", ".j2k", ".exr", ".hdr", ".tga", ".svg", ".eps", ".pdf"), _EXPORT),
+}
+
 UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -49,24 +69,41 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     8: lambda pixels: np.rot90(pixels),
 }  # by EXIF orientation; all give views
 
-_TIFF_BITS, _TIFF_PLANAR = 258, 284
-_pillows_limit = threading.Lock()  # it is one for the whole process
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 258, 262, 284, 322, 323
+_WHITE_IS_ZERO = 0
 
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
+
+_MOST_SCANS = 200  # of a progressive JPEG; each costs a pass over all pixels, and cameras and browsers write ten
+_MOST_TEXT = 1 << 24  # bytes that a compressed text or colour profile in a PNG may become
+
+# Bytes of a pixel in Pillow's memory, where it is not four, and what decoders keep besides.
+_STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+_DECODING = {"WEBP": 14, "AVIF": 12}
+_UNKNOWN_MEMORY = 16 << 30  # of a machine that does not tell
+
+_JPEG = {"quality": 95, "subsampling": 0}
 _SAVE_OPTIONS = {
-    ".jpg": {"quality": 95, "subsampling": 0},
-    ".jpeg": {"quality": 95, "subsampling": 0},
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), _JPEG),
     ".webp": {"lossless": True},
-}
+}  # by suffix
+WRITTEN_SUFFIXES = (*(".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"), *_SAVE_OPTIONS)
+
+Check = Callable[[Image.Image], None]
 
 
 class ImageError(ValueError):
     """An image file that cannot be read or written; the message starts with its path."""
 
 
+class UnknownTiff(ImageError):
+    """A TIFF file of a kind that Pillow cannot read."""
+
+
 def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
     """The image in `path` as uint8 (height, width, channels); `channels` is 3 for RGB or 1 for grey.
 
-    Every file that is missing, damaged, cut short, too large or not an image ends in an `ImageError`.
+    Every file that is missing, damaged, cut short, not an image, or too large for this machine ends in an `ImageError`.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels!r}; it must be 3 (RGB) or 1 (grey)")
@@ -90,7 +127,7 @@ def inspect_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
         except shards.PackError as error:
             raise ImageError(f"{path}: {error}") from None
         return pixels, "L" if pixels.shape[2] == 1 else "RGB"
-    with opened(path) as image:
+    with opened(path, _check_training_image) as image:
         mode = f"16-bit {image.mode}" if is_deep_colour(image) else image.mode
         if mode.startswith("16-bit") and image.format == "TIFF" and image.tag_v2.get(_TIFF_PLANAR) == 2:
             raise ImageError("16-bit colour in separate planes cannot be read; save it interleaved or with 8 bits")
@@ -101,43 +138,167 @@ def inspect_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], max_pixels: int | None = None) -> Iterator[Image.Image]:
+def opened(path: str | os.PathLike[str], check: Check) -> Iterator[Image.Image]:
     """The image in a file, not decoded yet; whatever goes wrong with it in the `with` block ends in an `ImageError`.
 
+    `image.info["exif"]` is the EXIF as it is in the file, which may be damaged.
+
     Args:
-      max_pixels: images that claim more are refused; by default Pillow's limit for the process holds.
+      check: is called with the image before anything in it is decoded, and raises `ImageError` to refuse its size.
     """
     try:
-        with open(path, "rb", opener=_open_regular) as file, _identified(file, max_pixels) as image:
-            yield image
+        with open(path, "rb", opener=_open_regular) as file, _pillow_without_limit():
+            try:
+                image = _identified(file)
+            except UnidentifiedImageError:
+                raise _unidentified(file, Path(path).suffix) from None
+            with image:
+                check(image)
+                yield image
     except ImageError as error:
-        raise ImageError(f"{path}: {error}") from None
-    except UnidentifiedImageError:
-        if os.path.getsize(path) == 0:
-            raise ImageError(f"{path}: the file is empty (0 bytes)") from None
-        raise ImageError(f"{path}: not a readable image ({', '.join(_FORMATS)} were tried)") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{path}: too many pixels: {error}") from error
+        raise type(error)(f"{path}: {error}") from error.__cause__
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}") from error
+        raise ImageError(f"{path}: {error.strerror or _said(error)}") from error
+    except MemoryError as error:
+        raise ImageError(f"{path}: not enough memory to decode it") from error
     except Exception as error:  # on damaged files Pillow's decoders raise nearly every kind of exception
-        raise ImageError(f"{path}: cannot be decoded ({type(error).__name__}: {error})") from error
+        raise ImageError(f"{path}: cannot be decoded ({type(error).__name__}: {_said(error)})") from error
 
 
-def _identified(file: BinaryIO, max_pixels: int | None) -> Image.Image:
-    if max_pixels is None:
-        return Image.open(file, formats=_FORMATS)
-    with _pillows_limit:
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            image = Image.open(file, formats=_FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-    if image.width * image.height > max_pixels:
-        raise ImageError(
-            f"too many pixels: {image.width}x{image.height}, the limit is {max_pixels / 1e6:.0f} megapixels"
-        )
+def _said(error: Exception) -> str:
+    return printable(" ".join(str(error).split())[:300])  # what a file says of itself may be in it
+
+
+_pillow = threading.Lock()
+_readers, _limits, _quiet = 0, (0, 0), None
+
+
+@contextlib.contextmanager
+def _pillow_without_limit() -> Iterator[None]:
+    """Lifts Pillow's own limits, which are one for the whole process, until the last reader is done.
+
+    Those of pixels are the checks of `opened`; a profile or text in a PNG may be larger than Pillow's megabyte. And
+    what Pillow warns of is damage to metadata, which is not worth a line on the terminal.
+    """
+    global _readers, _limits, _quiet
+    with _pillow:
+        if warnings.filters[:1] != [_quiet]:  # not each time: a new filter makes Python forget what it has warned of
+            warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)
+            _quiet = warnings.filters[0]
+        if _readers == 0:
+            _limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+            Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, _MOST_TEXT
+        _readers += 1
+    try:
+        yield
+    finally:
+        with _pillow:
+            _readers -= 1
+            if _readers == 0:
+                Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = _limits
+
+
+def _identified(file: BinaryIO) -> Image.Image:
+    """The image in a file, of which Pillow sees nothing that costs more than the file is worth."""
+    start = file.read(12)
+    file.seek(0)
+    if start.startswith(b"\xff\xd8\xff"):
+        return _identified_jpeg(file.read())
+    if start[4:8] == b"ftyp":
+        return _identified_avif(file.read())
+    if start.startswith(b"GIF8"):
+        data, is_animated = containers.first_frame(file.read())
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        image.info["is_animated"] = is_animated
+        return image
+    if start[:2] in (b"II", b"MM") and containers.tiff_claims_too_much(file):
+        raise ImageError("is damaged: its tags claim more than there is of the file")
+    image = Image.open(file, formats=_FORMATS)
+    if image.format == "TIFF" and (start[8:10] == b"CR" or containers.is_camera_raw(image.tag_v2)):
+        raise ImageError(f"is the raw file of a camera; {_RAW}")
+    image.info["is_animated"] = getattr(image, "is_animated", False)
+    if image.format == "TIFF":
+        image.info["is_animated"] &= image.tag_v2.next < os.fstat(file.fileno()).st_size
+        # Then Pillow leaves the EXIF in TIFF files alone, which nobody asks for and which may be damaged.
+        image.is_animated = True
     return image
+
+
+def _identified_jpeg(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(containers.hide_exif(data)), formats=_FORMATS)
+    if (exif := containers.hidden_exif(image.applist)) is not None:
+        image.info["exif"] = exif
+    if image.info.get("progressive") and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
+        raise ImageError(f"has {scans} scans, each of which costs time; save it again as an ordinary JPEG")
+    return image
+
+
+def _identified_avif(data: bytes) -> Image.Image:
+    """The image in an AVIF file, without the EXIF where that is damaged: Pillow needs it to be whole."""
+    if not containers.holds_claims(data):
+        try:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image.info |= {"is_animated": image.is_animated, "is_deep": containers.is_deep_avif(data)}
+            return image
+        except Exception:  # of which EXIF may be the cause
+            pass
+    image = Image.open(io.BytesIO(containers.without_exif(data)), formats=_FORMATS)
+    image.info |= {"is_animated": image.is_animated, "is_deep": containers.is_deep_avif(data), "exif": b"damaged"}
+    return image
+
+
+def _unidentified(file: BinaryIO, suffix: str) -> ImageError:
+    """Why a file is no image that can be read."""
+    file.seek(0)
+    start = file.read(12)
+    if not start:
+        return ImageError("the file is empty (0 bytes)")
+    if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        return UnknownTiff("is damaged, or a TIFF of an unusual kind; save it with 8 or 16 bits, grey or RGB")
+    if start[4:8] == b"ftyp":
+        if start[8:11] in (b"hei", b"hev"):
+            return ImageError(f"HEIC cannot be read; {_HEIC}")
+        if start[8:10] == b"av" and not features.check("avif"):
+            return ImageError("this Pillow cannot read AVIF; install Pillow 11.3 or newer: pip install -U pillow")
+    hint = CONVERSIONS.get(suffix.lower())
+    return ImageError(f"not a readable image ({', '.join(_FORMATS)} were tried)" + (f"; {hint}" if hint else ""))
+
+
+def pixels_of(image: Image.Image) -> int:
+    """How many pixels an image that is not decoded yet claims to have; a tile of a TIFF counts whole."""
+    pixels = image.width * image.height
+    if image.format == "TIFF":
+        sides = [image.tag_v2.get(tag) for tag in (_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH)]
+        if all(isinstance(side, int) for side in sides):
+            pixels = max(pixels, sides[0] * sides[1])
+    return pixels
+
+
+def bytes_to_decode(image: Image.Image, channels: int, depth: int = 1) -> int:
+    """About how much memory it takes to decode an image into an array of samples of `depth` bytes."""
+    stored = _STORED.get(image.mode, 4)
+    converted = 0 if image.mode in ("L", "RGB") or image.mode.startswith("I") else 4
+    decoding = 2 * len(image.getbands()) if image.info.get("progressive") else _DECODING.get(image.format, 0)
+    # Pillow gives its pixels in pieces, which are then joined, and after that copied.
+    needed = max(stored + decoding, stored + converted + 2 * channels * depth)
+    return needed * pixels_of(image)
+
+
+@functools.cache
+def most_bytes() -> int:
+    """How much memory decoding one image may take: an eighth of the machine's, for as many are read at a time.
+
+    What is free does not count: whether an image can be used must not depend on the moment.
+    """
+    return (host_memory()[0] or _UNKNOWN_MEMORY) // 8
+
+
+def _check_training_image(image: Image.Image) -> None:
+    if (needed := bytes_to_decode(image, 3)) > most_bytes():
+        raise ImageError(
+            f"too many pixels: {image.width}x{image.height} would take {needed / 2**30:.1f} GB of memory, more than an"
+            f" eighth of the {8 * most_bytes() / 2**30:.1f} GB that there are; cut it into smaller images"
+        )
 
 
 def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
@@ -154,8 +315,8 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
             "(height, width, 1 or 3)"
         )
     suffix = path.suffix.lower()
-    if suffix not in IMAGE_SUFFIXES:
-        raise ImageError(f"{path}: cannot write the suffix {suffix!r}; use one of {', '.join(IMAGE_SUFFIXES)}")
+    if suffix not in WRITTEN_SUFFIXES:
+        raise ImageError(f"{path}: cannot write the suffix {suffix!r}; use one of {', '.join(WRITTEN_SUFFIXES)}")
     picture = Image.fromarray(np.ascontiguousarray(image if image.shape[2] == 3 else image[:, :, 0]))
     try:
         with whole_file(path) as temporary:
@@ -166,6 +327,8 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
 
 def _open_regular(path: str, flags: int) -> int:
     """Opens regular files only: a folder has no clear message otherwise, and a pipe would block for ever."""
+    if os.path.islink(path) and not os.path.exists(path):
+        raise OSError(0, f"No such file: is a link to {printable(os.fsdecode(os.readlink(path)))}")
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise OSError(0, "is a folder, not an image file")
@@ -176,25 +339,32 @@ def _open_regular(path: str, flags: int) -> int:
 
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation of a loaded image: 1 when there is none, or when Pillow has applied it (TIFF)."""
-    try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # a broken EXIF block says nothing about the pixels
+    if image.format == "TIFF":
         return 1
+    raw = image.info.get("Raw profile type exif")  # what ImageMagick makes of EXIF in a PNG: hexadecimal text
+    if (exif := image.info.get("exif")) is None and raw:
+        with contextlib.suppress(ValueError):
+            exif = bytes.fromhex("".join(str(raw).split("\n")[3:]))
+    if exif and (orientation := containers.orientation(exif)) != 1:
+        return orientation
+    xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+    match = _XMP_ORIENTATION.search(xmp if isinstance(xmp, bytes) else str(xmp).encode(errors="replace"))
+    return int(match[1]) if match else 1
 
 
 def is_deep_colour(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet has 16 bits a sample, which the mode that Pillow gives it hides."""
+    """Whether an image that is not loaded yet has more than 8 bits a sample, which the mode in Pillow hides."""
     if image.mode.startswith("I"):
         return False
     if image.format == "TIFF":
         return image.mode != "F" and max(image.tag_v2.get(_TIFF_BITS, (1,))) > 8
     if image.format == "PPM":  # args: mode and the largest value
         return any(isinstance(value, int) and value > 255 for tile in image.tile for value in tile[3])
-    return ";16" in str(getattr(image, "tile", ""))
+    return image.info.get("is_deep", False) or ";16" in str(getattr(image, "tile", ""))
 
 
-def is_deep_grey(image: Image.Image) -> bool:
-    """Whether a loaded image is grey with 16 bits.
+def deep_grey(image: Image.Image) -> np.ndarray | None:
+    """The samples of a loaded image, uint16 (height, width), if it is grey with more than 8 bits.
 
     Raises:
       ImageError: it has floats or 32-bit integers.
@@ -203,7 +373,15 @@ def is_deep_grey(image: Image.Image) -> bool:
     if image.mode == "F" or (image.mode == "I" and not sixteen_bit):
         kind = "floating-point" if image.mode == "F" else "32-bit integer"
         raise ImageError(f"{kind} images have no agreed range; convert the file to 8 or 16 bits")
-    return sixteen_bit
+    if not sixteen_bit:
+        return None
+    samples = np.asarray(image).astype(np.uint16, copy=False)
+    if image.format == "TIFF":
+        if image.tag_v2.get(_TIFF_BITS) == (12,):
+            samples = samples << 4 | samples >> 8
+        if image.tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits only
+            samples = 65535 - samples
+    return samples
 
 
 def to_8_bits(samples: np.ndarray) -> np.ndarray:
@@ -213,8 +391,8 @@ def to_8_bits(samples: np.ndarray) -> np.ndarray:
 
 def _to_uint8(image: Image.Image) -> np.ndarray:
     """The pixels of a loaded image as uint8 (height, width, 1 if it is grey and else 3)."""
-    if is_deep_grey(image):
-        return to_8_bits(np.asarray(image))[:, :, None]
+    if (samples := deep_grey(image)) is not None:
+        return to_8_bits(samples)[:, :, None]
     # Otherwise convert() would blend a transparent palette entry, or warn about it.
     image.info.pop("transparency", None)
     if image.mode in ("RGBa", "La"):  # colour was multiplied by alpha: undo that before dropping alpha

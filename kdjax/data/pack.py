@@ -13,12 +13,10 @@ treats as it treats a damaged file, and the exit code is 1. Stopped by Ctrl-C it
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import json
 import os
-import signal
 import sys
 import time
 from collections import deque
@@ -30,11 +28,13 @@ from typing import Any
 
 import numpy as np
 
+from kdjax import commandline
 from kdjax.data import shards
 from kdjax.data.images import ImageError, inspect_image
 from kdjax.data.sources import DataError, ImagePair, left_out_line, shortened, survey
 from kdjax.files import locked, remove_leftovers
 from kdjax.names import brief
+from kdjax.signals import Stopped
 
 Facts = tuple[str, int, int]  # of a file: name, bytes, time of the last change
 
@@ -291,23 +291,23 @@ def _line(shard: dict[str, Any]) -> bytes:
     return json.dumps(shard).encode() + b"\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdjax.data.pack", description="Packs a folder of images into a few large files of pixels."
-    )
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.data.pack", __doc__)
     parser.add_argument("folder", help="folder of images, sub-folders included")
     parser.add_argument("out", help="folder of the pack: new, empty, or of the same command before")
     parser.add_argument("--shard-mb", type=int, default=512, help="size of a shard in megabytes (default: 512)")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = make_parser().parse_args()
     started = time.monotonic()
-    sys.stdout.reconfigure(line_buffering=True)  # progress is seen when it is made, also through a pipe
     try:
         summary = pack(options.folder, options.out, shard_mb=options.shard_mb)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped by SIGINT; the same command continues", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        raise Stopped("SIGINT") from None
     total = summary.images + len(summary.damaged)
     print(
         f"{options.out}: {summary.images} of {total} images, shards: {summary.shards}, {summary.bytes / 2**20:,.0f} MB"
@@ -321,4 +321,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main)

@@ -5,36 +5,59 @@
 The EXIF orientation is applied to the pixels and its tag set to 1; the rest of the EXIF stays byte for byte. The ICC
 profile is written back as it was: colours are not converted. CMYK is, to sRGB, through its own profile where it has
 one. Palettes become RGB, one bit becomes grey, a transparent colour becomes alpha. Of a file with several pictures none
-is taken, except of what phones write (MPO), where the first is the photograph.
+is taken, except of what phones write (MPO), where the first is the photograph. Metadata that is damaged costs itself
+and a note, not the picture.
 
 Pillow does 8 bits, and 16 bits of grey. Colour, or grey with alpha, of 16 bits goes through libvips (the package
-`pyvips`), which is imported for such files only.
+`pyvips`), which is imported for such files only, and for TIFF files that Pillow does not know.
 
-Left out: XMP, IPTC and resolution, the EXIF inside TIFF files, and 16-bit PPM.
+Left out: XMP, IPTC and resolution, the EXIF inside TIFF files, colours that AVIF names without a profile (HDR), and
+16-bit PPM.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import math
 import os
 import struct
+import zlib
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from kdjax.data.images import UPRIGHT, ImageError, is_deep_colour, is_deep_grey, opened, orientation_of, to_8_bits
-from kdjax.files import whole_file
+from kdjax.data import containers
+from kdjax.data.images import (
+    UPRIGHT,
+    ImageError,
+    UnknownTiff,
+    bytes_to_decode,
+    deep_grey,
+    is_deep_colour,
+    opened,
+    orientation_of,
+    to_8_bits,
+)
+from kdjax.files import printable, whole_file
+from kdjax.memory import host_memory
 
-# A header of a few bytes can claim any size. Cameras reach 150 megapixels, and few panoramas have more than this.
-MAX_PIXELS = 1 << 30
+_UNKNOWN_MEMORY = 8 << 30  # free, of a machine that does not tell
 
-_ORIENTATION = 0x0112
-_TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
+_TIFF_EXTRA_SAMPLES = 338
+# What EXIF says of the picture, and where its own directory and that of the place are. Other tags, such as those of
+# compression and colours, would make the TIFF file they are written to another one.
+_TIFF_EXIF = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, 0x8769, 0x8825)
+
+_DAMAGED_EXIF = "damaged EXIF dropped"
+_SEVERAL = "holds several pages; split it into one file for each, for example with tiffsplit"
+_ANIMATION = "is an animation; make single pictures or a video of it first (GIF and PNG: ffmpeg -i FILE frame_%04d.png)"
+
+_PNG_END = bytes.fromhex("00000000 49454e44 ae426082")  # the chunk IEND
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,49 +89,104 @@ class Format:
     most_bytes: float = math.inf  # of pixels
     alpha: bool = False
     sixteen_bits: bool = False
-    metadata: bool = False  # colour profile and EXIF
+    most_icc: float = 0  # bytes of a colour profile
+    most_exif: float = 0
 
 
 _4_GB = 2**32 - 2**16  # what 32 bits can count, less headers
-_JPEG = Format(longest_side=65_500, metadata=True)
-_TIFF = Format(most_bytes=_4_GB, alpha=True, sixteen_bits=True, metadata=True)
+# A segment of a JPEG has 65,533 bytes, of which a colour profile may have 255, with headers of 14 bytes.
+_JPEG = Format(longest_side=65_500, most_icc=255 * (65_533 - 14), most_exif=65_533)
+_PNG = Format(alpha=True, sixteen_bits=True, most_icc=_4_GB, most_exif=2**31 - 1)
+_TIFF = Format(most_bytes=_4_GB, alpha=True, sixteen_bits=True, most_icc=_4_GB, most_exif=_4_GB)
 _PPM = Format()
 FORMATS = {
-    ".png": Format(alpha=True, sixteen_bits=True, metadata=True),
+    ".png": _PNG,
+    ".apng": _PNG,
     ".jpg": _JPEG,
     ".jpeg": _JPEG,
-    ".webp": Format(longest_side=16_383, alpha=True, metadata=True),
+    ".jpe": _JPEG,
+    ".jfif": _JPEG,
+    ".webp": Format(longest_side=16_383, alpha=True, most_icc=_4_GB, most_exif=_4_GB),
     ".tif": _TIFF,
     ".tiff": _TIFF,
     ".bmp": Format(most_bytes=_4_GB),
     ".ppm": _PPM,
     ".pgm": _PPM,
+    ".pnm": _PPM,
 }  # by suffix; those of one format are one object
 
 
-def read_picture(path: str | os.PathLike[str]) -> Picture:
+def read_picture(path: str | os.PathLike[str], *, scale: int = 1, max_pixels: float | None = None) -> Picture:
     """The picture in a file.
 
+    Args:
+      scale: how many times it will be enlarged, which takes memory too.
+      max_pixels: pictures that have more are refused; by default see `too_large`.
+
     Raises:
-      ImageError: the file is missing, damaged, cut short, no picture, several pictures, an animation, or larger than
-        `MAX_PIXELS`; or libvips is needed for it and is not installed.
+      ImageError: the file is missing, damaged, cut short, no picture, several pictures, an animation, or too large; or
+        libvips is needed for it and is not installed.
     """
-    with opened(path, MAX_PIXELS) as image:
-        _refuse_several(image)
-        if is_deep_colour(image):
-            return _read_with_vips(path, image)
-        image.load()
-        deep = is_deep_grey(image)
-        icc, exif, notes = image.info.get("icc_profile"), image.info.get("exif"), ()
-        orientation = orientation_of(image)
-        if image.mode == "CMYK":
-            image, icc, notes = _cmyk_to_rgb(image, icc), None, ("CMYK converted to sRGB",)
-        pixels = np.asarray(image if deep else _without_palette(image))
-        if deep:
-            pixels = pixels.astype(np.uint16, copy=False)
-            if image.format == "TIFF" and image.tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:
-                pixels = 65535 - pixels  # Pillow does so for 8 bits only
-        return _upright(pixels, icc, exif, orientation, notes)
+
+    def check(image: Image.Image) -> None:
+        if image.info.get("is_animated"):
+            raise ImageError(_SEVERAL if image.format == "TIFF" else _ANIMATION)
+        depth = 2 if image.mode.startswith("I") or is_deep_colour(image) else 1
+        channels = 4 if image.mode == "P" else len(image.getbands()) + ("transparency" in image.info)
+        refuse_large(image.width, image.height, channels * depth, decoding=bytes_to_decode(image, channels, depth))
+
+    def refuse_large(width: int, height: int, bytes_per_pixel: int, decoding: int = 0) -> None:
+        if reason := too_large(width, height, bytes_per_pixel, decoding, scale=scale, max_pixels=max_pixels):
+            raise ImageError(reason)
+
+    try:
+        with opened(path, check) as image:
+            return _read_deep(image) if is_deep_colour(image) else _read_with_pillow(image)
+    except UnknownTiff as error:
+        try:
+            vips = _import_vips()
+        except ImageError:
+            raise error from None
+        try:
+            with open(path, "rb") as file:
+                decoded = _decoded(vips, file)
+                if decoded.get("n-pages") > 1:
+                    raise ImageError(_SEVERAL)
+                refuse_large(decoded.width, decoded.height, decoded.bands * (1 if decoded.format == "uchar" else 2))
+                return _picture_of(vips, decoded, None, None)
+        except ImageError as reason:
+            raise ImageError(f"{path}: {reason}") from reason.__cause__
+
+
+def too_large(
+    width: int, height: int, bytes_per_pixel: int, decoding: int = 0, *, scale: int = 1, max_pixels: float | None = None
+) -> str | None:
+    """Why a picture is not to be restored, if it is too large.
+
+    Args:
+      bytes_per_pixel: of the decoded picture.
+      decoding: bytes that it takes to decode it.
+      max_pixels: the limit. By default a picture may take half of the memory that is free, from being decoded to being
+        written.
+    """
+    if max_pixels is not None:
+        if width * height <= max_pixels:
+            return None
+        return (
+            f"too many pixels: {width}x{height}, and --max-megapixels is {max_pixels / 1e6:g};"
+            f" {math.ceil(width * height / 1e6)} would do"
+        )
+    there, free = host_memory()
+    free = free or there // 2 or _UNKNOWN_MEMORY
+    stored = bytes_per_pixel if bytes_per_pixel < 3 else 4  # what Pillow makes of a pixel to write it
+    pixels, restored = width * height, width * height * scale**2
+    needed = max(decoding, (pixels + restored) * bytes_per_pixel, restored * (bytes_per_pixel + stored))
+    if needed <= free // 2:
+        return None
+    return (
+        f"too many pixels: {width}x{height} would take about {needed / 2**30:.1f} GB of memory, more than half of the"
+        f" {free / 2**30:.1f} GB that are free; --max-megapixels {math.ceil(width * height / 1e6)} tries all the same"
+    )
 
 
 def check_target(path: str | os.PathLike[str], picture: Picture, scale: int = 1) -> tuple[str, ...]:
@@ -136,47 +214,91 @@ def check_target(path: str | os.PathLike[str], picture: Picture, scale: int = 1)
     notes = []
     if picture.pixels.dtype == np.uint16 and not target.sixteen_bits:
         notes.append(f"16 bits became 8: {suffix} files hold no more")
-    if (picture.icc or picture.exif) and not target.metadata:
-        notes.append(f"colour profile and EXIF dropped: {suffix} files hold none")
+    for what, metadata, most in (
+        ("colour profile", picture.icc, target.most_icc),
+        ("EXIF", picture.exif, 0 if target is _TIFF and _needs_vips(picture) else target.most_exif),
+    ):
+        if metadata and len(metadata) > most:
+            holds = f"hold {most:,} bytes, and it has {len(metadata):,}" if most else "hold none"
+            kind = " of 16-bit colour" if target is _TIFF else ""
+            notes.append(f"{what} dropped: {suffix} files{kind} {holds}")
     return tuple(notes)
 
 
-def write_picture(path: str | os.PathLike[str], picture: Picture, *, quality: int | None = None) -> None:
+def write_picture(path: str | os.PathLike[str], picture: Picture, *, quality: int | None = None) -> tuple[str, ...]:
     """Writes a picture in the format that the suffix names. The file appears whole or not at all.
 
     Args:
       quality: 1 to 100, of JPEG and WebP. By default JPEG has 95, and WebP is without loss. Chroma is not subsampled in
         JPEG.
 
+    Returns:
+      For the user, what was not kept: what `check_target` says, and metadata that turned out to be damaged.
+
     Raises:
       ImageError: the format cannot hold it (`check_target`), libvips is needed and not installed, or the file cannot be
         written; the `OSError` is then its cause.
     """
     path = Path(path)
-    check_target(path, picture)
+    notes = list(check_target(path, picture))
     target = FORMATS[path.suffix.lower()]
     pixels = picture.pixels
     if picture.has_alpha and not target.alpha:  # it is opaque
         pixels = pixels[..., :-1]
     if pixels.dtype == np.uint16 and not target.sixteen_bits:
         pixels = to_8_bits(pixels)
-    metadata = {"icc_profile": picture.icc, "exif": picture.exif} if target.metadata else {}
-    metadata = {name: value for name, value in metadata.items() if value}
+    icc = picture.icc if picture.icc and len(picture.icc) <= target.most_icc else None
+    exif = picture.exif if picture.exif and len(picture.exif) <= target.most_exif else None
     try:
         with whole_file(path) as temporary:
             if pixels.dtype == np.uint16 and pixels.shape[2] > 1:
-                _write_with_vips(temporary, pixels, **metadata)
+                notes += _write_deep(temporary, pixels, icc, exif)
             else:
+                options = _options(path.suffix.lower(), quality) | ({"icc_profile": icc} if icc else {})
                 image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
-                image.save(temporary, **metadata, **_options(path.suffix.lower(), quality))
+                notes += _save_with_exif(image, temporary, exif, options, is_tiff=target is _TIFF)
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error.__cause__
-    except (OSError, ValueError) as error:  # ValueError: what the format cannot hold, such as 64 KB of EXIF in a JPEG
+    except MemoryError as error:
+        raise ImageError(f"{path}: not enough memory to write it") from error
+    except Exception as error:  # what an encoder cannot do with a picture ends in nearly every kind of exception
         raise ImageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    return tuple(notes)
+
+
+def _save_with_exif(
+    image: Image.Image, path: Path, exif: bytes | None, options: dict[str, Any], *, is_tiff: bool
+) -> list[str]:
+    """Writes a file, and says if that was possible without EXIF only: TIFF has no place for a damaged one."""
+    if exif and is_tiff:
+        try:
+            image.save(path, exif=_tiff_exif(exif), **options)
+            return []
+        except OSError as error:
+            if error.errno:  # the disk, not the EXIF
+                raise
+        except Exception:
+            pass
+        image.save(path, **options)
+        return [_DAMAGED_EXIF]
+    image.save(path, **({"exif": exif} if exif else {}), **options)
+    return []
+
+
+def _tiff_exif(exif: bytes) -> Image.Exif:
+    """The part of EXIF that a TIFF file has; raises anything where it is damaged."""
+    if containers.exif_claims_too_much(exif.removeprefix(containers.EXIF)):
+        raise ValueError("its tags claim more bytes than it has")
+    kept = Image.Exif()
+    kept.load(exif)
+    for tag in list(kept):
+        if tag not in _TIFF_EXIF:
+            del kept[tag]
+    return kept
 
 
 def _options(suffix: str, quality: int | None) -> dict[str, Any]:
-    if suffix in (".jpg", ".jpeg"):
+    if FORMATS[suffix] is _JPEG:
         return {"quality": 95 if quality is None else quality, "subsampling": 0}
     if suffix == ".webp":
         return {"lossless": True} if quality is None else {"quality": quality}
@@ -187,15 +309,35 @@ def _full(pixels: np.ndarray) -> int:
     return np.iinfo(pixels.dtype).max
 
 
-def _refuse_several(image: Image.Image) -> None:
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    if frames > 1 and image.format == "TIFF":
-        raise ImageError(f"holds {frames} pages; split it into one file for each, for example with tiffsplit")
-    if frames > 1:
-        raise ImageError(
-            f"is an animation of {frames} frames; make single pictures or a video of it first "
-            "(GIF and PNG: ffmpeg -i FILE frame_%04d.png)"
-        )
+def _needs_vips(picture: Picture) -> bool:
+    return picture.pixels.dtype == np.uint16 and picture.pixels.shape[2] > 1
+
+
+def _read_with_pillow(image: Image.Image) -> Picture:
+    raw_mode = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+    image.load()
+    icc, notes = image.info.get("icc_profile"), []
+    if (samples := deep_grey(image)) is not None:
+        if (value := image.info.get("transparency")) is not None:
+            samples = np.dstack([samples, np.where(samples == value, 0, 65535).astype(np.uint16)])
+        return _upright(samples, icc, image, notes)
+    if "icc_profile" in image.info and not icc:
+        notes.append("damaged colour profile dropped")
+    if image.format == "TIFF" and (extra := _extra_channels(image)):
+        notes.append(f"{extra} extra channel{'' if extra == 1 else 's'} of no said meaning dropped")
+    if image.mode in ("CMYK", "LAB"):
+        notes.append(f"{image.mode} converted to sRGB")
+        image, icc = _to_srgb(image, icc), None
+    elif (bits := {"L;2": 2, "L;4": 4}.get(raw_mode)) and "transparency" in image.info:
+        # Pillow scales the samples to 8 bits, and not the one that is transparent.
+        most = 2**bits - 1
+        image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
+    return _upright(np.asarray(_without_palette(image)), icc, image, notes)
+
+
+def _extra_channels(image: Image.Image) -> int:
+    """How many channels of a TIFF file Pillow drops."""
+    return max(0, len(image.tag_v2.get(_TIFF_EXTRA_SAMPLES, ())) - image.mode.endswith("A"))
 
 
 def _without_palette(image: Image.Image) -> Image.Image:
@@ -205,7 +347,7 @@ def _without_palette(image: Image.Image) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _cmyk_to_rgb(image: Image.Image, icc: bytes | None) -> Image.Image:
+def _to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
     if icc is None:
         return image.convert("RGB")
     try:
@@ -215,32 +357,17 @@ def _cmyk_to_rgb(image: Image.Image, icc: bytes | None) -> Image.Image:
         return image.convert("RGB")
 
 
-def _upright(
-    pixels: np.ndarray, icc: bytes | None, exif: bytes | None, orientation: int, notes: tuple[str, ...]
-) -> Picture:
+def _upright(pixels: np.ndarray, icc: bytes | None, image: Image.Image, notes: list[str]) -> Picture:
+    """The picture of a loaded image, from its pixels."""
+    return _turned(pixels, icc, image.info.get("exif"), orientation_of(image), notes)
+
+
+def _turned(pixels: np.ndarray, icc: bytes | None, exif: bytes | None, orientation: int, notes: list[str]) -> Picture:
     pixels = UPRIGHT.get(orientation, lambda pixels: pixels)(pixels)
-    return Picture(np.atleast_3d(pixels), icc, _without_orientation(exif) if exif else None, notes)
-
-
-def _without_orientation(exif: bytes) -> bytes | None:
-    """EXIF that says the picture is upright, and is else the same; None if it is damaged.
-
-    The layout is that of TIFF (6.0, section 2): byte order, the place of the first directory, its number of entries,
-    and entries of 12 bytes: tag, type, count, value.
-    """
-    tiff = bytearray(exif.removeprefix(b"Exif\0\0"))
-    order = {b"II": "<", b"MM": ">"}.get(bytes(tiff[:2]))
-    if order is None:
-        return None
-    try:
-        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (number,) = struct.unpack_from(f"{order}H", tiff, directory)
-        for entry in range(directory + 2, directory + 2 + 12 * number, 12):
-            if struct.unpack_from(f"{order}H", tiff, entry) == (_ORIENTATION,):
-                struct.pack_into(f"{order}HIHH", tiff, entry + 2, 3, 1, 1, 0)  # one short, 1
-    except struct.error:
-        return None
-    return b"Exif\0\0" + bytes(tiff)
+    kept = containers.upright(exif) if exif else None
+    if exif and not kept:
+        notes = [*notes, _DAMAGED_EXIF]
+    return Picture(np.atleast_3d(pixels), icc or None, kept, tuple(notes))
 
 
 def _import_vips() -> ModuleType:
@@ -251,44 +378,81 @@ def _import_vips() -> ModuleType:
             "colour of 16 bits needs the package pyvips with libvips, and it cannot be imported; install it:"
             " pip install 'kdjax[16bit]'"
         ) from error
+    logging.getLogger("pyvips").setLevel(logging.ERROR)  # it repeats what libvips warns of, and what fails raises
     return pyvips
 
 
-def _read_with_vips(path: str | os.PathLike[str], image: Image.Image) -> Picture:
-    """The picture of 16 bits in a file, of which Pillow has read the header."""
+def _decoded(vips: ModuleType, file: BinaryIO) -> Any:
+    """The image in a file, as libvips sees it, not decoded yet."""
+    if isinstance(file, io.BytesIO):
+        source = vips.Source.new_from_memory(file.getvalue())
+    else:  # not by its name, which need not be UTF-8, and in which brackets stand for options
+        file.seek(0)
+        source = vips.Source.new_from_descriptor(file.fileno())
+    try:
+        return vips.Image.new_from_source(source, "", access="sequential", fail_on="error")
+    except vips.Error as error:
+        raise ImageError(f"cannot be decoded: {_vips_says(error)}") from error
+
+
+def _picture_of(vips: ModuleType, decoded: Any, icc: bytes | None, exif: bytes | None) -> Picture:
+    """The picture in an image of libvips, which may know more of its metadata."""
+    try:
+        about = {name: decoded.get(name) for name in decoded.get_fields()}
+        notes = []
+        if decoded.interpretation == "cmyk":
+            decoded = decoded.colourspace("srgb" if decoded.format == "uchar" else "rgb16")
+            notes.append("CMYK converted to sRGB")
+        pixels = decoded.numpy()
+    except vips.Error as error:
+        raise ImageError(f"cannot be decoded: {_vips_says(error)}") from error
+    pixels = np.atleast_3d(pixels)
+    if pixels.dtype not in (np.uint8, np.uint16) or pixels.shape[2] > 4:
+        raise ImageError(f"holds {pixels.dtype} samples in {decoded.bands} channels; convert it to RGB of 8 or 16 bits")
+    icc = None if notes else icc or about.get("icc-profile-data")
+    return _turned(pixels, icc, exif or about.get("exif-data"), about.get("orientation", 1), notes)
+
+
+def _read_deep(image: Image.Image) -> Picture:
+    """The picture of 16-bit colour in a file, of which Pillow has read the header."""
     if image.format == "PPM":
         raise ImageError("16-bit PPM cannot be read; convert it to PNG or TIFF")
     vips = _import_vips()
-    try:
-        # Not new_from_file, which takes brackets in a name for options.
-        source = vips.Source.new_from_file(os.fspath(path))
-        decoded = vips.Image.new_from_source(source, "", access="sequential", fail_on="error")
-        about = {name: decoded.get(name) for name in decoded.get_fields()}
-        notes = ()
-        if decoded.interpretation == "cmyk":
-            decoded, notes = decoded.colourspace("rgb16"), ("CMYK converted to sRGB",)
-        pixels = decoded.numpy()
-    except vips.Error as error:
-        raise ImageError(f"cannot be decoded: {' '.join(str(error).split())}") from error
-    if pixels.dtype != np.uint16 or pixels.shape[2:] not in ((2,), (3,), (4,)):
-        raise ImageError(f"holds {pixels.dtype} samples in {decoded.bands} channels; convert it to RGB of 8 or 16 bits")
-    icc = None if notes else about.get("icc-profile-data")
-    return _upright(pixels, icc, about.get("exif-data"), about.get("orientation", 1), notes)
+    exif = containers.png_exif(image.fp) if image.format == "PNG" else image.info.get("exif")
+    return _picture_of(vips, _decoded(vips, image.fp), image.info.get("icc_profile"), exif)
 
 
-def _write_with_vips(
-    path: Path, pixels: np.ndarray, icc_profile: bytes | None = None, exif: bytes | None = None
-) -> None:
+def _write_deep(path: Path, pixels: np.ndarray, icc: bytes | None, exif: bytes | None) -> list[str]:
+    """Writes colour of 16 bits, and says what of the metadata was not kept beside what `check_target` tells."""
     vips = _import_vips()
     pixels = np.ascontiguousarray(pixels)
     height, width, channels = pixels.shape
     image = vips.Image.new_from_memory(pixels.data, width, height, channels, "ushort")
     image = image.copy(interpretation="grey16" if channels == 2 else "rgb16")
-    for name, value in (("icc-profile-data", icc_profile), ("exif-data", exif)):
-        if value:
-            image.set_type(vips.GValue.blob_type, name, value)
+    if icc:
+        image.set_type(vips.GValue.blob_type, "icc-profile-data", icc)
+    is_png = FORMATS[path.suffix.lower()] is _PNG
     try:
-        # Not write_to_file, which takes brackets in a name for options.
-        (image.pngsave if path.suffix.lower() == ".png" else image.tiffsave)(os.fspath(path))
+        with open(path, "w+b") as file:
+            target = vips.Target.new_to_descriptor(file.fileno())
+            (image.pngsave_target if is_png else image.tiffsave_target)(target, keep="icc")
+        if is_png and exif:
+            _append_exif(path, exif)
+        with open(path, "rb") as file:
+            written = _decoded(vips, file)
+            is_kept = not icc or ("icc-profile-data" in written.get_fields() and written.get("icc-profile-data") == icc)
     except vips.Error as error:
-        raise ImageError(f"cannot be written: {' '.join(str(error).split())}") from error
+        raise ImageError(f"cannot be written: {_vips_says(error)}") from error
+    return [] if is_kept else ["damaged colour profile dropped"]
+
+
+def _append_exif(path: Path, exif: bytes) -> None:
+    """Puts EXIF into a PNG as it is: libvips would write what it understands of it."""
+    content = b"eXIf" + exif.removeprefix(containers.EXIF)
+    with open(path, "r+b") as file:
+        file.seek(-len(_PNG_END), os.SEEK_END)
+        file.write(struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content)) + _PNG_END)
+
+
+def _vips_says(error: Exception) -> str:
+    return printable(" ".join(str(error).split())[:300])

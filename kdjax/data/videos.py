@@ -31,6 +31,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpe
 _KEPT_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # of containers for H.264
 
 _CRF = "16"  # of x264, from 0, without loss, to 51; below 18 the eye sees no difference
+BYTES_TO_CODE = 20  # about what decoder and encoder keep of a pixel: some tens of frames
 _SCALER = "flags=bicubic+accurate_rnd+full_chroma_int"
 _COLOUR_TAGS = {"color_space": "-colorspace", "color_primaries": "-color_primaries", "color_transfer": "-color_trc"}
 # What the scaler calls a color_space that it can convert to.
@@ -46,6 +47,7 @@ class Video:
     """What a file says about its first stream of pictures.
 
     Attributes:
+      width, height: of a frame, before it is rotated.
       rate: frames in a second.
       length: about how many frames there are; 0 where the file does not tell.
       deep: more than 8 bits a sample.
@@ -54,6 +56,8 @@ class Video:
     """
 
     path: Path
+    width: int
+    height: int
     rate: Fraction
     length: int
     deep: bool
@@ -72,13 +76,22 @@ def probe(path: str | os.PathLike[str]) -> Video:
     Raises:
       VideoError: it cannot be read, or ffprobe is not installed.
     """
-    entries = ["avg_frame_rate", "r_frame_rate", "nb_frames", "duration", "pix_fmt", "sample_aspect_ratio"]
-    shown = f"stream={','.join([*entries, 'color_range', *_COLOUR_TAGS])}:format=duration"
+    entries = ["width", "height", "avg_frame_rate", "r_frame_rate", "nb_frames", "duration", "pix_fmt"]
+    entries += ["sample_aspect_ratio", "color_range", *_COLOUR_TAGS]
+    shown = f"stream={','.join(entries)}:format=duration"
     command = [_program("ffprobe", path), "-v", "error", "-select_streams", "V:0", "-show_entries", shown]
     result = subprocess.run([*command, "-of", "json", _url(path)], capture_output=True)
     if result.returncode:
         raise VideoError(f"{path}: cannot be read: {_reason(result.stderr, path)}")
-    about = json.loads(result.stdout)
+    try:
+        return _described(Path(path), json.loads(result.stdout))
+    except VideoError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise VideoError(f"{path}: cannot be read: what ffprobe says of it makes no sense ({error})") from error
+
+
+def _described(path: Path, about: dict[str, Any]) -> Video:
     if not about.get("streams"):
         raise VideoError(f"{path}: holds no moving pictures")
     stream = about["streams"][0]
@@ -90,7 +103,9 @@ def probe(path: str | os.PathLike[str]) -> Video:
     seconds = float(stream.get("duration") or about.get("format", {}).get("duration") or 0)
     shape = stream.get("sample_aspect_ratio", "1:1")
     return Video(
-        path=Path(path),
+        path=path,
+        width=int(stream["width"]),
+        height=int(stream["height"]),
         rate=rate,
         length=int(stream.get("nb_frames") or seconds * rate),
         deep=stream.get("pix_fmt", "").endswith(("le", "be")),  # samples of one byte have no byte order
@@ -232,7 +247,7 @@ def _url(path: str | os.PathLike[str]) -> str:
 
 
 def _reason(messages: bytes, path: str | os.PathLike[str]) -> str:
-    lines = [line.strip() for line in messages.decode(errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in os.fsdecode(messages).splitlines() if line.strip()]
     return lines[-1].removeprefix(f"{_url(path)}: ") if lines else "ffmpeg does not say why"
 
 

@@ -1,4 +1,4 @@
-"""Exports a model:
+"""Writes a model in other formats, and checks every file:
 
     python -m kdjax.export --model FILE --output DIR [--format pth safetensors stablehlo onnx]
 
@@ -8,42 +8,43 @@ file in place of DIR only that file is written. Exit code 1 when a file could no
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import logging
 import re
 import sys
 from pathlib import Path
 
 import kdjax
-from kdjax import assets, models
+from kdjax import assets, commandline, models
 from kdjax.export import FORMATS, Artefact, ExportError, export_model
 from kdjax.export.card import describe_checks, find_run, model_card
 from kdjax.files import write_json, write_text
 from kdjax.weights import Loaded, load_weights, parse_hparams
 
+FORMAT_NAMES = [suffix.removeprefix(".") for suffix in FORMATS]
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m kdjax.export", description="Writes a model in other formats, and checks every file."
-    )
-    names = [suffix.removeprefix(".") for suffix in FORMATS]
+
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.export", __doc__)
     parser.add_argument("--model", required=True, help='.pth or .safetensors file, or "embedded"')
     parser.add_argument("--output", required=True, type=Path, help="a folder, or one file that ends in its format")
-    parser.add_argument("--format", nargs="+", choices=names, help="what to write into the folder; default: all")
+    parser.add_argument("--format", nargs="+", choices=FORMAT_NAMES, help="what to write into the folder; default: all")
     parser.add_argument(
         "--run", type=Path, help="folder of the run that trained the model; default: where the model is"
     )
     parser.add_argument("--license", default="unknown", help="what the card says, such as apache-2.0")
     parser.add_argument("--key", default="auto", help="which state dict of the file, e.g. params; default: the best")
     parser.add_argument("--hparam", action="append", default=[], metavar="NAME=VALUE", help="what the file cannot tell")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
     options = parser.parse_args(arguments)
     is_file = options.output.suffix in FORMATS and not options.output.is_dir()
     if is_file and options.format:
         parser.error(f"--output {options.output} is a file, whose ending is its format; leave out --format")
     if not re.fullmatch(r"[\w.+-]+", options.license):
         parser.error(f"--license {options.license!r} must be an identifier, such as apache-2.0")
-    logging.getLogger("jax").setLevel(logging.WARNING)
     try:
         folder = options.output.parent if is_file else options.output
         loaded = load_weights(
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         run = find_run(loaded, options.run)
         folder.mkdir(parents=True, exist_ok=True)
         name = options.output.stem if is_file else Path(loaded.path).stem
-        suffixes = [options.output.suffix] if is_file else [f".{format}" for format in options.format or names]
+        suffixes = [options.output.suffix] if is_file else [f".{format}" for format in options.format or FORMAT_NAMES]
         print(f"{loaded.path}: {loaded.model.arch}, {models.count_params(loaded.model.params):,} parameters")
         artefacts, failed = export_all(loaded, [folder / f"{name}{suffix}" for suffix in dict.fromkeys(suffixes)])
         write_text(folder / f"{name}.md", model_card(name, loaded, artefacts, run, license=options.license))
@@ -118,4 +119,4 @@ def _the_model_itself(path: Path) -> Artefact:
 
 
 if __name__ == "__main__":
-    main()
+    commandline.run(main)

@@ -19,6 +19,8 @@ from kdjax import assets, models
 from kdjax import config as config_lib
 from kdjax.export import Artefact, ExportError
 from kdjax.files import read_json
+from kdjax.markdown import code, front_matter, literal, table
+from kdjax.names import brief
 from kdjax.weights import Loaded, load_model
 
 UNKNOWN = "not known"
@@ -50,7 +52,7 @@ def find_run(loaded: Loaded, given: Path | None) -> Run | None:
     folder = given or Path(loaded.path).parent
     try:
         run = _read_run(folder, loaded.model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if given is None:
             return None
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -76,7 +78,15 @@ def _read_run(folder: Path, model: models.Model) -> Run:
         for name, value in row.items()
         if name.startswith("val/")
     }
-    return Run(config, read_json(folder / "run.json")["teacher"], step, numbers)
+    teacher = read_json(folder / "run.json")["teacher"]
+    if teacher:
+        teacher = {"files": [str(file) for file in teacher["files"]], "identity": str(teacher["identity"])}
+    wrong = [name for name, value in numbers.items() if not isinstance(value, float | int | None)]
+    if type(step) is not int or wrong:
+        raise ValueError(
+            f"its numbers are no numbers: {brief({'step': step} | {name: numbers[name] for name in wrong})}"
+        )
+    return Run(config, teacher, step, numbers)
 
 
 def model_card(name: str, loaded: Loaded, artefacts: Sequence[Artefact], run: Run | None, *, license: str) -> str:
@@ -89,36 +99,40 @@ def model_card(name: str, loaded: Loaded, artefacts: Sequence[Artefact], run: Ru
     channels, scale = models.num_channels(model), models.scale_of(model)
     macs = models.count_macs(model.arch, model.hparams, (1, 256, 256, channels))
     colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
-    entry = "weights at its top level" if loaded.key == "bare" else f"weights under `{loaded.key}`"
+    entry = "weights at its top level" if loaded.key == "bare" else f"weights under {code(loaded.key)}"
     size = "of the same size" if scale == 1 else f"{scale} times as high and wide"
+    hparams = ", ".join(f"{name}={value!r}" for name, value in model.hparams.items())
+    files = [[code(a.path.name), f"{a.num_bytes:,}", code(a.sha256), literal(describe_checks(a))] for a in artefacts]
     lines = [
-        "---",
-        f"license: {license}",
-        "library_name: kdjax",
-        "pipeline_tag: image-to-image",
-        f"tags: [image-restoration, {model.arch.rpartition(':')[2].lower()}]",
-        "---",
+        front_matter(
+            {
+                "license": license,
+                "library_name": "kdjax",
+                "pipeline_tag": "image-to-image",
+                "tags": ["image-restoration", model.arch.rpartition(":")[2].lower()],
+            }
+        ),
         "",
-        f"# {name}",
+        f"# {literal(name)}",
         "",
         f"An image restoration network: {colours} images in, images {size} out.",
         "",
-        *_table(
+        *_facts(
             {
-                "architecture": f"`{model.arch}({', '.join(f'{k}={v!r}' for k, v in model.hparams.items())})`",
+                "architecture": code(f"{model.arch}({hparams})"),
                 "parameters": f"{models.count_params(model.params):,}",
                 "cost": f"{macs / 1e9:.2f} GMAC for an input of 256x256",
                 "scale": str(scale),
                 "channels": f"{channels} ({colours})",
                 "input": "float32, about 0 to 1 (a noisy image may leave that range), any height and width",
                 "output": "float32, not clipped: clip to 0 to 1 before rounding to 8 bit",
-                "exported from": f"`{Path(loaded.path).name}`, {entry}, sha256 `{loaded.sha256}`",
+                "exported from": f"{code(Path(loaded.path).name)}, {entry}, sha256 {code(loaded.sha256)}",
             }
         ),
         "",
         "## Training",
         "",
-        *_table(_training(loaded, run)),
+        *_facts(_training(loaded, run)),
         "",
         "## Numbers",
         "",
@@ -126,9 +140,7 @@ def model_card(name: str, loaded: Loaded, artefacts: Sequence[Artefact], run: Ru
         "",
         "## Files",
         "",
-        "| file | bytes | sha256 | checked |",
-        "| --- | --- | --- | --- |",
-        *(f"| `{a.path.name}` | {a.num_bytes:,} | `{a.sha256}` | {describe_checks(a)} |" for a in artefacts),
+        table(["file", "bytes", "sha256", "checked"], files, align="llll"),
         "",
     ]
     if run:
@@ -151,8 +163,9 @@ def describe_checks(artefact: Artefact) -> str:
     return next(iter(artefact.checks.values()))
 
 
-def _table(rows: dict[str, str]) -> list[str]:
-    return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+def _facts(rows: dict[str, str]) -> list[str]:
+    """A table of names, from elsewhere or not, and values that are Markdown."""
+    return table(["", ""], [[literal(name), value] for name, value in rows.items()], align="ll").splitlines()
 
 
 def _training(loaded: Loaded, run: Run | None) -> dict[str, str]:
@@ -162,21 +175,21 @@ def _training(loaded: Loaded, run: Run | None) -> dict[str, str]:
     data, train = run.config.data, run.config.train
     teacher = "none"
     if run.teacher:
-        files = ", ".join(f"`{Path(file).name}`" for file in run.teacher["files"])
-        teacher = f"{files}, {run.teacher['identity']}"
+        files = ", ".join(code(Path(file).name) for file in run.teacher["files"])
+        teacher = f"{files}, {literal(run.teacher['identity'])}"
     made = f"degraded by {_inline(run.config.degrade)}"
-    source = f"`{data.gt}`, " + (f"inputs from `{data.lq}`" if data.lq else made)
+    source = f"{code(data.gt)}, " + (f"inputs from {code(data.lq)}" if data.lq else made)
     if data.unpaired:
-        source += f", and `{data.unpaired}`, {made}"
+        source += f", and {code(data.unpaired)}, {made}"
     return {
         "teacher": teacher,
         "data": source,
-        "losses": "<br>".join(f"{name}: {_inline(options)}" for name, options in run.config.terms.items()),
+        "losses": "<br>".join(f"{literal(name)}: {_inline(options)}" for name, options in run.config.terms.items()),
         "recipe": (
             f"{run.step:,} steps of {data.batch_size} crops of {data.crop} pixels, {train.optimizer}, learning rate"
             f" {_inline(train.lr)}, EMA {train.ema_decay:g}, seed {run.config.seed}"
         ),
-        "started from": f"`{run.config.student.weights}`" if run.config.student.weights else "random weights",
+        "started from": code(run.config.student.weights) if run.config.student.weights else "random weights",
     }
 
 
@@ -186,18 +199,18 @@ def _numbers(run: Run | None) -> list[str]:
     val = run.config.val
     degraded = f"noise of sigma {val.sigma:g}"
     if val.lq:
-        degraded = f"inputs from `{val.lq}`"
+        degraded = f"inputs from {code(val.lq)}"
     elif val.degrade:
         degraded = f"degraded by {_inline(val.degrade)}"
     part = f", centre crops of {val.crop}" if val.crop else ""
     part += f", at most {val.limit} images" if val.limit else ""
     values = {name: "not defined" if value is None else f"{value:.4f}" for name, value in run.numbers.items()}
     return [
-        f"The last validation of the run, at step {run.step:,}: `{val.gt}`, {degraded}{part}. PSNR in dB.",
+        f"The last validation of the run, at step {run.step:,}: {code(val.gt)}, {degraded}{part}. PSNR in dB.",
         "",
-        *_table(values),
+        *_facts(values),
     ]
 
 
 def _inline(value: Any) -> str:
-    return f"`{json.dumps(value)}`"
+    return code(json.dumps(value))

@@ -31,7 +31,7 @@ from kdjax.models.nafnet import NAFNet
 from kdjax.models.rrdbnet import RRDBNet
 from kdjax.models.srvgg import SRVGGNetCompact
 from kdjax.models.unet import UNet
-from kdjax.names import nearest
+from kdjax.names import brief, nearest
 
 Params = dict[str, Any]
 Apply = Callable[[Params, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
@@ -92,10 +92,12 @@ def complete_hparams(arch: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in hparams.items():
         if name not in known:
             raise ValueError(
-                f"{arch} has no hyper-parameter {name!r}{nearest(name, known)} (it has: {', '.join(known)})"
+                f"{arch} has no hyper-parameter {brief(name)}{nearest(name, known)} (it has: {', '.join(known)})"
             )
         if isinstance(value, list):  # what JSON and ConfigDict make of a tuple
             value = tuple(value)
+        if type(known[name]) is tuple and type(value) is int:  # one level, on a command line
+            value = (value,)
         if type(known[name]) is float and type(value) is int:
             value = float(value)
         if custom.is_custom(arch):  # its own rules
@@ -103,12 +105,12 @@ def complete_hparams(arch: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if type(value) is not type(known[name]):
             raise ValueError(
-                f"{arch}: {name}={value!r} is a {type(value).__name__}, wanted {type(known[name]).__name__}"
+                f"{arch}: {name}={brief(value)} is a {type(value).__name__}, wanted {type(known[name]).__name__}"
             )
-        if isinstance(value, int | float) and not value >= (0 if name == "num_upsample" else 1e-9):
-            raise ValueError(f"{arch}: {name}={value} must be positive")
+        if isinstance(value, int | float) and not (0 if name == "num_upsample" else 1e-9) <= value < math.inf:
+            raise ValueError(f"{arch}: {name}={brief(value)} must be positive and finite")
         if isinstance(value, tuple) and not all(type(count) is int and count >= 0 for count in value):
-            raise ValueError(f"{arch}: {name}={value} must be whole numbers")
+            raise ValueError(f"{arch}: {name}={brief(value)} must be whole numbers")
         completed[name] = value
     return completed
 

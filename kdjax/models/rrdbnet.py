@@ -2,13 +2,15 @@
 
 Names, concatenation order, residual scales and initialisation are BasicSR's (`rrdbnet_arch.py`). BasicSR's network
 always ends in two x2 upsamplings and reaches scale 2 and 1 by un-shuffling its input 2x and 4x; the first ESRGAN
-release instead has log2(scale) upsamplings and no un-shuffling. `num_upsample` covers both.
+release instead has log2(scale) upsamplings, or one by 3, and no un-shuffling. `num_upsample` covers both.
 
 Features: `conv_first`, `body.N` (each RRDB), `conv_body` (before it is added to `conv_first`), all with num_feat
 channels at 1/unshuffle of the input's height and width.
 """
 
 from __future__ import annotations
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,7 @@ class RRDBNet(nnx.Module):
     """(b, h, w, num_in_ch) -> (b, h*scale, w*scale, num_out_ch) and its features; any h and w.
 
     Raises:
-      ValueError: 2**num_upsample is not a multiple of `scale`.
+      ValueError: 2**num_upsample is not a multiple of `scale`, nor is `scale` 3 with one upsampling.
     """
 
     def __init__(
@@ -70,19 +72,21 @@ class RRDBNet(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
-        if scale < 1 or 2**num_upsample % scale:
+        self.factors = (3,) if (scale, num_upsample) == (3, 1) else (2,) * num_upsample
+        enlargement = math.prod(self.factors)
+        if scale < 1 or enlargement % scale:
             raise ValueError(
-                f"RRDBNet with num_upsample={num_upsample} enlarges {2**num_upsample} times before un-shuffling;"
-                f" scale={scale} does not divide that; use scale 1, 2 or 4 with num_upsample=2"
+                f"RRDBNet with num_upsample={num_upsample} enlarges {enlargement} times before un-shuffling;"
+                f" scale={scale} does not divide that; use scale 1, 2 or 4 with num_upsample=2, or scale 3 with"
+                " num_upsample=1"
             )
         self.scale, self.remat = scale, remat
-        self.unshuffle = self.multiple = 2**num_upsample // scale
+        self.unshuffle = self.multiple = enlargement // scale
         self.conv_first = conv3x3(num_in_ch * self.unshuffle**2, num_feat, rngs=rngs)
         self.body = nnx.List([RRDB(num_feat, num_grow_ch, rngs=rngs) for _ in range(num_block)])
         self.conv_body = conv3x3(num_feat, num_feat, rngs=rngs)
-        self.upsample_names = tuple(f"conv_up{i + 1}" for i in range(num_upsample))
-        for name in self.upsample_names:
-            setattr(self, name, conv3x3(num_feat, num_feat, rngs=rngs))
+        for i in range(num_upsample):
+            setattr(self, f"conv_up{i + 1}", conv3x3(num_feat, num_feat, rngs=rngs))
         self.conv_hr = conv3x3(num_feat, num_feat, rngs=rngs)
         self.conv_last = conv3x3(num_feat, num_out_ch, rngs=rngs)
 
@@ -95,8 +99,8 @@ class RRDBNet(nnx.Module):
         features |= {f"body.{i}": block for i, block in enumerate(blocks)}
         features["conv_body"] = self.conv_body(x)
         x = first + features["conv_body"]
-        for name in self.upsample_names:
-            x = _lrelu(getattr(self, name)(ops.upsample_nearest(x, 2)))
+        for i, factor in enumerate(self.factors, start=1):
+            x = _lrelu(getattr(self, f"conv_up{i}")(ops.upsample_nearest(x, factor)))
         x = self.conv_last(_lrelu(self.conv_hr(x)))
         return x[:, : height * self.scale, : width * self.scale], features
 

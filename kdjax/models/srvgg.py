@@ -17,6 +17,7 @@ from flax import nnx
 
 from kdjax import ops
 from kdjax.models.layers import Activation, PReLU, call, conv3x3
+from kdjax.names import brief
 
 ACTIVATIONS = {
     "relu": lambda num_feat: Activation(jax.nn.relu),
@@ -46,7 +47,7 @@ class SRVGGNetCompact(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         if act_type not in ACTIVATIONS:
-            raise ValueError(f"act_type={act_type!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(f"act_type={brief(act_type)} is unknown; choose one of {', '.join(ACTIVATIONS)}")
         if num_in_ch != num_out_ch:
             raise ValueError(
                 f"SRVGGNetCompact adds its input to its output: num_in_ch={num_in_ch} and num_out_ch={num_out_ch}"

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from kdjax.files import whole_file
+from kdjax.files import printable, whole_file
 from kdjax.metrics.named import METRICS
 
 INPUT = "input"
@@ -87,17 +87,13 @@ def write_report(
     page = string.Template(_read("page.html")).substitute(
         policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'",
-        title=html.escape(title),
+        title=html.escape(printable(title)),
         style=style,
-        payload=_json(_payload(table, images, settings)),
+        payload=_json(_shown(_payload(table, images, settings))),
         script=script,
     )
     before, after = page.split("<!-- pictures -->")
-    # A name that is no valid Unicode, as file names can be, becomes a reference that browsers show as a question mark.
-    with (
-        whole_file(path) as temporary,
-        temporary.open("w", encoding="utf-8", errors="xmlcharrefreplace", newline="\n") as file,
-    ):
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.write(before)
         for number, picture in enumerate(_distinct(images)):
             file.write(f'<script type="text/plain" id="picture-{number}">{_base64_png(picture)}</script>\n')
@@ -207,6 +203,15 @@ def _plain(value: Any) -> str | int | float:
     if math.isnan(value):
         return "NaN"
     return float(value) if math.isfinite(value) else f"{'-' if value < 0 else ''}Infinity"
+
+
+def _shown(value: Any) -> Any:
+    """The payload with control characters, and what reorders text, as visible escapes in all its texts."""
+    if isinstance(value, dict):
+        return {printable(name): _shown(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_shown(entry) for entry in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _json(value: Any) -> str:

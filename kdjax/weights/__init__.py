@@ -12,8 +12,9 @@ also say their architecture and hyper-parameters, under the entry "kdjax" that o
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +22,20 @@ from typing import Any
 
 import numpy as np
 
-from kdjax.files import write_bytes
+from kdjax.files import printable, write_bytes
 from kdjax.metrics.lpips import Network
 from kdjax.models import MODELS, Model, canonical_arch
 from kdjax.models.custom import is_custom
+from kdjax.names import brief
 from kdjax.perceptual import needed_layers
 from kdjax.weights.convert import to_model, to_state_dict
-from kdjax.weights.layouts import unwrap
+from kdjax.weights.hparams import parse_hparams
+from kdjax.weights.layouts import known_part
 from kdjax.weights.lpips_file import lpips_network
 from kdjax.weights.safetensors_file import is_safetensors_file, read_safetensors_file, safetensors_file_bytes
-from kdjax.weights.tensors import WeightsError
+from kdjax.weights.tensors import Tensor, WeightsError, check_cost
 from kdjax.weights.torch_file import is_torch_file, read_torch_file, torch_file_bytes
+from kdjax.weights.unwrap import one_network, unwrap
 from kdjax.weights.vgg_file import vgg_params
 
 __all__ = [
@@ -47,6 +51,8 @@ __all__ = [
 
 MAX_FILE_BYTES = 8 << 30
 
+log = logging.getLogger("kdjax")
+
 WRITERS = {".pth": torch_file_bytes, ".safetensors": safetensors_file_bytes}
 
 
@@ -58,8 +64,9 @@ class Loaded:
       model: with float32 numpy parameters.
       path: the file, as it was given.
       sha256: of the whole file.
-      layout: how the file names its parameters: "BasicSR", "BSRGAN", "old ESRGAN", "KAIR", "KAIR with BatchNorm".
-      key: which entry of the file the weights are: "params_ema", "params", ..., or "bare" for the top level.
+      layout: how the file names its parameters: "BasicSR", "BSRGAN", "old ESRGAN", "KAIR", "EDSR-PyTorch", ...
+      key: which of the file's sets of weights it is: "params_ema", "state_dict/net_g", ..., or "bare" for the only one.
+      notes: what was taken that no tensor tells, and why; empty for files that kdjax wrote.
     """
 
     model: Model
@@ -67,6 +74,7 @@ class Loaded:
     sha256: str
     layout: str
     key: str
+    notes: tuple[str, ...] = ()
 
 
 def load_weights(
@@ -74,27 +82,34 @@ def load_weights(
 ) -> Loaded:
     """Reads a weight file; the format is recognised by its content, not its suffix.
 
+    What had to be assumed is logged as a warning, and is in `notes`.
+
     Args:
       path: a `.pth`, `.pt`, `.ckpt` or `.safetensors` file.
-      key: which entry to take when the file has several sets of weights. "auto" takes the first that exists of
-        `layouts.WRAPPERS` (params_ema, params, ...), then the only set of tensors, then the top level.
+      key: which set of weights to take when the file has several: an entry ("params"), a path of entries
+        ("state_dict/params"), or what the names of its tensors begin with ("net_g"). "auto" takes a moving average of
+        the generator, then the generator, then what is called params, model, ...; then the only set of tensors.
       arch: the architecture, when it shall not be recognised from the keys. BasicSR's class names work too.
-      **hparams_overrides: hyper-parameters that the tensors do not tell, such as act_type="relu".
+      **hparams_overrides: hyper-parameters that the tensors do not tell, such as act_type="relu" or scale=3.
 
     Raises:
-      WeightsError: the file cannot be read or does not fit; the message names the file, what was found and what to do.
+      WeightsError: the file cannot be read, does not fit, or leaves open what has to be stated; the message names the
+        file, what was found and what to do.
       ValueError: `arch` is not a known architecture.
     """
     arch = None if arch is None else canonical_arch(arch)
     data = _read(path)
     with _blaming(path):
         content, about = _parse(data)
-        state, found_key = unwrap(content, key)
         said_arch, said = _said(about, arch)
         if None not in (arch, said_arch) and arch != said_arch:
             raise WeightsError(f"it says it is {said_arch}, not {arch}")
-        model, layout = to_model(state, arch=arch or said_arch, said=said, given=hparams_overrides)
-    return Loaded(model, os.fspath(path), hashlib.sha256(data).hexdigest(), layout, found_key)
+        arch = arch or said_arch
+        state, found_key = _one_network(content, key, arch, len(data))
+        model, layout, notes = to_model(state, arch=arch, said=said, given=hparams_overrides)
+    for note in notes:
+        log.warning(f"{printable(os.fspath(path))}: {note}")
+    return Loaded(model, os.fspath(path), hashlib.sha256(data).hexdigest(), layout, found_key, notes)
 
 
 def load_model(
@@ -122,7 +137,7 @@ def load_vgg(
     needed_layers(vgg_type, layers)
     data = _read(path)
     with _blaming(path):
-        return vgg_params(unwrap(_parse(data)[0], "auto")[0], vgg_type=vgg_type, layers=layers)
+        return vgg_params(_tensors(data), vgg_type=vgg_type, layers=layers)
 
 
 def load_lpips(path: str | os.PathLike[str], /) -> Network:
@@ -133,18 +148,7 @@ def load_lpips(path: str | os.PathLike[str], /) -> Network:
     """
     data = _read(path)
     with _blaming(path):
-        return lpips_network(unwrap(_parse(data)[0], "auto")[0])
-
-
-def parse_hparams(pairs: Iterable[str]) -> dict[str, int | str]:
-    """{"act_type": "relu", "scale": 4} from ["act_type=relu", "scale=4"], as command lines give it."""
-    hparams: dict[str, int | str] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not (name and equals and value):
-            raise WeightsError(f"{pair!r}: wanted NAME=VALUE, such as act_type=relu")
-        hparams[name] = int(value) if value.lstrip("-").isdecimal() else value
-    return hparams
+        return lpips_network(_tensors(data))
 
 
 def save_model(model: Model, path: str | os.PathLike[str]) -> None:
@@ -164,51 +168,56 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> None:
       WeightsError: unknown suffix, parameters that do not fit the architecture or are not finite, or no such folder.
     """
     path = Path(path)
+    shown = printable(str(path))
     if path.suffix not in WRITERS:
-        raise WeightsError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {' or '.join(WRITERS)}")
+        suffix = printable(path.suffix) or "a file without suffix"
+        raise WeightsError(f"{shown}: cannot write {suffix}; use {' or '.join(WRITERS)}")
     if not path.parent.is_dir():
-        raise WeightsError(f"{path}: the folder {path.parent} does not exist; create it first")
+        raise WeightsError(f"{shown}: the folder {printable(str(path.parent))} does not exist; create it first")
     try:
         about = {"arch": model.arch, "hparams": {name: _plain(value) for name, value in model.hparams.items()}}
         data = WRITERS[path.suffix](to_state_dict(model), about)
     except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from None
+        raise WeightsError(f"{shown}: {error}") from None
     try:
         write_bytes(path, data)
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise WeightsError(f"{shown}: cannot be written: {printable(error.strerror or str(error))}") from error
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:
     file = Path(path)
+    shown = printable(str(file))
     try:
         if not file.is_file():  # also keeps us from waiting on a pipe
             what = "is a folder" if file.is_dir() else "is not a regular file" if file.exists() else "does not exist"
-            raise WeightsError(f"{file}: {what}; wanted a .pth or .safetensors file")
+            raise WeightsError(f"{shown}: {what}; wanted a .pth or .safetensors file")
         size = file.stat().st_size
         if not 0 < size <= MAX_FILE_BYTES:
             raise WeightsError(
-                f"{file}: has {size} bytes; wanted a .pth or .safetensors file of at most {MAX_FILE_BYTES}"
+                f"{shown}: has {size} bytes; wanted a .pth or .safetensors file of at most {MAX_FILE_BYTES}"
             )
         return file.read_bytes()
     except (OSError, ValueError) as error:
         if isinstance(error, WeightsError):
             raise
-        raise WeightsError(f"{file}: cannot be read: {error}") from error
+        raise WeightsError(f"{shown}: cannot be read: {printable(str(error))}") from error
 
 
 @contextmanager
 def _blaming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Names the file in every error about its content."""
+    shown = printable(os.fspath(path))
     try:
         yield
     except WeightsError as error:
-        raise WeightsError(f"{os.fspath(path)}: {error}") from None
+        raise WeightsError(f"{shown}: {error}") from None
     except Exception as error:
         # A damaged or hostile file can trip any step of zipfile, pickletools, numpy and json; none of that is a fault
         # of the program, and callers need one kind of error.
         raise WeightsError(
-            f"{os.fspath(path)}: the file is damaged ({type(error).__name__}: {error!s:.200}); get or write it again"
+            f"{shown}: the file is damaged ({type(error).__name__}: {printable(str(error)[:200])}); get or write it"
+            " again"
         ) from error
 
 
@@ -224,18 +233,51 @@ def _parse(data: bytes) -> tuple[Any, Any]:
     raise WeightsError(f"it begins with {data[:8]!r}; wanted a .pth file of torch.save or a .safetensors file")
 
 
-def _said(about: Any, asked: str | None) -> tuple[str | None, dict[str, Any]]:
-    """The architecture and hyper-parameters that a file states."""
+def _one_network(content: Any, key: str, arch: str | None, file_bytes: int) -> tuple[dict[str, Tensor], str]:
+    """The tensors that are wanted, by their names in the network, and where in the file they were."""
+    tensors, path, rest = unwrap(content, key)
+    check_cost(tensors, file_bytes)
+    if arch is not None and is_custom(arch):  # only kdjax writes such files, and their names can be any
+        return {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}, "/".join(
+            path
+        ) or "bare"
+    return one_network(tensors, path, rest, known_part)
+
+
+def _tensors(data: bytes) -> dict[Any, Any]:
+    """The best set of tensors of a file whose network is known."""
+    tensors, _, _ = unwrap(_parse(data)[0], "auto")
+    check_cost(tensors, len(data))
+    return tensors
+
+
+def _said(about: Any, asked: str | None) -> tuple[str | None, dict[str, Any] | None]:
+    """The architecture and hyper-parameters that a file states; None when it states nothing."""
+    if about is None:
+        return None, None
     match about:
-        case None:
-            return None, {}
-        case {"arch": str(arch), "hparams": dict(hparams)} if is_custom(arch):
-            if arch != asked:  # a file must not decide what is imported
-                raise WeightsError(f"it is a network of your own, {arch!r}; say so to have it imported: arch={arch!r}")
-            return arch, hparams
-        case {"arch": str(arch), "hparams": dict(hparams)} if arch in MODELS:
-            return arch, hparams
+        case {"arch": str(arch), "hparams": dict(hparams)} if len(arch) <= 500 and _are_plain(hparams):
+            if is_custom(arch) and arch != asked:  # a file must not decide what is imported
+                raise WeightsError(
+                    f"it is a network of your own, {brief(arch)}; say so to have it imported: arch={brief(arch)}"
+                )
+            if is_custom(arch) or arch in MODELS:
+                return arch, hparams
     raise WeightsError('its entry "kdjax" does not name an architecture and its hyper-parameters; it was altered')
+
+
+def _are_plain(hparams: dict[Any, Any]) -> bool:
+    """Whether these can be hyper-parameters: few, with short names and with values whose cost is that of their size."""
+    left = 10_000
+
+    def is_plain(value: Any, depth: int) -> bool:
+        nonlocal left
+        left -= 1
+        if type(value) in (list, tuple) and depth:
+            return left > len(value) and all(is_plain(part, depth - 1) for part in value)
+        return left > 0 and (value is None or type(value) in (bool, int, float) or type(value) is str)
+
+    return all(type(name) is str and len(name) <= 100 and is_plain(value, 4) for name, value in hparams.items())
 
 
 def _plain(value: Any) -> Any:

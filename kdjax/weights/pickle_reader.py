@@ -5,6 +5,9 @@ list of `pickletools`: it builds plain numbers, strings, lists, tuples, dicts an
 in ALLOWED by exact match. Python's unpickler is never called and nothing is ever imported, so there is nothing a
 file could get executed. Left out on purpose: every opcode that constructs or changes other objects (INST, OBJ,
 NEWOBJ, EXT*, ...), sets, protocol-5 buffers, numpy scalars.
+
+Every opcode costs about as much as the bytes it takes: what could grow faster (copies of a list, integers chosen so
+that a dict needs quadratic time) is counted or refused.
 """
 
 from __future__ import annotations
@@ -17,9 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.names import brief
 from kdjax.weights.tensors import BFLOAT16, Storage, Tensor, WeightsError
 
-MAX_STEPS = 1_000_000  # a state dict takes about 30 opcodes per tensor
+MAX_STEPS = 1_000_000  # a state dict takes about 40 opcodes per tensor
+MAX_INTEGER_KEY = 2**60  # below it, Python's hashes of integers are the integers: none can be chosen to collide
+MAX_MEMO = 2**32
 RESAVE = "re-save the weights in torch with torch.save({'params': model.state_dict()}, path) or as .safetensors"
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
@@ -49,6 +55,7 @@ ALLOWED: dict[tuple[str, str], Name] = {
     (name.module, name.name): name
     for name in (
         Name("collections", "OrderedDict"),
+        Name("collections", "Counter"),  # the milestones of torch's MultiStepLR
         Name("torch", "Size"),
         Name("torch._utils", "_rebuild_tensor"),
         Name("torch._utils", "_rebuild_tensor_v2"),
@@ -67,16 +74,13 @@ _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, 
 _FIXED_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-def read_pickle(
-    data: bytes, start: int, find_storage: Callable[[Any], Storage], max_view_bytes: int
-) -> tuple[Any, int]:
+def read_pickle(data: bytes, start: int, find_storage: Callable[[Any], Storage]) -> tuple[Any, int]:
     """The object pickled at `start` and the position after it.
 
     Args:
       data: the whole file.
       start: where the pickle begins.
       find_storage: maps a persistent id to its storage.
-      max_view_bytes: refuse tensors that would together unfold to more than this.
 
     Raises:
       WeightsError: anything but plain values and tensors. Damaged pickles may raise other exceptions too; the
@@ -84,12 +88,12 @@ def read_pickle(
     """
     stream = io.BytesIO(data)
     stream.seek(start)
-    return _Machine(find_storage, max_view_bytes).run(stream), stream.tell()
+    return _Machine(find_storage, min(MAX_STEPS, len(data))).run(stream), stream.tell()
 
 
 class _Machine:
-    def __init__(self, find_storage: Callable[[Any], Storage], max_view_bytes: int) -> None:
-        self.find_storage, self.view_bytes_left = find_storage, max_view_bytes
+    def __init__(self, find_storage: Callable[[Any], Storage], max_steps: int) -> None:
+        self.find_storage, self.max_steps = find_storage, max_steps
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
@@ -105,8 +109,8 @@ class _Machine:
 
     def count(self, steps: int) -> None:
         self.steps += steps
-        if self.steps > MAX_STEPS:
-            raise WeightsError(f"the pickle takes more than {MAX_STEPS} steps; that is no state dict; {RESAVE}")
+        if self.steps > self.max_steps:
+            raise WeightsError(f"the pickle takes more than {self.max_steps} steps; that is no state dict; {RESAVE}")
 
     def execute(self, op: str, argument: Any) -> None:
         push, pop = self.stack.append, self.stack.pop
@@ -115,6 +119,8 @@ class _Machine:
         elif op in _CONSTANTS:
             push(_CONSTANTS[op])
         elif op in ("BINPUT", "LONG_BINPUT", "PUT"):
+            if not 0 <= argument < MAX_MEMO:
+                raise WeightsError("the pickle numbers its values in a way that torch never does; the file is damaged")
             self.memo[argument] = self.stack[-1]
         elif op == "MEMOIZE":
             self.memo[len(self.memo)] = self.stack[-1]
@@ -184,19 +190,14 @@ class _Machine:
                 self.count(len(pairs))
                 if all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
                     return _update({}, [part for pair in pairs for part in pair])
+            case "Counter", (dict(counts),):
+                return counts
             case "Size", (tuple(sizes),):
                 return sizes
             case "_rebuild_parameter", (Tensor() as tensor, *_):
                 return tensor
             case "_rebuild_tensor" | "_rebuild_tensor_v2", (Storage() as data, offset, tuple(shape), tuple(stride), *_):
-                tensor = Tensor(data, offset, shape, stride)
-                self.view_bytes_left -= tensor.nbytes
-                if self.view_bytes_left < 0:
-                    raise WeightsError(
-                        "its tensors unfold to far more bytes than the file has (views that repeat their storage);"
-                        f" {RESAVE}"
-                    )
-                return tensor
+                return Tensor(data, offset, shape, stride)
         raise WeightsError(f"the pickle calls {name.module}.{name.name} with arguments torch never gives; {RESAVE}")
 
 
@@ -208,7 +209,7 @@ def _find_name(module: Any, name: Any = "") -> Name:
     if isinstance(module, str) and module.split(".")[0] not in ("os", "posix", "nt", "builtins", "subprocess"):
         hint = " (a whole pickled model or a training state rather than a state dict?)"
     raise WeightsError(
-        f"its pickle asks for {what[:120]!r}, which is not on the list of names a state dict needs{hint};"
+        f"its pickle asks for {brief(what, 120)}, which is not on the list of names a state dict needs{hint};"
         f" nothing was executed; {RESAVE}"
     )
 
@@ -226,5 +227,7 @@ def _update(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if not (key is None or type(key) in (str, int, float, bool)):
             raise WeightsError(f"the pickle has a {type(key).__name__} as dict key; wanted a string; {RESAVE}")
+        if type(key) is int and abs(key) >= MAX_INTEGER_KEY:
+            raise WeightsError(f"the pickle has the dict key {brief(key)}; wanted a string or a small number; {RESAVE}")
         target[key] = value
     return target

@@ -1,6 +1,8 @@
-"""Reads and writes `.safetensors` through the safetensors library: torch's names and layouts, as other tools expect.
+"""Reads and writes `.safetensors`: torch's names and layouts, as other tools expect.
 
-The header's metadata holds `kdjax`, a JSON object with architecture and hyper-parameters; other tools ignore it.
+The format is a JSON header and the tensors behind one another. It is read here and not by the safetensors library,
+which copies every tensor and builds a header of any size; it is written by the library. The header's metadata holds
+`kdjax`, a JSON object with architecture and hyper-parameters; other tools ignore it.
 """
 
 from __future__ import annotations
@@ -9,10 +11,13 @@ import json
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
+from kdjax.names import brief
 from kdjax.weights.tensors import BFLOAT16, Storage, Tensor, WeightsError, row_major_strides
+
+# The library allows 100 MB; parsed, JSON takes about twenty times its size. A network of 1,300 tensors has 130 KB.
+MAX_HEADER_BYTES = 4 << 20
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -34,21 +39,38 @@ def is_safetensors_file(data: bytes) -> bool:
 
 
 def read_safetensors_file(data: bytes) -> tuple[dict[str, Tensor], Any]:
-    """The tensors by name, and what `kdjax` wrote into the header (None when another tool wrote the file)."""
+    """The tensors by name, and what `kdjax` wrote into the header (None when another tool wrote the file).
+
+    Raises:
+      WeightsError: the header is damaged or absurdly long, or the tensors do not lie one behind the other.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise WeightsError(f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
+    content = memoryview(data)[8 + length :]
     try:
-        entries = safetensors.deserialize(data)
-    except safetensors.SafetensorError as error:
-        raise WeightsError(f"it is a damaged .safetensors file ({error}); get or write it again") from None
-    tensors = {}
-    for name, entry in entries:
-        if entry["dtype"] not in DTYPES:
-            raise WeightsError(
-                f"{name[:120]!r} is of type {entry['dtype']}, wanted one of {', '.join(DTYPES)}; re-save it as float32"
-            )
-        tensors[name] = _tensor(DTYPES[entry["dtype"]], entry["data"], tuple(entry["shape"]))
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    about = header.get("__metadata__", {}).get("kdjax")
-    return tensors, None if about is None else json.loads(about)
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_repetition)
+        metadata = header.pop("__metadata__", {})
+        tensors, places = {}, []
+        for name, entry in header.items():
+            tensors[name], *place = _tensor(name, entry, content)
+            places.append(place)
+        about = metadata.get("kdjax")
+        about = None if about is None else json.loads(about, object_pairs_hook=_without_repetition)
+    except WeightsError:
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise WeightsError(
+            f"it is a damaged .safetensors file ({type(error).__name__}: {error!s:.100}); get or write it again"
+        ) from None
+    end = 0
+    for start, stop in sorted(places):
+        if start != end:
+            raise WeightsError("it is a damaged .safetensors file: its tensors overlap, or leave bytes unused")
+        end = stop
+    if end != len(content):
+        raise WeightsError(f"it is a damaged .safetensors file: {len(content) - end} bytes too many at the end")
+    return tensors, about
 
 
 def safetensors_file_bytes(state_dict: dict[str, np.ndarray], about: dict[str, Any]) -> bytes:
@@ -56,6 +78,27 @@ def safetensors_file_bytes(state_dict: dict[str, np.ndarray], about: dict[str, A
     return safetensors.numpy.save(state_dict, metadata={"kdjax": json.dumps(about)})
 
 
-def _tensor(dtype: np.dtype, content: bytes, shape: tuple[int, ...]) -> Tensor:
-    storage = Storage(dtype, len(content) // dtype.itemsize, lambda: content, "little")
-    return Tensor(storage, 0, shape, row_major_strides(shape))
+def _tensor(name: str, entry: dict[str, Any], content: memoryview) -> tuple[Tensor, int, int]:
+    """A tensor of the header, and where its bytes begin and end."""
+    if entry["dtype"] not in DTYPES:
+        raise WeightsError(
+            f"{brief(name, 120)} is of type {brief(entry['dtype'])}, wanted one of {', '.join(DTYPES)}; re-save it as"
+            " float32"
+        )
+    dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if type(start) is not int or type(stop) is not int or not 0 <= start <= stop <= len(content):
+        raise ValueError("a tensor leaves the file")
+    storage = Storage(dtype, (stop - start) // dtype.itemsize, lambda: content[start:stop], "little")
+    if len(shape) > 32 or any(type(size) is not int or size < 0 for size in shape):
+        raise ValueError("a shape that is none")
+    tensor = Tensor(storage, 0, shape, row_major_strides(shape))
+    if tensor.numel * dtype.itemsize != stop - start:
+        raise ValueError("a tensor does not fill its bytes")
+    return tensor, start, stop
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice in the header")
+    return result

@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from kdjax.files import printable
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_DIMS = 32
 MAX_NUMEL = 2**48
+MAX_TENSORS = 20_000  # in one set of weights; the largest supported network that was published has 1,300
+MAX_KEY = 500  # characters of a tensor's name
+MAX_LISTED = 20
 
 
 class WeightsError(ValueError):
@@ -28,20 +35,20 @@ class Storage:
     Args:
       dtype: the scalar type, native byte order.
       numel: how many scalars.
-      read: returns exactly numel * itemsize bytes; called at most once.
+      read: returns exactly numel * itemsize bytes, without copying them; called at most once.
       byteorder: of the bytes, "little" or "big".
     """
 
-    def __init__(self, dtype: np.dtype, numel: int, read: Callable[[], bytes | memoryview], byteorder: str) -> None:
+    def __init__(self, dtype: np.dtype, numel: int, read: Callable[[], memoryview], byteorder: str) -> None:
         self.dtype, self.numel, self.byteorder = dtype, numel, byteorder
         self._read = read
-        self._raw: bytes | memoryview | None = None
+        self._raw: memoryview | None = None
 
     @property
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
-    def raw(self) -> bytes | memoryview:
+    def raw(self) -> memoryview:
         if self._raw is None:
             raw = self._read()
             if len(raw) != self.nbytes:
@@ -55,12 +62,6 @@ class Storage:
             raise WeightsError(f"a view of {numel} scalars at {offset} leaves its storage of {self.numel}")
         start, stop = offset * self.dtype.itemsize, (offset + numel) * self.dtype.itemsize
         return Storage(self.dtype, numel, lambda: self.raw()[start:stop], self.byteorder)
-
-    def array(self) -> np.ndarray:
-        words = np.frombuffer(self.raw(), f"u{self.dtype.itemsize}")
-        if self.byteorder != sys.byteorder:
-            words = words.byteswap()
-        return words.view(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Tensor:
                 " no negative number; the file is damaged"
             )
         if self.numel > MAX_NUMEL:
-            raise WeightsError(f"a tensor of shape {self.shape!r:.80} is absurdly large")
+            raise WeightsError(f"a tensor of shape {self.shape} is absurdly large")
         reach = self.offset
         if self.numel:
             reach += 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -92,26 +93,41 @@ class Tensor:
                 f" of a storage of {self.storage.numel}; the file is damaged"
             )
 
+    @classmethod
+    def of(cls, array: np.ndarray) -> Tensor:
+        """An array as if it came from a file."""
+        array = np.asarray(array, order="C")
+        content = memoryview(array.reshape(-1).view(np.uint8))
+        storage = Storage(array.dtype, array.size, lambda: content, sys.byteorder)
+        return cls(storage, 0, array.shape, row_major_strides(array.shape))
+
     @property
     def dtype(self) -> np.dtype:
         return self.storage.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
+    def is_float(self) -> bool:
+        return self.dtype.kind == "f" or self.dtype == BFLOAT16
 
     def array(self) -> np.ndarray:
-        """A contiguous copy that no longer depends on the file."""
+        """A contiguous copy that no longer depends on the file; its cost is that of the tensor, not of its storage."""
         if not self.numel:
             return np.zeros(self.shape, self.dtype)
+        words = np.frombuffer(self.storage.raw(), f"u{self.dtype.itemsize}")[self.offset :]
         steps = tuple(step * self.dtype.itemsize for step in self.stride)
-        flat = self.storage.array()[self.offset :]
         # Safe: __post_init__ bounded the largest reachable index, and none is negative.
-        return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False).copy()
+        copy = np.lib.stride_tricks.as_strided(words, self.shape, steps, writeable=False).copy()
+        if self.storage.byteorder != sys.byteorder:
+            copy.byteswap(inplace=True)
+        return copy.view(self.dtype)
 
 
 def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -121,3 +137,29 @@ def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
+
+
+def check_cost(state: Mapping[Any, Any], file_bytes: int) -> None:
+    """Refuses a set of tensors that would take far more memory or time than its file explains, before any is copied.
+
+    A tensor that stands under several names, or repeats its scalars, counts every time.
+
+    Raises:
+      WeightsError: it unfolds to more than four times the file, has too many tensors, or absurdly long names.
+    """
+    if len(state) > MAX_TENSORS:
+        raise WeightsError(f"it has {len(state):,} entries, at most {MAX_TENSORS:,} are read: that is no state dict")
+    if any(len(key) > MAX_KEY for key in state if type(key) is str):
+        raise WeightsError(f"the name of a tensor has more than {MAX_KEY} characters: that is no state dict")
+    unfolded = 4 * sum(value.numel for value in state.values() if isinstance(value, Tensor))  # as float32
+    if unfolded > 4 * file_bytes + (64 << 10):
+        raise WeightsError(
+            f"its tensors unfold to {unfolded:,} bytes, far more than the {file_bytes:,} of the file (views that repeat"
+            " their storage); save copies of them: tensor.clone()"
+        )
+
+
+def listed(keys: Collection[Any], limit: int = MAX_LISTED) -> str:
+    """The first of the names, each cut and safe to print, and how many there are."""
+    first = ", ".join(printable(str(key)[:120]) for key in islice(keys, limit))
+    return first + (f", ... ({len(keys)} in all)" if len(keys) > limit else "")

@@ -11,17 +11,20 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
 
+from kdjax.names import brief
 from kdjax.weights.pickle_reader import RESAVE, Name, read_pickle
 from kdjax.weights.tensors import Storage, WeightsError, row_major_strides
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 ALIGNMENT = 64  # of tensor data in the zip file, as torch does
-SLACK_BYTES = 64 << 20
+MAX_RECORDS = 40_000  # in a zip file: one for each storage, of which a file that is read has fewer
+MAX_STORAGE_KEY = 100  # characters
 
 
 def is_torch_file(data: bytes) -> bool:
@@ -46,14 +49,12 @@ def _is_tar(data: bytes) -> bool:
     return data[257:262] == b"ustar"
 
 
-def _max_view_bytes(data: bytes) -> int:
-    return 4 * len(data) + SLACK_BYTES
-
-
 def _storage_id(identifier: Any, length: int) -> tuple[Any, ...]:
     """The fields after "storage" of a persistent id, checked: type, key, device, numel, ..."""
     match identifier:
-        case ("storage", Name(dtype=np.dtype()), str(), _, int(numel), *_) if len(identifier) == length and numel >= 0:
+        case ("storage", Name(dtype=np.dtype()), str(key), _, int(numel), *_) if (
+            len(identifier) == length and 0 <= numel < 2**63 and len(key) <= MAX_STORAGE_KEY
+        ):
             return identifier[1:]
         case ("module", *_):
             raise WeightsError(f"it is a whole pickled model, which cannot be read without its code; {RESAVE}")
@@ -64,9 +65,12 @@ def _storage_id(identifier: Any, length: int) -> tuple[Any, ...]:
 
 
 def _read_zip(data: bytes) -> Any:
-    archive = zipfile.ZipFile(io.BytesIO(data))
-    records = {info.filename: info for info in archive.infolist()}
-    if len(records) != len(archive.infolist()):
+    # Counted first: an entry of the directory becomes an object of ten times its size.
+    if data.count(b"PK\x01\x02") > MAX_RECORDS:
+        raise WeightsError(f"the zip file holds more than {MAX_RECORDS:,} records; not written by torch.save")
+    infos = zipfile.ZipFile(io.BytesIO(data)).infolist()
+    records = {info.filename: info for info in infos}
+    if len(records) != len(infos):
         raise WeightsError(f"the zip file holds two records of the same name; {RESAVE}")
     roots = [name.removesuffix("data.pkl") for name in records if name.split("/")[-1] == "data.pkl"]
     if len(roots) != 1:
@@ -74,36 +78,51 @@ def _read_zip(data: bytes) -> Any:
     root = roots[0]
     if root + "constants.pkl" in records or any(name.startswith(root + "code/") for name in records):
         raise WeightsError(f"it is a TorchScript archive, which holds code and not only weights; {RESAVE}")
-    # torch never compresses, so what the records declare can never exceed the file: no zip bomb passes this.
-    if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
+    # torch never compresses, so what the records declare can never exceed the file: no zip bomb passes this, nor
+    # records that overlap.
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise WeightsError(
             f"the zip file is compressed; torch never compresses; unpack and zip it with -0, or {RESAVE}"
         )
-    declared = sum(info.file_size for info in records.values())
+    declared = sum(info.file_size for info in infos)
     if declared > len(data):
         raise WeightsError(f"its records declare {declared} bytes, the file has {len(data)}; the file is damaged")
-    byteorder = archive.read(root + "byteorder").decode() if root + "byteorder" in records else "little"
+    byteorder = "little"
+    if root + "byteorder" in records:
+        byteorder = bytes(_record(data, records[root + "byteorder"])[:20]).decode()
     if byteorder not in ("little", "big"):
-        raise WeightsError(f"its byteorder is {byteorder[:20]!r}, wanted 'little' or 'big'")
+        raise WeightsError(f"its byteorder is {byteorder!r}, wanted 'little' or 'big'")
 
     storages: dict[str, Storage] = {}
 
     def find_storage(identifier: Any) -> Storage:
         kind, key, _, numel = _storage_id(identifier, 5)
         name = f"{root}data/{key}"
-        if key not in storages:
-            if name not in records:
-                raise WeightsError(f"the record {name[:120]!r} of one of its tensors is missing; the file is damaged")
-            storages[key] = Storage(kind.dtype, numel, lambda: archive.read(name), byteorder)
-        storage = storages[key]
+        if name not in records:
+            raise WeightsError(f"the record {brief(name, 120)} of one of its tensors is missing; the file is damaged")
+        storage = storages.get(key)
+        if storage is None:
+            storage = storages[key] = Storage(kind.dtype, numel, lambda: _record(data, records[name]), byteorder)
         if records[name].file_size != numel * kind.dtype.itemsize or storage.dtype != kind.dtype:
             raise WeightsError(
-                f"the record {name[:120]!r} has {records[name].file_size} bytes, its tensor wants {numel}"
+                f"the record {brief(name, 120)} has {records[name].file_size} bytes, its tensor wants {numel}"
                 f" x {kind.dtype}; the file is damaged"
             )
         return storage
 
-    return read_pickle(archive.read(root + "data.pkl"), 0, find_storage, _max_view_bytes(data))[0]
+    return read_pickle(bytes(_record(data, records[root + "data.pkl"])), 0, find_storage)[0]
+
+
+def _record(data: bytes, info: zipfile.ZipInfo) -> memoryview:
+    """The content of a stored record, not copied; `ZipFile.read` would copy it."""
+    header = data[info.header_offset : info.header_offset + 30]
+    if header[:4] != b"PK\x03\x04" or info.flag_bits & 1:
+        raise WeightsError(f"the record {brief(info.filename, 120)} is encrypted or not where it should be; damaged")
+    start = info.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
+    content = memoryview(data)[start : start + info.file_size]
+    if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
+        raise WeightsError(f"the record {brief(info.filename, 120)} does not have its checksum; the file is damaged")
+    return content
 
 
 # ---- the stream format before torch 1.6 ------------------------------------------------------------------------
@@ -121,7 +140,7 @@ def _read_legacy(data: bytes) -> Any:
         # Numbers are little-endian in this format, whatever machine wrote it.
         root = roots.setdefault(key, Storage(kind.dtype, numel, lambda: contents[key], "little"))
         if root.dtype != kind.dtype or root.numel != numel:
-            raise WeightsError(f"the storage {key[:40]!r} is declared twice, differently; the file is damaged")
+            raise WeightsError(f"the storage {brief(key)} is declared twice, differently; the file is damaged")
         match view:
             case None:
                 return root
@@ -129,25 +148,26 @@ def _read_legacy(data: bytes) -> Any:
                 return root.view(offset, view_numel)
         raise WeightsError(f"a view of a storage is described in a way that torch never writes; {RESAVE}")
 
-    magic, position = read_pickle(data, 0, refuse, 0)
+    magic, position = read_pickle(data, 0, refuse)
     if type(magic) is not int or magic != LEGACY_MAGIC:
         raise WeightsError(f"it is a pickle, but not one that torch.save wrote; {RESAVE}")
-    protocol, position = read_pickle(data, position, refuse, 0)
+    protocol, position = read_pickle(data, position, refuse)
     if type(protocol) is not int or protocol != LEGACY_PROTOCOL:
-        raise WeightsError(f"it is a torch file of protocol {protocol!r:.40}, wanted {LEGACY_PROTOCOL}; {RESAVE}")
-    _, position = read_pickle(data, position, refuse, 0)  # sizes of C types on the writing machine
-    result, position = read_pickle(data, position, find_storage, _max_view_bytes(data))
-    keys, position = read_pickle(data, position, refuse, 0)
-    if type(keys) is not list or not all(type(key) is str for key in keys) or sorted(keys) != sorted(roots):
+        raise WeightsError(f"it is a torch file of protocol {brief(protocol)}, wanted {LEGACY_PROTOCOL}; {RESAVE}")
+    _, position = read_pickle(data, position, refuse)  # sizes of C types on the writing machine
+    result, position = read_pickle(data, position, find_storage)
+    keys, position = read_pickle(data, position, refuse)
+    is_list = type(keys) is list and all(type(key) is str for key in keys)
+    if not is_list or len(keys) != len(roots) or set(keys) != roots.keys():
         raise WeightsError("its list of storages does not fit its tensors; the file is damaged")
     for key in keys:
         root = roots[key]
         start, stop = position + 8, position + 8 + root.nbytes
         if stop > len(data):
-            raise WeightsError(f"storage {key[:40]!r} ends at byte {stop}, the file at {len(data)}: truncated")
+            raise WeightsError(f"storage {brief(key)} ends at byte {stop}, the file at {len(data)}: truncated")
         (numel,) = struct.unpack_from("<q", data, position)
         if numel != root.numel:
-            raise WeightsError(f"storage {key[:40]!r} has {numel} scalars, {root.numel} were declared; damaged")
+            raise WeightsError(f"storage {brief(key)} has {numel} scalars, {root.numel} were declared; damaged")
         contents[key] = memoryview(data)[start:stop]
         position = stop
     return result
@@ -209,7 +229,7 @@ def _pickled(value: Any) -> bytes:
             return b"(" + b"".join(map(_pickled, value)) + b"t"
         case dict():
             return b"}(" + b"".join(_pickled(part) for item in value.items() for part in item) + b"u"
-    raise WeightsError(f"cannot write the hyper-parameter value {value!r}; wanted a string, number or boolean")
+    raise WeightsError(f"cannot write the hyper-parameter value {brief(value)}; wanted a string, number or boolean")
 
 
 def _pickled_tensor(array: np.ndarray, key: str) -> bytes:

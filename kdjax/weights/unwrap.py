@@ -1,0 +1,286 @@
+"""Which of the tensors in a file are the network: the set that is wanted, without what stands around and beside it.
+
+Training programs wrap weights in dicts ("params_ema", "state_dict"), put several networks beside one another, in dicts
+("netG", "netD") or in one flat dict ("net_g.body...", "net_d.body..."), add counters, and put names of wrappers before
+or into every key ("module."). The moving average of the generator is preferred, then the generator, then what is
+called a model; a discriminator, an optimizer or a loss is never taken, and where several are left the caller is asked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+from typing import Any
+
+from kdjax.names import brief
+from kdjax.weights.tensors import Tensor, WeightsError, listed
+
+# Names without a meaning of their own, best first.
+WRAPPERS = (
+    "params", "model_state_dict", "state_dict", "model", "net", "network", "weights", "module",
+)  # fmt: skip
+EMA, GENERATOR, NEUTRAL, UNKNOWN, OTHER = range(5)  # what a name says about a set of tensors, best first
+_EMA_WORDS = {"ema", "average", "averaged", "averaging", "avg", "swa", "shadow"}
+_GENERATOR_WORDS = {"g", "gen", "generator"}
+_OTHER_WORDS = {
+    "d", "dis", "disc", "discriminator", "discriminators", "critic", "optim", "optimizer", "optimizers", "scheduler",
+    "schedulers", "loss", "losses", "criterion", "vgg", "lpips", "percep", "perceptual", "metric", "metrics",
+    "callbacks", "loops", "scaler", "kdjax",
+}  # fmt: skip
+# What DataParallel, torch.compile, FSDP and gradient checkpointing put into a key, at any place of it.
+_WRAPPING_MODULES = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_COUNTERS = {"num_batches_tracked", "total_ops", "total_params"}  # buffers of BatchNorm and of thop
+_MAX_DEPTH = 5  # of dicts in dicts, and of names before every key
+_SMALLEST_NETWORK = 4  # tensors: a DnCNN of two convolutions
+_MAX_SETS = 50  # networks side by side in a flat dict
+
+
+@lru_cache(maxsize=1024)
+def kind_of(name: str) -> int:
+    """What a name says: EMA, GENERATOR, NEUTRAL, OTHER (no network to restore with), or UNKNOWN."""
+    words = {word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)}
+    if words & _OTHER_WORDS:
+        return OTHER
+    if words & _EMA_WORDS or words == {"net", "e"}:  # netE is KAIR's
+        return EMA
+    if words & _GENERATOR_WORDS:
+        return GENERATOR
+    return NEUTRAL if name in WRAPPERS else UNKNOWN
+
+
+# ---- dicts in dicts --------------------------------------------------------------------------------------------
+
+
+def unwrap(content: Any, key: str) -> tuple[dict[Any, Any], tuple[str, ...], str]:
+    """The dict of tensors inside what a file holds.
+
+    Args:
+      content: what the file reader returned.
+      key: "auto", "bare" for the top level, the entry to take, a path of entries ("state_dict/net_g"), or what the
+        names of the wanted tensors begin with ("net_g").
+
+    Returns:
+      The dict; the entries that lead to it; and the part of `key` that is no entry, for `one_network`, or "".
+    """
+    if type(content) is not dict:
+        raise WeightsError(f"it holds a {type(content).__name__}, wanted a dict of tensors (a state dict)")
+    found, path, rest = content, [], [] if key in ("auto", "bare") else key.split("/")
+    if type(found.get(key)) is dict:
+        found, path, rest = found[key], [key], []
+    while rest and type(found.get(rest[0])) is dict:
+        found, path, rest = found[rest[0]], [*path, rest[0]], rest[1:]
+    while key != "bare" and len(path) < _MAX_DEPTH and (inner := _best_entry(found, path)) is not None:
+        if rest and _prefixed(found, ".".join(rest)):
+            break
+        found, path = found[inner], [*path, inner]
+    if rest and not _prefixed(found, ".".join(rest)):
+        raise _no_such_set(content, found, path, key)
+    if not _has_tensors(found):
+        raise WeightsError(f"it has no tensors at {'/'.join(path) or 'the top level'} (found: {listed(found)})")
+    return found, tuple(path), ".".join(rest)
+
+
+def _best_entry(found: dict[Any, Any], path: list[str]) -> str | None:
+    """The entry to go into; None to stay.
+
+    Raises:
+      WeightsError: several are as good, or all are something else than a network to restore with.
+    """
+    known: dict[int, int] = {}
+    entries: dict[int, list[str]] = {kind: [] for kind in range(5)}
+    for name, value in found.items():
+        if type(name) is str and type(value) is dict:
+            depth = _depth_of_tensors(value, known)
+            if depth == 1 or (depth > 1 and kind_of(name) < UNKNOWN):
+                entries[kind_of(name)].append(name)
+    if entries[NEUTRAL]:
+        entries[NEUTRAL] = [min(entries[NEUTRAL], key=WRAPPERS.index)]
+    if _has_tensors(found):
+        entries[UNKNOWN] = entries[OTHER] = []
+    for kind in (EMA, GENERATOR, NEUTRAL, UNKNOWN):
+        if len(entries[kind]) == 1:
+            return entries[kind][0]
+        if entries[kind]:
+            raise _several(["/".join((*path, name)) for name in entries[kind]])
+    if entries[OTHER]:
+        raise _only_others(["/".join((*path, name)) for name in entries[OTHER]])
+    if len(found) == 1 and type(next(iter(found.values()))) is dict and not _has_tensors(found):
+        return next(iter(found))
+    return None
+
+
+def _has_tensors(value: Any) -> bool:
+    return type(value) is dict and any(isinstance(entry, Tensor) for entry in value.values())
+
+
+def _depth_of_tensors(value: Any, known: dict[int, int], left: int = _MAX_DEPTH) -> int:
+    """In how many dicts in one another the nearest tensor is; 0 when there is none. Each dict is looked at once."""
+    if type(value) is not dict or not left:
+        return 0
+    if id(value) not in known:
+        known[id(value)] = 0  # it may hold itself
+        depths = (_depth_of_tensors(entry, known, left - 1) for entry in value.values())
+        known[id(value)] = 1 if _has_tensors(value) else 1 + min(filter(None, depths), default=-1)
+    return known[id(value)]
+
+
+# ---- several networks in one flat dict -------------------------------------------------------------------------
+
+Fits = Callable[[Mapping[str, Tensor]], float]
+
+
+def one_network(
+    tensors: Mapping[Any, Any], path: tuple[str, ...], rest: str, fits: Fits
+) -> tuple[dict[str, Tensor], str]:
+    """The tensors of one network by their names in that network, and where they were: "state_dict/net_g", "bare".
+
+    Args:
+      tensors: a dict of tensors, and of whatever else stands beside them; `check_cost` has seen it.
+      path: where the dict is in the file.
+      rest: what the names of the wanted tensors begin with, as some do; "" decides by the names.
+      fits: the part, from 0 to 1, of the keys of a state dict that the best supported layout knows.
+
+    Raises:
+      WeightsError: it cannot be decided which network is wanted.
+    """
+    # Numbers, texts and schedules beside the tensors are no part of a network.
+    state = {key: value for key, value in tensors.items() if type(key) is str and isinstance(value, Tensor)}
+    if rest:
+        state, path = _prefixed(state, rest), (*path, rest)
+    state = _without_wrapping_modules(_without_counters(state))
+    before: tuple[str, ...] = ()  # what stands before every key, as far as it was removed
+    for _ in range(_MAX_DEPTH):
+        state, is_one_of_several = _without_others(state, path)
+        heads = _groups(state)
+        if (inner := _without_prefixes(state, fits)) is not state:
+            before = (*before, next(iter(heads)))
+            state = inner
+        elif (name := _network_among(heads, state, path, fits)) is not None:
+            before, is_one_of_several = (*before, name), True
+            state = heads[name]
+        else:
+            break
+        if is_one_of_several:
+            path, before = (*path, ".".join(before)), ()
+    return state, "/".join(path) or "bare"
+
+
+def _network_among(
+    heads: Mapping[str, dict[str, Tensor]], state: Mapping[str, Tensor], path: tuple[str, ...], fits: Fits
+) -> str | None:
+    """Which of the names that keys begin with is the wanted network; None when they are parts of one network."""
+    if not 1 < len(heads) <= _MAX_SETS:
+        return None
+
+    def fitting(names: Iterable[str], least: float) -> list[str]:
+        large = [name for name in names if name and len(heads[name]) >= _SMALLEST_NETWORK]
+        return [name for name in large if fits(_without_prefixes(heads[name], fits)) > least]
+
+    def only(names: list[str]) -> str:
+        if len(names) > 1:
+            raise _several(["/".join((*path, name)) for name in names])
+        return names[0]
+
+    for kind in (EMA, GENERATOR):
+        if found := fitting((name for name in heads if kind_of(name) == kind), 0.5):
+            return only(found)
+    if fits(state) < 0.5 and (found := fitting(heads, 0.9)):
+        return only(found)
+    named = [name for name in heads if kind_of(name) in (EMA, GENERATOR)]
+    return named[0] if len(named) == 1 else None  # no supported network; the message can say which one it is
+
+
+def _without_others(state: dict[str, Tensor], path: tuple[str, ...]) -> tuple[dict[str, Tensor], bool]:
+    """The tensors without losses and discriminators beside a network, and whether there were such."""
+    heads = _groups(state)
+    others = [name for name in heads if kind_of(name) == OTHER]
+    if others and len(others) == len(heads):
+        raise _only_others(["/".join((*path, name)) for name in others])
+    dropped = tuple(f"{name}." for name in others)
+    return {key: value for key, value in state.items() if not key.startswith(dropped)}, bool(others)
+
+
+def _without_prefixes(state: dict[str, Tensor], fits: Fits) -> dict[str, Tensor]:
+    """The tensors without the names of enclosing modules that stand before every key."""
+    inner = [state]
+    names = [""]
+    while len(inner) <= _MAX_DEPTH and len(heads := _groups(inner[-1])) == 1 and "" not in heads:
+        names += heads
+        inner += heads.values()
+    for candidate in inner:
+        if fits(candidate) >= 0.5:
+            return candidate
+    # No supported network; without its prefixes a message can say which one it is.
+    kept = [
+        kind_of(name) == UNKNOWN or any(key[0:1].isdigit() for key in keys)
+        for name, keys in zip(names, inner, strict=True)
+    ]
+    return inner[kept.index(True, 1) - 1] if True in kept[1:] else inner[-1]
+
+
+def _groups(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The entries by what stands before the first dot of their keys; "" where there is none."""
+    groups: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        head, dot, tail = key.partition(".")
+        groups.setdefault(head if dot else "", {})[tail if dot else head] = value
+    return groups
+
+
+def _prefixed(state: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose keys begin with `prefix`, as they are or without the modules that wrap, by what follows."""
+    prefix = prefix.removesuffix(".") + "."
+    tensors = {key: value for key, value in state.items() if type(key) is str and isinstance(value, Tensor)}
+    for rename in (str, _unwrapped):
+        names = {key: rename(key) for key in tensors}
+        if chosen := {name.removeprefix(prefix): key for key, name in names.items() if name.startswith(prefix)}:
+            return {name: tensors[key] for name, key in chosen.items()}
+    return {}
+
+
+def _unwrapped(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part not in _WRAPPING_MODULES)
+
+
+def _without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without numbers of steps and operations: no parameter of a supported network is a single number."""
+    return {
+        key: value
+        for key, value in state.items()
+        if value.ndim and not (value.numel == 1 and "." not in key) and key.rsplit(".", 1)[-1] not in _COUNTERS
+    }
+
+
+def _without_wrapping_modules(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = _unwrapped(key)
+        if name in result:
+            raise WeightsError(f"it has the tensor {brief(name, 120)} twice, with and without 'module.' before it")
+        result[name] = value
+    return result
+
+
+# ---- messages --------------------------------------------------------------------------------------------------
+
+
+def _several(names: list[str]) -> WeightsError:
+    return WeightsError(
+        f"it holds several sets of tensors: {listed(names)}; choose one with key=... (--key on the command line)"
+    )
+
+
+def _only_others(names: list[str]) -> WeightsError:
+    return WeightsError(
+        f"it holds no network that restores images, as far as names tell, only: {listed(names)}; if one of them is"
+        " what you want, choose it with key=... (--key on the command line)"
+    )
+
+
+def _no_such_set(content: Mapping[Any, Any], found: Mapping[Any, Any], path: list[str], key: str) -> WeightsError:
+    available = [name for name, value in content.items() if type(value) is dict and name != "kdjax"]
+    heads = _groups({name: None for name in found if type(name) is str})
+    available += ["/".join((*path, head)) for head in heads if kind_of(head) != UNKNOWN]
+    what = listed(available) if available else "bare (the file is one state dict, not wrapped)"
+    return WeightsError(f"it has no weights under key={brief(key)}; available: {what}; or use key='auto'")

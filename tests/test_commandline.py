@@ -1,0 +1,222 @@
+"""What all programs share, tried as programs: help, exit codes, what reaches the terminal, who decides the devices."""
+
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdjax import commandline
+from kdjax.__main__ import PROGRAMS
+from kdjax.config import Config
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(*arguments: str | Path, cwd: Path = ROOT, code: int = 0, **variables: str) -> str:
+    """Runs Python with these arguments and returns what it printed on both streams."""
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | variables, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == code, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+def parser_of(program: str) -> commandline.Parser:
+    module = importlib.import_module(program)
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{program}.__main__")
+    return module.make_parser()
+
+
+# ---- help ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_lists_its_programs() -> None:
+    listed = start("-m", "kdjax")
+    for program in PROGRAMS:
+        assert re.search(rf"^  {program} +[A-Z].{{20,}}$", listed, re.M), program
+    assert start("-m", "kdjax", "--help") == listed
+    assert "unexpected argument 'trian'" in start("-m", "kdjax", "trian", code=2)
+
+
+def test_every_program_is_listed() -> None:
+    """A module that ends with `commandline.run(main)` is one, and no other way to start one exists."""
+    found = set()
+    for path in (ROOT / "kdjax").rglob("*.py"):
+        if '__name__ == "__main__"' in (text := path.read_text(encoding="utf-8")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+            found.add(name)
+            assert name == "kdjax" or text.endswith("    commandline.run(main)\n"), name
+    assert found - {"kdjax"} == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_has_usage_an_example_and_every_option_with_its_default(program: str) -> None:
+    parser = parser_of(program)
+    text = parser.format_help()
+    assert text.startswith(f"usage: python -m {program} ") and f"\n    python -m {program} " in text
+    for action in parser._actions:
+        assert action.help, action.dest
+        if action.default not in (None, "", [], (), "==SUPPRESS==") and action.default is not False:
+            shown = text[text.rindex(f"\n  {action.option_strings[0]}") + 1 :].partition("\n  -")[0]
+            assert "default" in shown, action.dest
+    for name in ("train.steps=250000", "data.crop=128", "student.arch='srvggnetcompact'"):
+        assert (f"--config.{name}" in text or f"--config.base.{name}" in text) == ("--config FILE" in text)
+
+
+def test_help_is_the_first_thing_a_person_types(tmp_path: Path) -> None:
+    printed = start("-m", "kdjax.train", "--help", cwd=tmp_path)
+    assert printed == parser_of("kdjax.train").format_help() or "usage: python -m kdjax.train" in printed
+    needed = start("-m", "kdjax.cache", "--config", "configs/denoise.py", code=2)
+    assert "the following arguments are required: --output, --samples" in needed
+
+
+# ---- the config ----------------------------------------------------------------------------------------------------
+
+
+def read(*arguments: str) -> dict:
+    parser = commandline.Parser("kdjax.train", "")
+    parser.add_config()
+    parser.add_argument("--workdir")
+    return parser.parse(arguments)[1]
+
+
+def test_keys_are_set_in_every_way_that_flags_are_written() -> None:
+    values = read(
+        "--config.train.steps", "7", "--config.train.lr.value=1e-3", "--noconfig.data.hflip", "--config.log.diagnose",
+        "--workdir", "x", "--config", str(ROOT / "configs" / "denoise.py:debug"), "-config.data.workers=3",
+        "--config.train.betas=(0.5,0.6)", "--config.val.lq", "a b",
+    )  # fmt: skip
+    assert (values["train"]["steps"], values["train"]["lr"]["value"], values["data"]["workers"]) == (7, 1e-3, 3)
+    assert (values["data"]["hflip"], values["log"]["diagnose"]) == (False, True)
+    assert (values["train"]["betas"], values["val"]["lq"]) == ((0.5, 0.6), "a b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config", "nowhere.py"), "nowhere.py"),
+        (("--config", "configs/denoise.py", "--config.train.steps=many"), "many"),
+        (("--config", "configs/denoise.py", "--config.train.stpes=4"), 'Did you mean "steps"'),
+        (("--config", "configs/denoise.py", "--config.nothing.at=4"), "no such config key: --config.nothing.at"),
+        (("--config", "configs/denoise.py:quik"), "no variant 'quik'"),
+    ],
+)
+def test_what_cannot_be_read_is_one_message(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as ended:
+        read(*arguments)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 1 and printed.startswith("error: ") and message in printed
+
+
+def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read("--config", "configs/denoise.py:debug")["name"] == "denoise_debug"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "denoise.py").write_text("from ml_collections import ConfigDict\nget_config = ConfigDict\n")
+    assert read("--config", "configs/denoise.py") == {}  # one's own comes first
+
+
+# ---- devices -------------------------------------------------------------------------------------------------------
+
+
+READS = """
+import sys
+from jax._src.xla_bridge import backends_are_initialized
+from kdjax import commandline, config, study
+for path in sys.argv[1:]:
+    parser = commandline.Parser("", "")
+    parser.add_config()
+    _, values = parser.parse(["--config", path])
+    (study if "columns" in values else config).parse(values)
+    assert not backends_are_initialized(), path
+print("read", len(sys.argv[1:]))
+"""
+
+
+def test_no_config_file_asks_for_devices() -> None:
+    """The number of a CPU's devices is fixed at the first question for them, and follows from the config."""
+    paths = [str(path) for path in sorted((ROOT / "configs").glob("*.py")) if path.stem != "basicsr"]
+    paths += [f"{ROOT}/configs/basicsr.py:{path}" for path in sorted((ROOT / "tests" / "basicsr").glob("*_x4*.yml"))]
+    assert start("-c", READS, *paths).splitlines()[-1] == f"read {len(paths)}"
+
+
+ASKS_EARLY = """
+import jax
+from ml_collections import ConfigDict
+
+jax.devices()
+
+def get_config():
+    return ConfigDict(dict(data=dict(batch_size=4), terms=dict(task=dict(weight=1.0)), name="early"))
+"""
+
+
+def test_a_config_that_takes_the_devices_is_named_as_the_cause(tmp_path: Path) -> None:
+    (tmp_path / "early.py").write_text(ASKS_EARLY)
+    alone = start("-m", "kdjax.train", "--config", "early.py", cwd=tmp_path, code=1)
+    assert "JAX'S DEVICES WERE IN USE BEFORE THE PROGRAM STARTED" in alone and "config file" in alone
+    assert alone.splitlines()[-1].startswith("error: training images (gt): no path was given")
+    two = start(
+        "-m", "kdjax.train", "--config", "early.py", "--num-processes", "2", "--process-id", "0",
+        "--coordinator-address", "localhost:1", cwd=tmp_path, code=1,
+    )  # fmt: skip
+    assert "this one has used JAX's devices already: the config file" in two and "Traceback" not in two
+
+
+# ---- what is printed, and how it ends ------------------------------------------------------------------------------
+
+PRINTS = r"""
+import logging, os, sys
+from kdjax import commandline
+def main():
+    commandline.start_logging()
+    name = os.fsdecode(b"caf\xe9 \x1b[2J \xe2\x80\xae.png")
+    print(name)
+    logging.getLogger("kdjax").info("log " + name)
+    print("K\u00fcche", file=sys.stderr)
+    raise {error}
+commandline.run(main)
+"""
+
+
+@pytest.mark.parametrize("variables", [{"LC_ALL": "C"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_names_reach_the_terminal_as_text(variables: dict[str, str]) -> None:
+    printed = start("-c", PRINTS.format(error="KeyboardInterrupt"), code=130, **variables)
+    assert printed.count(r"caf\xe9 \x1b[2J \u202e.png") == 2 and "\x1b" not in printed and "Traceback" not in printed
+    assert "Küche" in printed or r"K\xfcche" in printed
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "last"),
+    [
+        ("SystemExit(3)", 3, ""),
+        ("BrokenPipeError", 128 + signal.SIGPIPE, ""),
+        ("commandline.Stopped('SIGTERM')", 143, "stopped by SIGTERM; the same command continues"),
+        ("RuntimeError('a fault')", 1, "RuntimeError: a fault"),
+    ],
+)
+def test_exit_codes_are_those_of_a_shell(error: str, code: int, last: str) -> None:
+    printed = start("-c", PRINTS.format(error=error), code=code)
+    assert last in printed.splitlines()[-1]
+
+
+def test_help_through_a_pipe_that_closes() -> None:
+    result = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m kdjax.train --help | head -1; exit ${{PIPESTATUS[0]}}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert result.returncode in (0, 141) and "Traceback" not in result.stderr and "Broken" not in result.stderr
+
+
+def test_the_keys_in_the_help_are_those_of_the_config() -> None:
+    keys = dict(commandline._flattened(Config()))
+    assert keys["data.crop"] == 128 and keys["terms"] == {} and len(keys) > 50
