@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -101,6 +102,81 @@ def test_every_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     report = program.check({"gt": listed}, crop=8)
     assert report.images == {"gt": 2, "lq": 3} and report.missing == ["meta_info, line 4: no gt '9.png'"]
     assert not report.duplicate
+
+
+def test_what_need_not_be_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    gt, lq = make_folder(tmp_path / "gt"), make_folder(tmp_path / "lq", seed=9)
+    for path in (gt / "scan.heic", gt / "scan.psd", lq / "notes.txt", lq / "more.txt"):
+        path.touch()
+    options = ("--gt", gt, "--lq", lq, "--unlabelled", lq, "--crop", 8, "--json", tmp_path / "r.json")
+    result = main(capsys, *options)
+    assert result[0] == 0 and "note: 4 other files are not images that kdjax reads: " in result[1]
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert names(found["left_out"]) == ["scan.heic", "scan.psd", "more.txt", "notes.txt"]
+    (tmp_path / "list.txt").write_text("1.png\n2.png, 1.png\n1.png\n1.png, 3.png\n")
+    code, text, _ = main(capsys, *options, "--meta-info", tmp_path / "list.txt")
+    assert code == 0 and f"note: 1 lq with several gt\n  {lq}/1.png: the lq of 2 gt, such as {gt}/1.png and" in text
+
+
+def test_pairs_of_one_image_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    gt, lq = make_folder(tmp_path / "gt"), make_folder(tmp_path / "lq", seed=9)
+    (lq / "1.png").write_bytes((gt / "1.png").read_bytes())
+    (lq / "2.png").unlink()
+    (lq / "2.png").hardlink_to(gt / "2.png")
+    code, text, _ = main(capsys, "--gt", gt, "--lq", lq, "--crop", 8)
+    assert code == 1 and "identical: 2\n" in text and "2 problems" in text
+    assert f"{gt}/1.png: its lq {lq}/1.png has the same pixels\n" in text
+    assert f"{gt}/2.png: its lq {lq}/2.png is the same file\n" in text
+
+
+def test_names_that_are_not_text_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = make_folder(tmp_path / "gt")
+    bad = [os.fsdecode(name) for name in (b"caf\xe9.png", b"a\nb.png", b"\x1b[31m.png")]
+    for name in bad:
+        (folder / name).touch()
+    (folder / os.fsdecode(b"\xff.psd")).touch()
+    code, text, _ = main(capsys, "--gt", folder, "--crop", 8, "--json", tmp_path / "r.json")
+    assert code == 1 and "damaged: 3\n" in text and "3 problems" in text
+    for shown in ("caf\\xe9.png: the file is empty", "a\\nb.png: the file", "\\x1b[31m.png: the file", "\\xff.psd"):
+        assert shown in text
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert sorted(line.split(": ")[0] for line in found["damaged"]) == sorted(str(folder / name) for name in bad)
+
+
+def main(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[object, str, str]:
+    """The program in this process: its exit code, and what it said."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["check", *map(str, arguments)])
+        program.main()
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_what_is_stopped_does_not_wait_for_the_images_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def looks(path: str) -> str:
+        read.append(path)
+        time.sleep(0.01)
+        return "damaged"
+
+    monkeypatch.setattr(program, "_facts", looks)
+    images = program._read_all([str(number) for number in range(60)], 2)
+    assert next(images) == ("0", "damaged")
+    images.close()
+    assert len(read) < 20
+
+
+def test_ctrl_c_leaves_no_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_folder(tmp_path / "gt")
+
+    def stops(path: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "inspect_image", stops)
+    monkeypatch.setattr(sys, "argv", ["check", "--gt", str(folder), "--json", str(tmp_path / "r.json")])
+    with pytest.raises(KeyboardInterrupt):  # which `commandline.run` turns into exit code 130
+        program.main()
+    assert not (tmp_path / "r.json").exists()
 
 
 def test_how_files_are_stored_is_told_and_is_no_fault(tmp_path: Path) -> None:

@@ -24,12 +24,15 @@ from kdjax.data import (
     find_pairs,
     find_unlabelled,
     load_images,
+    open_cache,
     read_image,
     shards,
     training_batches,
     write_image,
 )
 from kdjax.data import pack as program
+from kdjax.data.cached import CACHE
+from kdjax.signals import Stopped
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -367,6 +370,175 @@ def test_bad_packs_are_refused_with_what_to_do(tmp_path: Path) -> None:
         assert len(batches.damaged) == 1
     with pytest.raises(ImageError, match="there is no such image in the pack"):
         read_image(os.path.join(good, "pack.json", "no.png"))
+
+
+def crafted(folder: Path, *, images: object = (), damaged: object = None, **changes: object) -> str:
+    """A pack of one shard, of which the index says what is given."""
+    folder.mkdir(exist_ok=True)
+    (folder / "00000.arrayrecord").write_bytes(bytes(1000))
+    shard = {
+        "file": "00000.arrayrecord",
+        "bytes": 1000,
+        "images": images,
+        "damaged": {} if damaged is None else damaged,
+        "sources": "",
+    }
+    shards.PACK.write_index(folder, {"shards": [shard | changes]})
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        *(
+            (dict(images=[[name, 0, 1, 1, 1]]), f"the name .* {fault}")
+            for name, fault in [
+                ("../x.png", "leads out"),
+                ("a/../../x.png", "leads out"),
+                ("/x.png", "leads out"),
+                ("", "is empty"),
+                ("a\0b", "has a NUL"),
+                ("\ud800", "has characters that no file name has"),
+                ("x" * 5000, "is longer than any path"),
+                ("9" * 5000, "is longer than any path"),
+                (5, "is not text"),
+            ]
+        ),
+        (dict(images=[[["a"], 0, 1, 1, 1]]), "unhashable"),
+        (dict(damaged={"../x.png": "empty"}), "leads out"),
+        (dict(damaged={"x.png": 5}), "not text"),
+        (dict(damaged=[]), "is damaged"),
+        (dict(images={}), "is damaged"),
+        (dict(images=[["a", 0, 1, 1]]), "not enough values"),
+        (dict(images=["a"]), "not enough values"),
+        (dict(images=[["a", 0, 1, 1, 1], ["a", 1, 1, 1, 1]]), "a name is there twice"),
+        (dict(images=[["a", 0, 1, 1, 1]], damaged={"a": ""}), "a name is there twice"),
+        *((dict(images=[["a", number, 1, 1, 1]]), "is record") for number in (-1, 1, 10**30, 1.0, True, None, "0")),
+        *(
+            (dict(images=[["a", 0, *shape]]), r"has the shape|is record")
+            for shape in [(0, 1, 1), (-1, -1, 1), (1, 1, 2), (10**9, 10**9, 3), (1000, 1, 3), (1.5, 1, 1), ("1", 1, 1)]
+        ),
+        *(
+            (dict(file=file), "shard 0 is called")
+            for file in ("../../x", "/etc/passwd", "00001.arrayrecord", "", 5, None)
+        ),
+        *((dict(bytes=size), "damaged|not complete") for size in (-1, 10**30, 1.5, "1000", None)),
+    ],
+)
+def test_an_index_is_not_believed(tmp_path: Path, changes: dict, message: str) -> None:
+    with pytest.raises(DataError, match=f"(?s)^training images .*{message}.*make it again") as caught:
+        find_pairs(gt=crafted(tmp_path / "pack", **changes))
+    assert len(str(caught.value)) < 1000
+
+
+def test_an_index_nested_without_end_is_damaged(tmp_path: Path) -> None:
+    folder = crafted(tmp_path / "pack")
+    (tmp_path / "pack" / "pack.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match="damaged or cut short"):
+        find_pairs(gt=folder)
+
+
+def test_an_index_costs_what_its_size_does(tmp_path: Path) -> None:
+    # All of one stem, which pairing goes by.
+    one, other = (
+        crafted(tmp_path / name, images=[[f"a.{i}", i, 1, 1, 1] for i in range(10_000)]) for name in ("gt", "lq")
+    )
+    started = time.process_time()
+    assert len(find_pairs(gt=one, lq=other)) == 10_000
+    assert time.process_time() - started < 5  # it would be minutes if every name were compared with all
+
+
+def test_a_folder_may_be_called_as_an_index_is(tmp_path: Path) -> None:
+    folder = tmp_path / "pack.json" / "images"
+    make_folder(folder)
+    pairs = find_pairs(gt=packed(folder))
+    for pair, other in zip(pairs, find_pairs(gt=str(folder)), strict=True):
+        np.testing.assert_array_equal(read_image(pair.gt), read_image(other.gt))
+
+
+# An index like the one of `kdjax.cache`, for records of 3 x 2 x 1 bytes and as many numbers of 2 bytes
+FIELDS = [["gt", "uint8", [3, 2, 1]], ["output", "float16", [3, 2, 1]]]
+
+
+def crafted_cache(folder: Path, **changes: object) -> str:
+    folder.mkdir()
+    with shards.new_shard(folder / "00000.arrayrecord") as write:
+        for number in range(4):
+            write(bytes([number]) * 18)
+    size = (folder / "00000.arrayrecord").stat().st_size
+    index = {"samples": 4, "shard_samples": 4, "fields": FIELDS, "settings": {}}
+    CACHE.write_index(folder, index | {"shards": [{"file": "00000.arrayrecord", "bytes": size}]} | changes)
+    return str(folder)
+
+
+def test_a_crafted_cache_is_read(tmp_path: Path) -> None:
+    assert open_cache(crafted_cache(tmp_path / "cache")).read(3)["gt"].tolist() == [[[3], [3]]] * 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(dict(samples=samples) for samples in (0, -1, 5, 10**30, 4.0, True, None, "4")),
+        *(dict(shard_samples=samples) for samples in (0, -1, 3, 1.5, None)),
+        *(dict(shards=[{"file": file, "bytes": 1}]) for file in ("../00000.arrayrecord", "00001.arrayrecord", 5)),
+        *(dict(shards=[{"file": "00000.arrayrecord", "bytes": size}]) for size in (-1, 17, 1.5, "1", None)),
+        dict(shards=[]),
+        dict(shards=[5]),
+        dict(fields=FIELDS[:1]),
+        dict(fields=[*FIELDS, FIELDS[0]]),
+        dict(fields=[*FIELDS, ["../x", "uint8", [1]]]),
+        *(dict(fields=[*FIELDS, ["feature a", *field]]) for field in (["object", [1]], ["bfloat16", [10**9] * 3], [5])),
+        *(
+            dict(fields=[FIELDS[0], ["output", "float16", shape]])
+            for shape in ([3, -2, 1], [3, 2], 3, "abc", [3, 2, True])
+        ),
+        *(dict(fields=[FIELDS[0], ["output", dtype, [3, 2, 1]]]) for dtype in ("O", "V999999999", "float64", 5, ["f"])),
+        dict(settings=[]),
+        dict(settings=json.loads('{"a":' * 200 + "1" + "}" * 200)),
+    ],
+)
+def test_the_index_of_a_cache_is_not_believed(tmp_path: Path, changes: dict) -> None:
+    with pytest.raises(DataError, match=r"cached teacher: .*cache\.json' is damaged.* make it again") as caught:
+        open_cache(crafted_cache(tmp_path / "cache", **changes))
+    assert len(str(caught.value)) < 1000
+
+
+def test_what_an_earlier_run_left_is_not_believed_either(tmp_path: Path) -> None:
+    folder, out = make_folder(tmp_path / "gt", count=8, height=400, width=500), tmp_path / "out"
+    whole = content(packed(folder, shard_mb=1))
+    out.mkdir()
+    for line in ('{"file": "../gt/0.png"}', "[]", "5", '{"images": []}', '{"file": "00000.arrayrecord", "bytes": "x"}'):
+        (out / "pack.unfinished.jsonl").write_text(f"{line}\n")
+        assert program.pack(folder, str(out), shard_mb=1, tell=lambda line: None).kept == 0
+        assert content(out) == whole
+        (out / "pack.json").unlink()
+
+
+def test_stopped_by_ctrl_c_it_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, out = make_folder(tmp_path / "gt", count=8, height=400, width=500), tmp_path / "out"
+    inspect, seen = program.inspect_image, []
+
+    def stops(path: str) -> tuple[np.ndarray, str]:
+        seen.append(path)
+        if len(seen) > 5:
+            raise KeyboardInterrupt
+        return inspect(path)
+
+    monkeypatch.setattr(program, "inspect_image", stops)
+    monkeypatch.setattr(sys, "argv", ["pack", folder, str(out), "--shard-mb", "1"])
+    with pytest.raises(Stopped, match=r"^stopped by SIGINT; the same command continues$") as stopped:
+        program.main()
+    assert stopped.value.exit_code == 130
+    assert {path.suffix for path in out.iterdir()} <= {".arrayrecord", ".jsonl", ".lock"}
+    assert all(shards.count_records(path) == 2 for path in out.glob("*.arrayrecord"))
+
+
+def test_what_is_not_packed_is_told(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "gt")
+    (tmp_path / "gt" / "scan.psd").touch()
+    said: list[str] = []
+    program.pack(folder, str(tmp_path / "out"), tell=said.append)
+    assert said == [f"1 other file is not an image that kdjax reads: {folder}/scan.psd"]
 
 
 def test_without_the_library_the_message_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

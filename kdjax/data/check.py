@@ -170,13 +170,10 @@ def check(
 
 def _read_all(paths: Sequence[str], threads: int) -> Iterator[tuple[str, Facts | str]]:
     """Every path in order, with what is known of it or the message why it cannot be read."""
-    pool = ThreadPoolExecutor(threads)
-    try:
+    with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(paths), _AHEAD):
             some = paths[start : start + _AHEAD]
             yield from zip(some, pool.map(_facts, some), strict=True)
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun is not waited for
 
 
 def _facts(path: str) -> Facts | str:

@@ -154,7 +154,7 @@ def _journal(folder: str) -> Iterator[_Journal]:
         stack.enter_context(locked(out))
         journal = stack.enter_context(contextlib.closing(_Journal(out)))
     except OSError as error:
-        raise shards.PackError(f"cannot pack into {str(out)!r}: {error.strerror}") from None
+        raise shards.PackError(f"cannot pack into {brief(str(out), 300)}: {error.strerror}") from None
     with stack:
         yield journal
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Protocol
 
-from kdjax.data.images import IMAGE_SUFFIXES, ImageError, inspect_image
+from kdjax.data.images import CONVERSIONS, IMAGE_SUFFIXES, ImageError, inspect_image
 from kdjax.data.shards import PackError, identity, is_pack, name_fault, open_pack, split_path
 from kdjax.files import printable
 from kdjax.names import brief
@@ -505,7 +505,8 @@ def _tell_left_out(found: Found, what: str) -> None:
 def left_out_line(paths: Sequence[str]) -> str:
     """For the user, in one line, which files of a folder were not taken."""
     count = len(paths)
-    shown = ", ".join(map(one_line, paths[:3])) + (f" and {count - 3} more" if count > 3 else "")
+    pictures_first = sorted(paths, key=lambda path: os.path.splitext(path)[1].lower() not in CONVERSIONS)
+    shown = ", ".join(map(one_line, pictures_first[:3])) + (f" and {count - 3} more" if count > 3 else "")
     return f"{count} other file{' is not an image' if count == 1 else 's are not images'} that kdjax reads: {shown}"
 
 
