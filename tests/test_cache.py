@@ -19,7 +19,7 @@ from test_config import load
 
 from kdjax import cache, config, data, distill, models, preparation, sharding, targets
 from kdjax.data import DataError, shards
-from kdjax.files import whole_file
+from kdjax.files import locked, whole_file
 from kdjax.weights import save_model
 
 ROOT = Path(__file__).parent.parent
@@ -80,7 +80,8 @@ def take(folder: Path, steps: int, **options: object) -> list[dict]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The files of a folder, without those that say who writes there."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 # The same losses as the live teacher
@@ -284,6 +285,18 @@ def test_the_program_survives_a_full_disk(tmp_path: Path) -> None:
     assert failed.returncode == 1 and "Traceback" not in failed.stderr, failed.stderr
     assert failed.stderr.startswith("error: ") and "cannot be written: " in failed.stderr
     assert list(content(out)) == ["cache.unfinished.json"]
+
+
+def test_two_processes_never_write_the_same_part(files: Path, tmp_path: Path) -> None:
+    job = cache.plan(preparation.prepare(configured(files)), tmp_path / "out", 10)
+    job.out.mkdir()
+    for held, message in (
+        (".process-0-of-1.lock", "is being written by process"),
+        (".00000.lock", "--process-id each"),
+    ):
+        with locked(job.out, held), pytest.raises(config.ConfigError, match=message):
+            cache.write(job)
+        assert not list(job.out.glob("*.arrayrecord"))
 
 
 # Caches that do not fit, or are damaged
