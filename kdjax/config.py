@@ -290,7 +290,7 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
         if not abs(value) <= _LARGEST_FLOAT:  # nan is not
             wanted = f"a finite number, of at most {_LARGEST_FLOAT:.3g}"
     elif isinstance(value, int):
-        if not -_LARGEST <= value <= max(_LARGEST, _RANGES.get(path, (0, 0))[1]):
+        if path not in _RANGES and not -_LARGEST <= value <= _LARGEST:
             wanted = f"a whole number from {-_LARGEST:,} to {_LARGEST:,}"
     elif value is not None:
         wanted = "made of numbers, texts, true, false, lists and groups"

@@ -92,6 +92,7 @@ def test_the_reference_config_names_every_key() -> None:
         ({"val": {"sigma": 300}}, "config.val.sigma=300.0 must be from 0 to 255"),
         ({"student": {"dtype": "fp16"}}, "config.student.dtype='fp16' must be"),
         ({"data": {"crop": -1}}, "config.data.crop=-1 must be from 1"),
+        ({"seed": 2**64 - 1}, "config.seed=18446744073709551615 must be from 0 to 4,294,967,295"),
         ({"seed": -1}, "config.seed=-1 must be from 0 to 4,294,967,295"),
         ({"train": {"lr": -1e-4}}, "config.train.lr=-0.0001 must be never negative"),
         ({"train": {"lr": {"name": "linear", "value": 1.0, "steps": 5, "final": -1.0}}}, "config.train.lr.* negative"),
