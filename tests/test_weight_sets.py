@@ -142,6 +142,7 @@ def test_the_key_that_is_told_can_be_given(rrdbnet: Model, net: State, other: St
         ({"state_dict": under("model.generator", net) | under("model.discriminator", DISCRIMINATOR)},
          "state_dict/model.generator"),
         ({"a": {"params_ema": net, "params": other}}, "a/params_ema"),
+        (under("lit.module.a.net_g", net) | under("lit.module.a.net_d", DISCRIMINATOR), "lit.a.net_g"),
         (under("module.net_g", net) | under("module.net_d", other), "net_g"),
     ):  # fmt: skip
         path = write(tmp_path, zip_file(content))

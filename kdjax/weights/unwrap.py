@@ -153,9 +153,9 @@ def one_network(
     for _ in range(_MAX_DEPTH):
         state, is_one_of_several = _without_others(state, path)
         heads = _groups(state)
-        if (inner := _without_prefixes(state, fits)) is not state:
-            before = (*before, next(iter(heads)))
-            state = inner
+        names, inner = _without_prefixes(state, fits)
+        if names:
+            before, state = (*before, *names), inner
         elif (name := _network_among(heads, state, path, fits)) is not None:
             before, is_one_of_several = (*before, name), True
             state = heads[name]
@@ -175,7 +175,7 @@ def _network_among(
 
     def fitting(names: Iterable[str], least: float) -> list[str]:
         large = [name for name in names if name and len(heads[name]) >= _SMALLEST_NETWORK]
-        return [name for name in large if fits(_without_prefixes(heads[name], fits)) > least]
+        return [name for name in large if fits(_without_prefixes(heads[name], fits)[1]) > least]
 
     def only(names: list[str]) -> str:
         if len(names) > 1:
@@ -201,22 +201,25 @@ def _without_others(state: dict[str, Tensor], path: tuple[str, ...]) -> tuple[di
     return {key: value for key, value in state.items() if not key.startswith(dropped)}, bool(others)
 
 
-def _without_prefixes(state: dict[str, Tensor], fits: Fits) -> dict[str, Tensor]:
-    """The tensors without the names of enclosing modules that stand before every key."""
+def _without_prefixes(state: dict[str, Tensor], fits: Fits) -> tuple[list[str], dict[str, Tensor]]:
+    """The names of enclosing modules that stand before every key, and the tensors without them."""
+    names: list[str] = []
     inner = [state]
-    names = [""]
-    while len(inner) <= _MAX_DEPTH and len(heads := _groups(inner[-1])) == 1 and "" not in heads:
+    heads = _groups(state)
+    while len(heads) == 1 and "" not in heads and len(names) < _MAX_DEPTH:
         names += heads
         inner += heads.values()
-    for candidate in inner:
-        if fits(candidate) >= 0.5:
-            return candidate
-    # No supported network; without its prefixes a message can say which one it is.
-    kept = [
-        kind_of(name) == UNKNOWN or any(key[0:1].isdigit() for key in keys)
-        for name, keys in zip(names, inner, strict=True)
-    ]
-    return inner[kept.index(True, 1) - 1] if True in kept[1:] else inner[-1]
+        heads = _groups(inner[-1])
+    depth = next((depth for depth, candidate in enumerate(inner) if fits(candidate) >= 0.5), None)
+    if depth is None and any(kind_of(head) in (EMA, GENERATOR, OTHER) for head in heads):
+        depth = len(names)  # several networks within
+    if depth is None:  # no supported network; without its prefixes a message can say which one it is
+        is_part = [
+            kind_of(name) == UNKNOWN or any(key[:1].isdigit() for key in keys)
+            for name, keys in zip(names, inner[1:], strict=True)
+        ]
+        depth = [*is_part, True].index(True)
+    return names[:depth], inner[depth]
 
 
 def _groups(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
