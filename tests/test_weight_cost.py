@@ -22,6 +22,7 @@ from weight_files import FORMATS, Opcodes, Strided, Writer, random_model, state_
 
 from kdjax.models import Model
 from kdjax.weights import WeightsError, load_lpips, load_vgg, load_weights, save_model
+from kdjax.weights.convert import torch_shapes
 
 MULTIPLE = 12  # of the file's size
 FIXED = 32 << 20  # bytes
@@ -123,7 +124,7 @@ def nested_dicts(depth: int, width: int) -> bytes:
 
 NET = state_dict(random_model("dncnn", {"num_in_ch": 1, "num_feat": 4, "depth": 3}))
 EDSR_BUFFERS = {"sub_mean.bias": expanded(3 << 30), "add_mean.bias": expanded(3 << 30), "head.0.weight": ZERO}
-ABOUT = {"arch": "dncnn", "hparams": {"depth": 3}}
+WIDE = {"num_in_ch": 3, "num_feat": 512, "depth": 10, "unshuffle": 1}  # 75 MB
 
 
 def with_about(hparams: Any, arch: str = "dncnn") -> bytes:
@@ -133,6 +134,8 @@ def with_about(hparams: Any, arch: str = "dncnn") -> bytes:
 GENERATORS: dict[str, Callable[[], bytes]] = {
     # One tensor without extent, or under many names.
     "expanded, many keys": lambda: one_tensor(rrdb_keys(range(1_000)), expanded(64, 64, 3, 3)),
+    "expanded, a whole network": lambda: zip_file(
+        {key: expanded(*shape) for key, shape in torch_shapes("dncnn", WIDE).items()}),
     "expanded, one key": lambda: zip_file({"model.0.weight": expanded(1 << 14, 1 << 14, 3, 3)}),
     "expanded buffers": lambda: zip_file(EDSR_BUFFERS),
     "expanded statistics": lambda: zip_file(NET | {"model.1.running_mean": expanded(1 << 30)}),
@@ -163,9 +166,9 @@ GENERATORS: dict[str, Callable[[], bytes]] = {
     "long keys": lambda: one_tensor(["module." * 30_000 + str(i) for i in range(2)], ZERO),
     "many prefixes": lambda: one_tensor([f"{'net.' * 100}{i}" for i in range(5_000)], ZERO),
     "integers that collide": lambda: pickled(b"}(" + b"".join(
-        b"\x8a\x0a" + ((2**61 - 1) * (i + 1)).to_bytes(10, "little") + b"N" for i in range(30_000)) + b"u"),
+        b"\x8a\x0a" + ((2**61 - 1) * (i + 1)).to_bytes(10, "little") + b"N" for i in range(70_000)) + b"u"),
     "memo numbers that collide": lambda: pickled(b"N" + b"".join(
-        b"p%d\n" % ((2**61 - 1) * (i + 1)) for i in range(30_000))),
+        b"p%d\n" % ((2**61 - 1) * (i + 1)) for i in range(70_000))),
     "long integers": lambda: pickled(b"}(" + b"".join(
         b"L" + b"7" * 4_000 + b"L\n" + b"N" for _ in range(50)) + b"u"),
     "one long integer often": lambda: pickled(
