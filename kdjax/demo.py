@@ -90,13 +90,17 @@ def check_image(path: str | os.PathLike[str], scale: int = 1) -> None:
     Raises:
       ImageError: it is none of an image, or of one that has too many pixels for a page after enlarging `scale` times.
     """
-    with opened(path, sys.maxsize) as image:
+
+    def check(image: Image.Image) -> None:
         width, height = (side * scale for side in image.size)
-    if height * width > _MOST_PIXELS:
-        raise ImageError(
-            f"{path}: the result would be {width}x{height} pixels, more than the {_MOST_PIXELS / 1e6:g} million that"
-            " this page shows; use python -m kdjax.restore"
-        )
+        if height * width > _MOST_PIXELS:
+            raise ImageError(
+                f"the result would be {width}x{height} pixels, more than the {_MOST_PIXELS / 1e6:g} million that this"
+                " page shows; use python -m kdjax.restore"
+            )
+
+    with opened(path, check):
+        pass
 
 
 def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: int) -> gradio.Blocks:

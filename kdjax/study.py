@@ -58,7 +58,7 @@ class Study:
     seeds: tuple[int, ...]
     curve_images: int  # on how many validation images the curve is measured; the result is measured on all
     runs: dict[tuple[str, int], Config]  # by column and seed
-    compute_of: dict[str, str]  # column -> the column whose multiply-accumulates it has to get; see `ready`
+    compute_of: Mapping[str, str]  # column -> the column whose multiply-accumulates it has to get; see `ready`
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,7 +160,8 @@ from ml_collections import ConfigDict
 jax.devices()
 
 def get_config():
-    return ConfigDict(dict(data=dict(batch_size=4), terms=dict(task=dict(criterion="l1", weight=1.0)), name="early"))
+    return ConfigDict(dict(data=dict(batch_size=4), terms=dict(task=dict(criterion="l1", weight=1.0)),
+                           degrade=dict(name="awgn", sigma=25.0), name="early"))
 """
 
 

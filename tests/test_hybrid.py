@@ -162,7 +162,7 @@ def test_config_is_checked(tmp_path: Path) -> None:
         (dict(unpaired_meta_info="x"), "data.unpaired_meta_info='x' must be empty without config.data.unpaired"),
         (dict(unpaired_part=1.0), "data.unpaired_part=1.0 must be between 0 and 1"),
         (dict(canvas=7), "data.canvas=7 must be 0, or at least data.crop=8"),
-        (dict(canvas=-1), "data.canvas=-1 must be 0"),
+        (dict(canvas=-1), "data.canvas=-1 must be from 0"),
         (dict(gt_usm=1), "of type bool"),
     ]:
         with pytest.raises(ConfigError, match=message):

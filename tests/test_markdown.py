@@ -152,7 +152,7 @@ def test_a_study(tmp_path: Path) -> None:
     folder = tmp_path / "seed0" / "scratch"
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(result | {"column": "$\\frac$", "ssim": float("inf")}))
-    study.write_results(study.Study("---", (0,), 1, {("scratch", 0): config_lib.Config()}), tmp_path)
+    study.write_results(study.Study("---", (0,), 1, {("scratch", 0): config_lib.Config()}, {}), tmp_path)
     check((tmp_path / "results.md").read_text("utf-8"), tables=1)
     strict = lambda name: pytest.fail(name)  # noqa: E731
     json.loads((tmp_path / "results.json").read_text("utf-8"), parse_constant=strict)

@@ -32,7 +32,7 @@ def importable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_page_runs_as_written(folder: Path) -> None:
-    (command,) = re.findall(r"```bash\n(.*?)\n```", PAGE.read_text(), re.S)
+    (command,) = re.findall(r"```sh\n(.*?)\n```", PAGE.read_text(), re.S)
     last_python = re.findall(r"```python\n(import kdjax.*?)```", PAGE.read_text(), re.S)[0]
     arguments = [sys.executable, *command.split()[1:]]
     result = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=300)

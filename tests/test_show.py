@@ -37,7 +37,7 @@ def test_writes_a_sheet(tmp_path: Path) -> None:
 
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
     arguments = ("--config", "configs/denoise.py:debug")
-    assert "must end in one of" in start(*arguments, f"--output={tmp_path}/sheet.txt", code=1)
+    assert "must end in one of" in start(*arguments, f"--output={tmp_path}/sheet.txt", code=2)
     assert "does not exist" in start(*arguments, "--config.data.gt=nowhere", code=1)
 
 

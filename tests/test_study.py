@@ -162,12 +162,16 @@ def test_equal_compute_takes_the_steps_of_the_other_column_into_account(monkeypa
     values |= {"columns": {"scratch": {}, "long": {"train": {"steps": 12}}, "equal": {"compute_of": "long"}}}
     counted = []
     monkeypatch.setattr(study, "step_macs", lambda setup, *_: counted.append(setup) or 1_000)
-    runs = study.parse(values).runs
+    runs = study.ready(study.parse(values)).runs
     assert {(c, seed): config.train.steps for (c, seed), config in runs.items() if c == "equal"} == {
         ("equal", 0): 12,
         ("equal", 1): 12,
     }
     assert len(counted) == 2  # not again for every seed
+    kept = study.ready(study.parse(values), ["long", "scratch"]).runs
+    assert {column for column, _ in kept} == {"long", "scratch"} and len(counted) == 2
+    with pytest.raises(ValueError, match="unknown column 'lang'; did you mean 'long'"):
+        study.ready(study.parse(values), ["lang"])
 
 
 def test_columns_of_other_images_are_trained_apart() -> None:

@@ -140,7 +140,7 @@ def test_files_that_a_power_cut_emptied_are_written_again(finished: tuple[Path, 
     before = {name: (workdir / name).read_bytes() for name in small} | {"rows": rows(workdir)}
     for i, name in enumerate(small):
         (workdir / name).write_bytes(b"\0" * 100 * (i % 2))
-    output = run(workdir, "--config.train.steps=12")
+    output = run(workdir, "--config.train.steps=12", "--config.log.tensorboard=True")
     assert all(f"WARNING: {workdir / name} is damaged" in output for name in small), output
     assert {name: (workdir / name).read_bytes() for name in small} | {"rows": rows(workdir)} == before
 
@@ -280,15 +280,14 @@ def test_refusals_are_one_message(tmp_path: Path, flags: tuple[str, ...], messag
 
 
 def test_too_little_memory_is_one_message_with_what_helps(tmp_path: Path) -> None:
-    """The step takes about twice what the process may have, so that XLA asks for it in vain."""
+    """The step takes about twice what the process may have."""
     limited = ("bash", "-c", f'ulimit -v {6 << 20} && exec "$@"', "limited")
     process = start(tmp_path / "run", "--config.data.crop=2048", before=limited)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 1 and "Traceback" not in output, output
     message = output.splitlines()[-1]
-    assert re.match(r"error: out of memory: .*; a step takes [\d.]+ GiB on each device, ", message), output
+    assert re.match(r"error: out of memory: a step takes [\d.]+ GiB, the machine has 6.00 GiB; ", message), output
     assert "train.accumulate=2" in message and "student.remat=True" in message and "data.crop (now 2048)" in message
-    assert "memory: a step takes " in output  # before it ran
 
 
 def prepared(**changes: dict) -> tuple[preparation.Setup, Monitor]:
@@ -313,7 +312,7 @@ def prepared(**changes: dict) -> tuple[preparation.Setup, Monitor]:
         ({"degrade": {"name": "awgn", "sigma": 400.0}}, "from 0 to 255"),
         ({"data": {"gt": "no/such/folder"}}, "no/such/folder"),
         ({"val": {"gt": "no/such/folder"}}, "no/such/folder"),
-        ({"train": {"accumulate": 0}}, r"config.train.accumulate=0 must be at least 1"),
+        ({"train": {"accumulate": 0}}, r"config.train.accumulate=0 must be from 1 to"),
         ({"train": {"optimizer": "sgd"}}, "unknown optimizer 'sgd'"),
         ({"log": {"wandb": "project"}}, r"wandb, which is not installed: pip install 'kdjax\[wandb\]'"),
         ({"train": {"lr": {"name": "cosine", "value": 1.0}}}, "steps"),
@@ -369,7 +368,7 @@ def test_a_run_can_start_from_a_file(tmp_path: Path, finished: tuple[Path, str])
     setup, _ = prepared(student={"weights": str(finished[0] / "student.pth")})
     started = load_model(finished[0] / "student.pth").params
     train.jax.tree.map(np.testing.assert_array_equal, setup.student.params, started)
-    with pytest.raises(config.ConfigError, match="asks for"):
+    with pytest.raises(ValueError, match="num_feat=4, the file says 8"):
         prepared(student={"weights": str(finished[0] / "student.pth"), "hparams": {"num_feat": 4, "upscale": 1}})
 
 
