@@ -70,6 +70,10 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
     diagnose_fn = on_mesh(jax.jit(functools.partial(distill.diagnose, recipe)))
     key = sharding.replicate(jax.random.key(config.seed), setup.mesh)
 
+    def result_of(step: int) -> dict[str, object]:
+        """What is known of the finished run, if all its files are there."""
+        return sharding.exchange(finished_result(workdir, step) if sharding.is_first() else {})[0]
+
     with StopSignals() as stop, Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
         if checkpoints.latest is not None:
             check_same_run(setup, workdir)
@@ -101,10 +105,6 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
                     summary = f"step {step:,}: {monitor.summary()} (PSNR / SSIM)"
                     write_json(workdir / "result.json", {"step": step, "summary": summary})
                 return psnr
-
-            def result_of(step: int) -> dict[str, object]:
-                """What is known of the finished run, if all its files are there."""
-                return sharding.exchange(finished_result(workdir, step) if sharding.is_first() else {})[0]
 
             ended = False  # in the middle of a validation, by a signal to one of the processes
             has_files = step < config.train.steps or bool(result_of(step))
@@ -146,11 +146,11 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
             if pending:
                 fetch(pending)
             checkpoints.save(state)  # where a signal came between two checkpoints
-        result = result_of(step)
-        if not result:
-            signal_name = next(filter(None, sharding.exchange(stop.name)), "")
-            raise Stopped(signal_name, f"at step {step:,} of {config.train.steps:,}")
-        return f"{result['summary']}; saved as {workdir / 'student.pth'} and .safetensors"
+    result = result_of(step)
+    if not result:
+        signal_name = next(filter(None, sharding.exchange(stop.name)), "")
+        raise Stopped(signal_name, f"at step {step:,} of {config.train.steps:,}")
+    return f"{result['summary']}; saved as {workdir / 'student.pth'} and .safetensors"
 
 
 def finished_result(workdir: Path, step: int) -> dict[str, object]:

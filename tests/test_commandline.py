@@ -161,7 +161,8 @@ jax.devices()
 
 def get_config():
     return ConfigDict(dict(data=dict(batch_size=4), terms=dict(task=dict(criterion="l1", weight=1.0)),
-                           degrade=dict(name="awgn", sigma=25.0), name="early"))
+                           degrade=dict(name="awgn", sigma=25.0), name="early",
+                           student=dict(hparams=dict(upscale=1))))
 """
 
 
