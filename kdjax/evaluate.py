@@ -32,7 +32,7 @@ from kdjax.logbook import finite
 from kdjax.markdown import literal, table
 from kdjax.metrics import named, niqe
 from kdjax.metrics.named import METRICS
-from kdjax.names import named_paths
+from kdjax.names import named_paths, png_name
 from kdjax.ops import to_uint8
 from kdjax.progress import Progress
 from kdjax.teachers import self_ensemble
@@ -378,8 +378,7 @@ def _measure_model(
         gallery.add(name, position, output, values)
         progress.advance(sample.gt.size * entry.macs)
         if folder is not None:
-            # a.jpg becomes a.jpg.png, since there may be an a.png.
-            path = folder / name / (sample.name + ("" if sample.name.lower().endswith(".png") else ".png"))
+            path = folder / name / png_name(sample.name)
             path.parent.mkdir(parents=True, exist_ok=True)
             data.write_image(path, output)
 

@@ -21,6 +21,7 @@ from kdjax import assets, data, models, sharding, validation
 from kdjax.config import ConfigError, Val
 from kdjax.files import read_json, write_json
 from kdjax.logbook import Logbook
+from kdjax.names import png_name
 from kdjax.teachers import Teacher
 from kdjax.validation import Sample, Score
 
@@ -173,7 +174,7 @@ class Monitor:
             return
         folder = workdir / "val" / f"{step:07}"
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".*"):  # half-written when a run was killed here
+        for left in folder.rglob(".*"):  # half-written when a run was killed here
             left.unlink()
         teacher_outputs = {}
         if self._teacher:
@@ -184,7 +185,9 @@ class Monitor:
             sample = self.samples[position]
             images = [validation.input_picture(sample), output, teacher_outputs.get(position), sample.gt]
             picture = _side_by_side([image for image in images if image is not None])
-            data.write_image(folder / f"{Path(sample.name).stem}.png", picture)
+            path = folder / png_name(sample.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data.write_image(path, picture)
             logbook.image(step, f"val/{sample.name}", picture)
 
 

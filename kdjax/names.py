@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import reprlib
@@ -42,6 +43,20 @@ def brief(value: object, length: int = 60) -> str:
     except ValueError:  # an integer of more digits than Python writes
         text = f"<a {type(value).__name__}>"
     return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def png_name(name: str) -> str:
+    """The name, in a folder of pictures, of one made from the image `name`, which may have folders before it.
+
+    a.jpg becomes a.jpg.png, since there may be an a.png; what is then too long for a file system is cut, and told from
+    others by a hash.
+    """
+    folder, slash, file = name.rpartition("/")
+    if not file.lower().endswith(".png"):
+        file += ".png"
+    if len(os.fsencode(file)) > 255:
+        file = f"{file[:50]}-{hashlib.sha256(os.fsencode(file)).hexdigest()[:16]}.png"
+    return folder + slash + file
 
 
 def named_paths(

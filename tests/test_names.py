@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kdjax.names import brief, named_paths
+from kdjax.names import brief, named_paths, png_name
 
 
 def test_files_are_named_without_suffix_and_folders_as_they_are() -> None:
@@ -42,3 +42,10 @@ def test_brief_is_short_and_cheap_whatever_the_value() -> None:
     for value in (nested, {"a": 10**5000}, "x" * 10**6, b"x" * 10**6, list(range(10**6)), "\x1b[2J"):
         assert len(brief(value)) <= 60 and brief(value).isprintable()
     assert brief({"a": [1, 2]}) == "{'a': [1, 2]}" and len(brief("x" * 100, 20)) == 20
+
+
+def test_every_image_has_a_picture_of_its_own() -> None:
+    names = ["1.png", "1.jpg", "a/1.png", "b/1.jpg", "ü" * 125 + ".tif", "x" * 255, "x" * 254 + "y"]
+    pictures = [png_name(name) for name in names]
+    assert pictures[:4] == ["1.png", "1.jpg.png", "a/1.png", "b/1.jpg.png"] and len(set(pictures)) == len(names)
+    assert all(name.endswith(".png") and len(name.encode()) <= 255 for name in pictures)
