@@ -155,24 +155,22 @@ def ready(study: Study, columns: Sequence[str] | None = None) -> Study:
     A column with a `compute_of` gets as many steps as make its multiply-accumulates those of the other column.
 
     Args:
-      columns: keep these alone; None keeps all. The others can be trained later, in the same folder.
+      columns: that will be trained; None for all.
 
     Raises:
       ValueError: there is no such column.
     """
     known = dict.fromkeys(column for column, _ in study.runs)
-    kept = set(known if columns is None else columns)
-    for column in kept:
+    for column in columns or ():
         pick(known, column, "column")
     runs = {key: preparation.on_these_devices(config) for key, config in study.runs.items()}
     first = study.seeds[0]
     for column, other in study.compute_of.items():
-        if column not in kept:
+        if columns and column not in columns:
             continue
         factor = _compute(runs[other, first]) / _compute(runs[column, first])
         for seed in study.seeds:
             runs[column, seed] = _stretch(runs[column, seed], factor)
-    runs = {key: config for key, config in runs.items() if key[0] in kept}
     return dataclasses.replace(study, runs=runs, compute_of={})
 
 
@@ -195,8 +193,11 @@ def check_folder(workdir: Path) -> None:
         )
 
 
-def run(study: Study, workdir: Path) -> str:
+def run(study: Study, workdir: Path, columns: Sequence[str] | None = None) -> str:
     """Trains what has no result yet and writes the tables; returns one line that says what came of it.
+
+    Args:
+      columns: train these alone; None trains all. The tables have all that have a result.
 
     Raises:
       Stopped: a signal came; the same command continues.
@@ -206,7 +207,8 @@ def run(study: Study, workdir: Path) -> str:
         for seed in study.seeds:
             missing = {}
             for (column, of_seed), config in study.runs.items():
-                if of_seed == seed and not is_finished(config, workdir / f"seed{seed}" / column):
+                wanted = of_seed == seed and (not columns or column in columns)
+                if wanted and not is_finished(config, workdir / f"seed{seed}" / column):
                     missing[column] = config
             for group in _groups(missing):
                 train_together(group, workdir / f"seed{seed}", study.curve_images, stop, baselines)
@@ -561,7 +563,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with locked(workdir):
                 check_folder(workdir)
                 commandline.start_logging(workdir)
-                log.info(run(study, workdir))
+                log.info(run(study, workdir, options.columns))
     except (ValueError, OSError, train.NonFiniteLoss, CheckpointError, DataError) as error:
         commandline.fail(str(error), alone=isinstance(error, CheckpointError))  # as in train
     except cost.OutOfMemory as error:
