@@ -76,8 +76,8 @@ def load_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def browser() -> Iterator[webdriver.Chrome]:
-    """Headless Chromium, which keeps what pages write to the console and what they fetch."""
+def started_browser() -> Iterator[webdriver.Chrome]:
+    """Headless Chromium, started once."""
     from selenium import webdriver
 
     binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -92,3 +92,12 @@ def browser() -> Iterator[webdriver.Chrome]:
     started = webdriver.Chrome(options, webdriver.ChromeService(driver))
     yield started
     started.quit()
+
+
+@pytest.fixture
+def browser(started_browser: webdriver.Chrome) -> webdriver.Chrome:
+    """Headless Chromium, which keeps what the pages of this test write to the console and what they fetch."""
+    started_browser.get("about:blank")  # a page of another test may still be writing
+    for kind in ("browser", "performance"):
+        started_browser.get_log(kind)
+    return started_browser
