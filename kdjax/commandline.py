@@ -41,6 +41,10 @@ def run(main: Callable[[], None]) -> NoReturn:
     with contextlib.suppress(OSError, AttributeError):  # no standard streams at all
         sys.stdout, sys.stderr = _Printable(1, line_buffering=True), _Printable(2, line_buffering=True)
     logging.getLogger("jax").setLevel(logging.WARNING)  # at INFO it says which accelerators it did not find
+    if "jax" in sys.modules:
+        from kdjax import compiled
+
+        compiled.keep()
     code = 0
     try:
         main()

@@ -19,6 +19,7 @@ from typing import Any
 import filelock
 
 LOCK = ".kdjax.lock"  # in every folder that one program writes at a time
+_PREFIX = ".kdjax-"  # of temporary files
 _LONGEST_SUFFIX = 16  # a suffix longer than that is part of a name, not a format
 
 
@@ -47,12 +48,16 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes the temporary files of `whole_file(path)` that killed processes left behind.
+    """Removes the temporary files of `whole_file` that killed processes left behind.
 
-    Only for a folder that this process alone writes: the temporary file of a live one would go as well.
+    Only for what this process alone writes: the temporary file of a live one would go as well.
+
+    Args:
+      path: a file, for its own temporary files; or a folder, for those of everything in it, at any depth.
     """
     path = Path(path)
-    for leftover in path.parent.glob(f"{_temporary_prefix(path)}*"):
+    folder, pattern = (path, f"{_PREFIX}*") if path.is_dir() else (path.parent, f"{_temporary_prefix(path)}*")
+    for leftover in folder.rglob(pattern) if folder == path else folder.glob(pattern):
         leftover.unlink(missing_ok=True)
 
 
@@ -98,8 +103,11 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 def locked(folder: str | os.PathLike[str], name: str = LOCK) -> Iterator[None]:
     """Holds `folder`, which must exist, for this process; the operating system lets go of it however the process ends.
 
+    What a killed process left half-written in the folder is removed first.
+
     Args:
-      name: of the lock file, which stays in the folder. Programs that share a folder lock parts of it by other names.
+      name: of the lock file, which stays in the folder. Programs that share a folder lock parts of it by other names;
+        then nothing is removed, as another program may be writing it.
 
     Raises:
       FolderInUse: another process holds it.
@@ -116,6 +124,8 @@ def locked(folder: str | os.PathLike[str], name: str = LOCK) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):  # only for the other program's message
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        if name == LOCK:
+            remove_leftovers(folder)
         yield
     finally:
         lock.release()
@@ -148,7 +158,7 @@ def _escaped(character: str) -> str:
 
 
 def _temporary_prefix(path: Path) -> str:
-    return f".kdjax-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}-"
+    return f"{_PREFIX}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]}-"
 
 
 def _sync(path: Path) -> None:

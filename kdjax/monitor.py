@@ -174,8 +174,6 @@ class Monitor:
             return
         folder = workdir / "val" / f"{step:07}"
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.rglob(".*"):  # half-written when a run was killed here
-            left.unlink()
         teacher_outputs = {}
         if self._teacher:
             images = [self.samples[position].lq for position in outputs]

@@ -62,19 +62,37 @@ def test_every_legal_name_can_be_written(tmp_path: Path, name: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_leftovers_of_one_file_are_removed_and_no_others(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), whole_file(tmp_path / "other") as temporary:
-        other = temporary
-        raise RuntimeError
+@pytest.fixture
+def leftovers(tmp_path: Path) -> dict[str, Path]:
+    """What killed processes leave behind of these files."""
     left = {}
-    for name in ("a.bin", "other"):
+    for name in ("a.bin", "other", "in/a/folder.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         with whole_file(tmp_path / name) as temporary:
-            left[name] = temporary
             temporary.write_bytes(b"")
+        left[name] = temporary
     for path in left.values():
-        path.write_bytes(b"left by a killed process")
+        path.write_bytes(b"half")
+    return left
+
+
+def remaining(leftovers: dict[str, Path]) -> list[str]:
+    return [name for name, path in leftovers.items() if path.exists()]
+
+
+def test_leftovers_of_one_file_are_removed_and_no_others(tmp_path: Path, leftovers: dict[str, Path]) -> None:
     remove_leftovers(tmp_path / "a.bin")
-    assert not left["a.bin"].exists() and left["other"].exists() and not other.exists()
+    assert remaining(leftovers) == ["other", "in/a/folder.png"]
+
+
+def test_whoever_holds_a_folder_removes_all_leftovers(tmp_path: Path, leftovers: dict[str, Path]) -> None:
+    with locked(tmp_path, "part.lock"):
+        assert remaining(leftovers) == list(leftovers)
+    with locked(tmp_path):
+        assert remaining(leftovers) == []
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
+        files.LOCK, "part.lock", "a.bin", "other", "folder.png",
+    }  # fmt: skip
 
 
 def test_one_writer_a_folder_and_a_kill_lets_go(tmp_path: Path) -> None:

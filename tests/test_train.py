@@ -16,7 +16,7 @@ from PIL import Image
 from test_config import load
 
 from kdjax import assets, config, data, preparation, train
-from kdjax.files import LOCK, locked, write_json
+from kdjax.files import LOCK, locked, whole_file, write_json
 from kdjax.monitor import Monitor
 from kdjax.weights import load_model, load_weights, save_model
 
@@ -167,7 +167,9 @@ def test_killed_and_started_again_gives_the_numbers_of_an_unbroken_run(
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "loss/to')
     (workdir / "val" / "0000012").mkdir(parents=True)
-    (workdir / "val" / "0000012" / ".0.123.456.png").touch()
+    with whole_file(workdir / "val" / "0000012" / "0.png") as temporary:
+        temporary.touch()
+    temporary.touch()
     run(workdir, "--config.train.steps=12")
     assert rows(workdir) == rows(finished[0])
     assert [path.name for path in workdir.rglob(".*")] == [LOCK]

@@ -32,7 +32,7 @@ from kdjax import commandline
 from kdjax.data import shards
 from kdjax.data.images import ImageError, inspect_image
 from kdjax.data.sources import DataError, ImagePair, left_out_line, shortened, survey
-from kdjax.files import locked, remove_leftovers
+from kdjax.files import locked
 from kdjax.names import brief
 from kdjax.signals import Stopped
 
@@ -126,7 +126,6 @@ class _Journal:
         for path in self.out.glob(f"*{shards.SUFFIX}"):
             if path.name not in names:
                 path.unlink()
-        remove_leftovers(self.out / shards.INDEX)
 
     def remove(self) -> None:
         self._path.unlink()
