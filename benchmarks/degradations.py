@@ -183,9 +183,9 @@ def plain_side(gt: np.ndarray, crop: int) -> Callable[[int], None]:
 
 def recipe_of(crop: int, teacher: models.Model | None = None) -> distill.Recipe:
     """The guide's student; with a teacher, its losses."""
-    student = models.init_model("srvggnetcompact", dict(num_feat=32, num_conv=8, upscale=1), jax.random.key(0))
-    apply = models.make_apply(student.arch, student.hparams)
-    teacher_apply = teacher and models.make_apply(teacher.arch, teacher.hparams)
+    student = models.network("srvggnetcompact", dict(num_feat=32, num_conv=8, upscale=1)).init(jax.random.key(0))
+    apply = student.network.make_apply()
+    teacher_apply = teacher and teacher.network.make_apply()
     specs = {"task": dict(criterion="charbonnier", weight=1.0)}
     specs |= {"output": dict(criterion="l1", weight=1.0)} if teacher else {}
     shape = (1, crop, crop, 3)
@@ -207,7 +207,7 @@ def recipe_of(crop: int, teacher: models.Model | None = None) -> distill.Recipe:
 def step_side(gt: np.ndarray, crop: int) -> dict[str, Callable[[int], None]]:
     """A distillation step from the embedded teacher that degrades, and one whose batch has its lq."""
     teacher = load_model(assets.locate("embedded", assets.TEACHER))
-    student = models.init_model("srvggnetcompact", dict(num_feat=32, num_conv=8, upscale=1), jax.random.key(0))
+    student = models.network("srvggnetcompact", dict(num_feat=32, num_conv=8, upscale=1)).init(jax.random.key(0))
     recipe = recipe_of(crop, teacher)
     state = distill.init_state(recipe, student.params)
     frozen = distill.make_frozen(recipe.terms, teacher.params)

@@ -40,10 +40,10 @@ def measure(student: str, remat: bool, accumulate: int, options: argparse.Namesp
     sharding.use_all_cores(options.batch_size // accumulate)
     mesh = sharding.data_mesh()
     arch, hparams = STUDENTS[student]
-    model = models.init_model(arch, hparams, jax.random.key(0))
-    teacher = models.init_model("rrdbnet", step_benchmark.TEACHER, jax.random.key(1)) if options.teacher else None
-    apply = models.make_apply(arch, hparams, remat=remat)
-    teach = teacher and models.make_apply(teacher.arch, teacher.hparams)
+    model = models.network(arch, hparams).init(jax.random.key(0))
+    teacher = models.network("rrdbnet", step_benchmark.TEACHER).init(jax.random.key(1)) if options.teacher else None
+    apply = models.network(arch, hparams).make_apply(remat=remat)
+    teach = teacher and teacher.network.make_apply()
     shape = (options.batch_size, options.crop, options.crop, 3)
     recipe = step_benchmark.recipe_of(apply, model, teach, teacher, shape)
     recipe = dataclasses.replace(recipe, accumulate=accumulate)

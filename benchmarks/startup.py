@@ -130,7 +130,7 @@ def write_teacher(path: Path) -> dict[str, Any]:
     """Writes a teacher with random weights; returns what machine this is. In a process of its own: JAX starts there."""
     code = (
         "import json, sys, jax, kdjax; from kdjax import cost, models;"
-        f"kdjax.save_model(models.init_model('rrdbnet', {TEACHER!r}, jax.random.key(0)), sys.argv[1]);"
+        f"kdjax.save_model(models.network('rrdbnet', {TEACHER!r}).init(jax.random.key(0)), sys.argv[1]);"
         "print(json.dumps(cost.describe_machine()))"
     )
     finished = subprocess.run([sys.executable, "-c", code, path], check=True, stdout=subprocess.PIPE, text=True)

@@ -121,10 +121,10 @@ def torch_sides(gt: np.ndarray, parts: tuple[str, ...], *, with_compile: bool) -
 def kdjax_sides(gt: np.ndarray, parts: tuple[str, ...]) -> dict[str, Run]:
     """The run of every part by kdjax."""
     teacher_dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32  # as autocast on the other side
-    teacher = models.init_model("rrdbnet", TEACHER, jax.random.key(0))
-    student = models.init_model("srvggnetcompact", STUDENT, jax.random.key(1))
-    apply = models.make_apply(student.arch, student.hparams, dtype=teacher_dtype)
-    teach = models.make_apply(teacher.arch, teacher.hparams, dtype=teacher_dtype)
+    teacher = models.network("rrdbnet", TEACHER).init(jax.random.key(0))
+    student = models.network("srvggnetcompact", STUDENT).init(jax.random.key(1))
+    apply = student.network.make_apply(dtype=teacher_dtype)
+    teach = teacher.network.make_apply(dtype=teacher_dtype)
     mesh = sharding.data_mesh()
     batch = sharding.shard_batch({"gt": gt, "index": np.arange(len(gt))}, mesh)
     images = jax.device_put(np.float32(gt) / 255, sharding.split_batch(mesh))

@@ -70,8 +70,8 @@ def describe(name: str, loaded: Loaded, *, is_teacher: bool) -> Subject:
         arch=model.arch,
         hparams=model.hparams,
         parameters=models.count_params(model.params),
-        scale=models.scale_of(model),
-        channels=models.num_channels(model),
+        scale=model.network.scale,
+        channels=model.network.channels,
     )
 
 
@@ -81,8 +81,8 @@ def check_same_task(networks: dict[str, Model]) -> None:
     Raises:
       ValueError: they differ in scale or in colour channels.
     """
-    for what, of in (("scale", models.scale_of), ("colour channels", models.num_channels)):
-        values = {name: of(model) for name, model in networks.items()}
+    for what, attribute in (("scale", "scale"), ("colour channels", "channels")):
+        values = {name: getattr(model.network, attribute) for name, model in networks.items()}
         if len(set(values.values())) > 1:
             raise ValueError(
                 f"the quality of these models cannot be compared, since they differ in {what} "
@@ -95,7 +95,7 @@ def measure_quality(networks: dict[str, Model], samples: list[Sample]) -> list[Q
     rows: list[Quality] = []
     teacher_outputs: list[np.ndarray] = []
     for name, model in networks.items():
-        apply = models.make_apply(model.arch, model.hparams)
+        apply = model.network.make_apply()
         restored = dict(validation.restore(apply, model.params, [sample.lq for sample in samples]))
         outputs = [restored[position] for position in range(len(samples))]
         teacher_outputs = teacher_outputs or outputs
@@ -175,7 +175,7 @@ def _compare(
 
 def _load_samples(options: argparse.Namespace, model: Model) -> list[Sample]:
     """The images of --data, as `kdjax.evaluate` reads them."""
-    scale = models.scale_of(model)
+    scale = model.network.scale
     if options.lq is None and scale != 1:
         raise ValueError(f"these models enlarge {scale} times; give the small images with --lq")
     pairs = data.find_pairs(
@@ -184,7 +184,7 @@ def _load_samples(options: argparse.Namespace, model: Model) -> list[Sample]:
         filename_tmpl=options.filename_tmpl,
         what="comparison",
     )
-    images = data.load_images(pairs, channels=models.num_channels(model), scale=scale, limit=options.limit)
+    images = data.load_images(pairs, channels=model.network.channels, scale=scale, limit=options.limit)
     return [validation.make_sample(image.name, image.gt, image.lq, options.sigma or 0.0) for image in images]
 
 

@@ -4,7 +4,7 @@ A pass is one call of the compiled model that returns its image only, so that XL
 Weights and input are on the device before the clock starts, and it stops when the result is ready there. Machines are
 noisy: models that are to be compared are run in turns, and times are given as quartiles.
 
-`measure` is the whole account of several models at one size. Multiply-accumulates come from `kdjax.models.count_macs`.
+`measure` is the whole account of several models at one size. Multiply-accumulates come from `kdjax.macs`.
 `Planned` is a step of training whose memory is known, and compared with the machine's, before it runs. What a config
 asks for is compared with it earlier, before networks and batches are made.
 """
@@ -30,7 +30,6 @@ import numpy as np
 from kdjax import models
 from kdjax.config import Config, ConfigError
 from kdjax.memory import host_memory
-from kdjax.models.custom import is_custom
 from kdjax.names import brief
 
 log = logging.getLogger("kdjax")
@@ -145,9 +144,9 @@ def measure(
     rows: dict[str, Cost] = {}
     runs: dict[str, Callable[[], object]] = {}
     for name, model in networks.items():
-        image = (*size, models.num_channels(model))
+        image = (*size, model.network.channels)
         try:
-            macs = models.count_macs(model.arch, model.hparams, (1, *image))
+            macs = model.network.count_macs(*size)
             rows[name] = Cost(name, *size, batch, dtype, macs)
             compiled = compile_model(model, (batch, *image), dtype=jnp.dtype(dtype))
         except OutOfMemory as error:
@@ -178,7 +177,7 @@ def compile_model(model: models.Model, shape: tuple[int, int, int, int], *, dtyp
       OutOfMemory: it does not fit.
       ValueError: the network does not take this shape.
     """
-    apply = models.make_apply(model.arch, model.hparams, dtype=dtype)
+    apply = model.network.make_apply(dtype=dtype)
     image_only = jax.jit(lambda params, x: apply(params, x)[0])
     with telling_out_of_memory():
         params = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), model.params))
@@ -333,34 +332,31 @@ def device_memory() -> tuple[int, int]:
     return host_memory()
 
 
-def check_network_fits(arch: str, hparams: Mapping[str, Any]) -> None:
+def check_network_fits(network: models.Network) -> None:
     """Refuses a student that is too large to be trained here, before any of its parameters is made.
-
-    Args:
-      hparams: complete ones.
 
     Raises:
       ConfigError: with what there is room for.
     """
-    for name, value in {} if is_custom(arch) else hparams.items():
+    for name, value in network.hparams.items() if network.architecture.is_checked else ():
         most = _MOST_CHANNELS if name in _CHANNELS else _MOST_LEVELS if name in _LEVELS else _MOST_BLOCKS
         numbers = value if isinstance(value, tuple) else (value,)
         if len(numbers) > _MOST_LEVELS:
             raise ConfigError(f"config.student.hparams.{name} has {len(numbers):,} numbers, and {_MOST_LEVELS} at most")
         if any(type(number) is int and number > most for number in numbers):
             raise ConfigError(f"config.student.hparams.{name}={brief(value)} must be at most {most}")
-    shown = f"config.student.hparams={brief(dict(hparams), 200)}"
+    shown = f"config.student.hparams={brief(network.hparams, 200)}"
     try:
-        count = models.count_params(models.abstract_params(arch, hparams))
+        count = models.count_params(network.abstract_params)
     except (TypeError, OverflowError) as error:  # of sizes beyond 64 bits, or of the user's own class
-        raise ConfigError(f"config.student: {arch} cannot be made with {shown}: {error}") from error
+        raise ConfigError(f"config.student: {network.arch} cannot be made with {shown}: {error}") from error
     there, _ = device_memory()
     # On a CPU every device keeps a copy of its own in the same memory.
     needed = 4 * count * _COPIES * (jax.local_device_count() if jax.default_backend() == "cpu" else 1)
     if there and needed > there:
         raise ConfigError(
-            f"config.student: {arch} with {shown} has {count:,} parameters; training them takes {amount(needed)} at"
-            f" least, and there are {amount(there)}"
+            f"config.student: {network.arch} with {shown} has {count:,} parameters; training them takes"
+            f" {amount(needed)} at least, and there are {amount(there)}"
         )
 
 

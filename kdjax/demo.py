@@ -72,7 +72,7 @@ def restore(
     Raises:
       ImageError: the file is not an image, or has too many pixels for a page.
     """
-    scale = models.scale_of(model)
+    scale = model.network.scale
     check_image(path, scale)
     image = read_image(path)
     height, width = (size * scale for size in image.shape[:2])
@@ -124,7 +124,7 @@ def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: 
         except ValueError as error:  # also an ImageError: what was dropped, not the program
             raise _error(_without_folder(error, path)) from error
         height, width = made.shape[:2]
-        megapixels = height * width / models.scale_of(model) ** 2 / 1e6
+        megapixels = height * width / model.network.scale**2 / 1e6
         return (given, made), (
             f"**{seconds * 1000:.0f} ms** for {width}x{height} pixels, {megapixels / seconds:.2f} megapixels of input a"
             " second. The first image of a size below the tile also compiles the model."
@@ -166,7 +166,7 @@ def _without_folder(error: Exception, path: str) -> str:
 
 def _about(loaded: Loaded) -> str:
     model = loaded.model
-    scale = models.scale_of(model)
+    scale = model.network.scale
     enlarges = f", enlarges {scale} times" if scale > 1 else ""
     return f"{model.arch}, {models.count_params(model.params):,} parameters{enlarges}"
 

@@ -72,7 +72,7 @@ def make_restore(
     if tile:
         restorer = Restorer(model, tile=tile, tile_pad=tile_pad, x8=x8, dtype=dtype)
         return lambda images: ((i, np.asarray(to_uint8(restorer(image)))) for i, image in enumerate(images))
-    apply = models.make_apply(model.arch, model.hparams, dtype=dtype)
+    apply = model.network.make_apply(dtype=dtype)
     apply = self_ensemble(apply) if x8 else apply
     return lambda images: validation.restore(apply, model.params, images)
 
@@ -207,7 +207,7 @@ def prepare(options: argparse.Namespace) -> Request:
 
 def _common_kind(loaded: Mapping[str, Loaded]) -> tuple[int, int]:
     """The channels and the scale that all models share."""
-    kinds = {name: (models.num_channels(one.model), models.scale_of(one.model)) for name, one in loaded.items()}
+    kinds = {name: (one.model.network.channels, one.model.network.scale) for name, one in loaded.items()}
     if len(set(kinds.values())) > 1:
         listed = "; ".join(f"{name}: {channels} channels, scale {scale}" for name, (channels, scale) in kinds.items())
         raise ValueError(f"the models do not read and write the same images ({listed}); measure them in separate runs")
@@ -216,7 +216,7 @@ def _common_kind(loaded: Mapping[str, Loaded]) -> tuple[int, int]:
 
 def _macs_per_pixel(model: models.Model) -> float:
     side = 64
-    return models.count_macs(model.arch, model.hparams, (1, side, side, models.num_channels(model))) / side**2
+    return model.network.count_macs(side, side) / side**2
 
 
 def _datasets(options: argparse.Namespace, channels: int, scale: int) -> list[Dataset]:

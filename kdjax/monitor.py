@@ -40,8 +40,8 @@ class Monitor:
 
     def __init__(self, options: Val, student: models.Model, teacher: Teacher | None) -> None:
         self._options, self._teacher = options, teacher
-        self._scale = models.scale_of(student)
-        self._student_apply = models.make_apply(student.arch, student.hparams)
+        self._scale = student.network.scale
+        self._student_apply = student.network.make_apply()
         self._teacher_apply = teacher and teacher.apply_float32
         self._scores: dict[str, Score] = {}
         if self._scale != 1 and not (options.lq or options.degrade):
@@ -57,7 +57,7 @@ class Monitor:
                 meta_info=options.meta_info or None,
                 what="validation",
             ),
-            channels=models.num_channels(student),
+            channels=student.network.channels,
             scale=self._scale,
             crop=options.crop,
             limit=options.limit,

@@ -64,24 +64,22 @@ def prepare(config: Config) -> Setup:
         if wanted and importlib.util.find_spec(package) is None:
             raise ConfigError(f"config.log asks for {package}, which is not installed: pip install 'kdjax[{extra}]'")
     student, teacher = make_networks(config)
-    scale = models.scale_of(student)
-    cost.check_data_fits(config, channels=models.num_channels(student), scale=scale, process_count=jax.process_count())
+    scale = student.network.scale
+    cost.check_data_fits(config, channels=student.network.channels, scale=scale, process_count=jax.process_count())
     for name, side in (("crop", config.data.crop), ("canvas", config.data.canvas)):
         if side % scale:
             raise ConfigError(
                 f"config.data.{name}={side} is no multiple of {scale}, by which the student enlarges; use"
                 f" {-(-side // scale) * scale}"
             )
-    student_apply = models.make_apply(
-        student.arch, student.hparams, remat=config.student.remat, dtype=jnp.dtype(config.student.dtype)
-    )
+    student_apply = student.network.make_apply(remat=config.student.remat, dtype=jnp.dtype(config.student.dtype))
     lq_side = config.data.crop // scale
     setting = distill.make_setting(
         student_apply,
         student.params,
         teacher and teacher.apply,
         teacher and teacher.params,
-        (config.data.batch_size, lq_side, lq_side, models.num_channels(student)),
+        (config.data.batch_size, lq_side, lq_side, student.network.channels),
         jax.random.fold_in(jax.random.key(config.seed), 2),
     )
     learning_rate = make_schedule(config.train.lr)
@@ -165,22 +163,21 @@ def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
     The student starts from scratch, from a file whose architecture and hyper-parameters must be the config's, or as a
     slice of the (first) teacher.
     """
-    arch = models.canonical_arch(config.student.arch)
-    hparams = models.complete_hparams(arch, config.student.hparams)
-    cost.check_network_fits(arch, hparams)
-    student = models.init_model(arch, hparams, jax.random.fold_in(jax.random.key(config.seed), 1))
+    network = models.network(config.student.arch, config.student.hparams)
+    cost.check_network_fits(network)
+    student = network.init(jax.random.fold_in(jax.random.key(config.seed), 1))
     is_slice = config.student.weights == "teacher"
     teacher = load_teacher(config.teacher, student) if is_slice or needs_teacher(config.terms) else None
     if is_slice:
-        student = slice_model(teacher.model, hparams)
+        student = slice_model(teacher.model, network.hparams)
         if not needs_teacher(config.terms):
             teacher = None
     elif config.student.weights:
-        student = load_weights(config.student.weights, arch=arch, **config.student.hparams).model
-        if student.hparams != hparams:
+        student = load_weights(config.student.weights, arch=network.arch, **config.student.hparams).model
+        if student.network != network:
             raise ConfigError(
                 f"config.student.weights={config.student.weights!r} holds {student.arch} with {student.hparams};"
-                f" config.student asks for {hparams}"
+                f" config.student asks for {network.hparams}"
             )
     return student, teacher
 
@@ -208,8 +205,8 @@ def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
         batch_size=config.batch_size,
         seed=setup.config.seed,
         start_step=start_step,
-        scale=models.scale_of(setup.student),
-        channels=models.num_channels(setup.student),
+        scale=setup.student.network.scale,
+        channels=setup.student.network.channels,
         hflip=config.hflip,
         rot=config.rot,
         workers=config.workers,
@@ -342,7 +339,7 @@ def warn_of_other_degradation(setup: Setup) -> None:
 
 def describe(model: models.Model) -> str:
     """Architecture, size and cost of a model in a few words."""
-    macs = models.count_macs(model.arch, model.hparams, (1, 256, 256, models.num_channels(model)))
+    macs = model.network.count_macs(256, 256)
     hparams = ", ".join(f"{name}={value}" for name, value in model.hparams.items())
     return (
         f"{model.arch}({hparams}), {models.count_params(model.params):,} parameters, {macs / 1e9:.2f} GMAC at 256x256"

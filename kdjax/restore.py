@@ -439,7 +439,7 @@ def restore_all(options: argparse.Namespace, stop: StopSignals) -> list[str]:
     loaded = load_weights(
         assets.locate(options.model, assets.TEACHER), key=options.key, **parse_hparams(options.hparam)
     )
-    model, scale, channels = loaded.model, models.scale_of(loaded.model), models.num_channels(loaded.model)
+    model, scale, channels = loaded.model, loaded.model.network.scale, loaded.model.network.channels
     if channels not in (1, 3):
         raise ValueError(f"{loaded.path} takes images of {channels} channels; pictures have 1 or 3")
     print(f"{loaded.path}: {model.arch}, {models.count_params(model.params):,} parameters, scale {scale},")

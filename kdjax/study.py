@@ -33,7 +33,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import commandline, cost, distill, ladder, metrics, models, preparation, sharding, train, validation
+from kdjax import commandline, cost, distill, ladder, macs, metrics, models, preparation, sharding, train, validation
 from kdjax import config as config_lib
 from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
@@ -408,9 +408,7 @@ def step_macs(setup: preparation.Setup, state: distill.State, frozen: Mapping[st
     """Multiply-accumulates of one step of this run on its own, with the measuring of shares spread over the steps."""
 
     def count(recipe: distill.Recipe, state: distill.State) -> int:
-        return models.function_macs(
-            functools.partial(distill.train_step, recipe), state, frozen, batch, jax.random.key(0)
-        )
+        return macs.count(functools.partial(distill.train_step, recipe), state, frozen, batch, jax.random.key(0))
 
     terms = tuple(dataclasses.replace(term, share=0.0) for term in setup.recipe.terms)
     plain = count(dataclasses.replace(setup.recipe, terms=terms), dataclasses.replace(state, balance={}))
@@ -493,11 +491,10 @@ def _groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:
     groups: dict[str, dict[str, Config]] = {}
     for column, config in configs.items():
         values = config_lib.to_dict(config)
-        arch = models.canonical_arch(config.student.arch)
-        student = models.Model(arch, models.complete_hparams(arch, config.student.hparams), params={})
+        student = models.network(config.student.arch, config.student.hparams)
         shared = {key: values[key] for key in ("seed", "teacher", "degrade", "data", "val")}
         shared |= {"steps": config.train.steps, "log": values["log"], "every": values["checkpoint"]}
-        shared |= {"channels": models.num_channels(student), "scale": models.scale_of(student)}
+        shared |= {"channels": student.channels, "scale": student.scale}
         groups.setdefault(json.dumps(shared, sort_keys=True), {})[column] = config
     return groups.values()
 

@@ -64,7 +64,7 @@ def settings(
     makes_lq = not options.lq or bool(options.unpaired)
     found = {
         "seed": config.seed,
-        "student": {"scale": models.scale_of(student), "channels": models.num_channels(student)},
+        "student": {"scale": student.network.scale, "channels": student.network.channels},
         "data": sampled,
         "degrade": degradations.preset(**config.degrade) if makes_lq else {},
         "teacher": teacher
@@ -184,9 +184,9 @@ def batch_shapes(config: Config, student: models.Model, *, side: int, cache: dat
         fields = {f.name: jax.ShapeDtypeStruct((config.data.batch_size, *f.shape), f.dtype) for f in cache.fields}
         return as_row(fields) | {"index": number(jnp.int32)}
     image = lambda side: jax.ShapeDtypeStruct(  # noqa: E731
-        (config.data.batch_size, side, side, models.num_channels(student)), jnp.uint8
+        (config.data.batch_size, side, side, student.network.channels), jnp.uint8
     )
     batch = {"gt": image(side), "index": number(jnp.int32)}
-    batch |= {"lq": image(side // models.scale_of(student))} if config.data.lq else {}
+    batch |= {"lq": image(side // student.network.scale)} if config.data.lq else {}
     batch |= {"labelled": number(bool)} if config.data.unlabelled else {}
     return batch | ({"is_paired": number(bool)} if config.data.unpaired else {})

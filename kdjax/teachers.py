@@ -60,11 +60,11 @@ def load_teacher(options: config.Teacher, student: models.Model) -> Teacher:
         for path in (options.weights, *options.also)
     )
     for file in files:
-        for what, of in (("colour channels", models.num_channels), ("times enlargement", models.scale_of)):
-            if of(file.model) != of(student):
+        for what, attribute in (("colour channels", "channels"), ("times enlargement", "scale")):
+            theirs, ours = getattr(file.model.network, attribute), getattr(student.network, attribute)
+            if theirs != ours:
                 raise ConfigError(
-                    f"the teacher {file.path} has {of(file.model)} {what}, the student {of(student)};"
-                    " they must be equal"
+                    f"the teacher {file.path} has {theirs} {what}, the student {ours}; they must be equal"
                 )
     mix = options.mix or (1.0,) * len(files)
     if len(mix) != len(files) or not all(isinstance(part, int | float) and part > 0 for part in mix):
@@ -73,7 +73,7 @@ def load_teacher(options: config.Teacher, student: models.Model) -> Teacher:
         )
 
     def combined(dtype: str) -> Apply:
-        each = [models.make_apply(file.model.arch, file.model.hparams, dtype=jnp.dtype(dtype)) for file in files]
+        each = [file.model.network.make_apply(dtype=jnp.dtype(dtype)) for file in files]
         if options.self_ensemble:
             each = [self_ensemble(apply) for apply in each]
         return average(each, mix)

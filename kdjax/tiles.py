@@ -62,7 +62,7 @@ class Restorer:
     Args:
       tile: side of a tile in input pixels, or 0 for the whole image at once, which compiles once for each size.
       tile_pad: context on each side of a tile, in input pixels. Both are rounded up to what the sides of an image are
-        padded to by the model (`kdjax.models.multiple_of`).
+        padded to by the model (`kdjax.models.Network.multiple`).
       x8: the mean over the eight flips and quarter turns of every tile, at eight times the cost
         (`kdjax.teachers.self_ensemble`).
       dtype: of weights and activations inside; images are float32.
@@ -88,10 +88,10 @@ class Restorer:
         for name, (value, least) in sizes.items():
             if not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-        self.scale, self.channels = models.scale_of(model), models.num_channels(model)
-        self._multiple, self._pad_mode = models.multiple_of(model), models.pad_mode_of(model)
+        self.scale, self.channels = model.network.scale, model.network.channels
+        self._multiple, self._pad_mode = model.network.multiple, model.network.pad_mode
         self._tile, self._tile_pad = (ops.round_up(int(size), self._multiple) for size in (tile, tile_pad))
-        self._step = _compiled_step(model.arch, tuple(model.hparams.items()), x8, jnp.dtype(dtype))
+        self._step = _compiled_step(model.network, x8, jnp.dtype(dtype))
         devices = list(jax.local_devices() if devices is None else devices)
         every, first = sharding.data_mesh(devices), sharding.data_mesh(devices[:1])
         params = sharding.replicate(model.params, every)
@@ -340,10 +340,10 @@ def _as_dtype(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 @functools.lru_cache(maxsize=32)
 def _compiled_step(
-    arch: str, hparams: tuple[tuple[str, object], ...], x8: bool, dtype: jnp.dtype
+    network: models.Network, x8: bool, dtype: jnp.dtype
 ) -> Callable[[models.Params, jax.Array], jax.Array]:
     """The model as a jitted function of parameters and images, which every Restorer of such a model shares."""
-    apply = models.make_apply(arch, dict(hparams), dtype=dtype)
+    apply = network.make_apply(dtype=dtype)
     if x8:
         apply = self_ensemble(apply)
     return jax.jit(lambda params, x: apply(params, x)[0])

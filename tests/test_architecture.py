@@ -24,6 +24,8 @@ FLOORS = [
         "sharding",
         "convolution",
         "memory",
+        "compiled",
+        "macs",
     },  # the ground
     {"models", "losses", "perceptual", "metrics", "degradations"},  # the maths
     {"data", "weights", "checkpoint", "logbook", "ladder", "basicsr", "agreement"},  # the world outside
@@ -36,8 +38,8 @@ FLOORS = [
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Modules that others of their floor may use: how names are looked up and files written, what a config and a schedule
-# may be, the VGG of losses and of LPIPS.
-FOUNDATION = {"names", "files", "config", "signals", "schedules", "perceptual"}
+# may be, the VGG of losses and of LPIPS, what every program starts with.
+FOUNDATION = {"names", "files", "config", "signals", "schedules", "perceptual", "compiled"}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -245,7 +245,7 @@ def test_without_small_images_validation_degrades_as_training_does(
     monkeypatch.setattr(validation, "degraded_samples", degrade)
     with caplog.at_level("INFO", "kdjax"):
         monkeypatch.setattr(train.log, "propagate", True)
-        Monitor(parsed.val, models.Model("srvggnetcompact", parsed.student.hparams, {}), None)
+        Monitor(parsed.val, models.Model(models.network("srvggnetcompact", parsed.student.hparams), {}), None)
     assert made == [(400, 400, 3)] * 2
     assert "degrading 2 validation images of 1 sizes" in caplog.text
     # Small images that are there are used, and without a degradation they are needed.
@@ -637,7 +637,7 @@ def test_a_network_of_ones_own_is_imported_only_when_the_command_line_names_it(
         parse(values.to_dict())
     assert not Path("imported").exists() and "own_yaml_net" not in sys.modules
 
-    teacher = models.init_model("own_yaml_net:Net", {"width": 4}, jax.random.key(0))
+    teacher = models.network("own_yaml_net:Net", {"width": 4}).init(jax.random.key(0))
     save_model(teacher, "teacher.pth")
     values.teacher.weights, values.teacher.hparams.arch = "teacher.pth", "own_yaml_net:Net"
     setup = preparation.prepare(parse(values.to_dict()))

@@ -43,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(5):
             data.write_image(folder / kind / f"{i}.png", rng.integers(0, 256, (24, 28, 3), dtype=np.uint8))
     hparams = dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4)
-    teacher = models.init_model("rrdbnet", hparams, jax.random.key(0))
+    teacher = models.network("rrdbnet", hparams).init(jax.random.key(0))
     save_model(teacher, folder / "teacher0.pth")
     other = jax.tree.map(lambda leaf: np.asarray(leaf) / 2, teacher.params)
     save_model(dataclasses.replace(teacher, params=other), folder / "teacher1.pth")

@@ -20,9 +20,9 @@ from kdjax.terms import make_terms
 
 
 def make_state(step: int, optimizer: str = "adam", **options: float) -> distill.State:
-    model = models.init_model("dncnn", dict(num_feat=2, depth=2), jax.random.key(step))
+    model = models.network("dncnn", dict(num_feat=2, depth=2)).init(jax.random.key(step))
     schedule = make_schedule(1.0)
-    apply = models.make_apply(model.arch, model.hparams)
+    apply = model.network.make_apply()
     setting = distill.make_setting(apply, model.params, None, None, (1, 8, 8, 3), jax.random.key(0))
     terms = make_terms({"task": dict(criterion="l1", weight=1.0)}, setting)
     recipe = distill.Recipe(

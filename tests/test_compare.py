@@ -28,10 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "double": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2)),
     }
     random = np.random.default_rng(0)
-    draw = lambda leaf: random.normal(0, 0.1, leaf.shape).astype(np.float32)  # noqa: E731  init_model takes seconds
+    draw = lambda leaf: random.normal(0, 0.1, leaf.shape).astype(np.float32)  # noqa: E731  drawing fresh ones takes seconds
     for name, (arch, hparams) in networks.items():
-        params = jax.tree.map(draw, models.abstract_params(arch, hparams))
-        save_model(models.Model(arch, models.complete_hparams(arch, hparams), params), folder / f"{name}.pth")
+        net = models.network(arch, hparams)
+        save_model(models.Model(net, jax.tree.map(draw, net.abstract_params)), folder / f"{name}.pth")
     (folder / "gt").mkdir()
     for i in range(3):
         data.write_image(folder / "gt" / f"{i}.png", random.integers(0, 256, (16, 20, 3), dtype=np.uint8))
@@ -97,7 +97,7 @@ def test_quality_is_that_of_evaluate(folder: Path) -> None:
         score = evaluate(networks[quality.model], samples)[0]
         assert (quality.psnr, quality.ssim) == (score.psnr, score.ssim)
     outputs = {
-        name: dict(validation.restore(models.make_apply(m.arch, m.hparams), m.params, [s.lq for s in samples]))
+        name: dict(validation.restore(m.network.make_apply(), m.params, [s.lq for s in samples]))
         for name, m in networks.items()
     }
     like = np.mean([validation.score(outputs["student"][i], outputs["teacher"][i]).psnr for i in range(3)])

@@ -40,17 +40,17 @@ class Greedy(OneLayer):
 
 @pytest.fixture(scope="module")
 def one_layer() -> models.Model:
-    return models.init_model("test_cost:OneLayer", {}, jax.random.key(0))
+    return models.network("test_cost:OneLayer").init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def greedy() -> models.Model:
-    return models.init_model("test_cost:Greedy", {}, jax.random.key(0))
+    return models.network("test_cost:Greedy").init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
 def dncnn() -> models.Model:
-    return models.init_model("dncnn", dict(num_feat=FEATURES, depth=3), jax.random.key(0))
+    return models.network("dncnn", dict(num_feat=FEATURES, depth=3)).init(jax.random.key(0))
 
 
 def test_memory_of_one_layer_is_what_one_counts_by_hand(one_layer: models.Model) -> None:
@@ -127,9 +127,8 @@ def test_measure(dncnn: models.Model, one_layer: models.Model) -> None:
 
 
 def test_models_of_any_scale_and_channels_have_costs(dncnn: models.Model) -> None:
-    grey = models.init_model(
-        "srvggnetcompact", dict(num_in_ch=1, num_out_ch=1, num_feat=4, num_conv=1, upscale=2), jax.random.key(0)
-    )
+    hparams = dict(num_in_ch=1, num_out_ch=1, num_feat=4, num_conv=1, upscale=2)
+    grey = models.network("srvggnetcompact", hparams).init(jax.random.key(0))
     rows = cost.measure({"dncnn": dncnn, "grey": grey}, size=(4, 4), repeats=1)
     assert [row.memory.outputs for row in rows] == [4 * 4 * 3 * 4, 8 * 8 * 4]
 
@@ -162,7 +161,7 @@ def test_what_jax_says_when_memory_is_short_is_told_apart_from_other_errors() ->
 
 
 def test_a_size_that_a_network_does_not_take_is_told(one_layer: models.Model) -> None:
-    unfit = models.Model(one_layer.arch, {}, {"conv": {"kernel": jnp.zeros((3, 3, 4, 3)), "bias": jnp.zeros(3)}})
+    unfit = models.Model(one_layer.network, {"conv": {"kernel": jnp.zeros((3, 3, 4, 3)), "bias": jnp.zeros(3)}})
     with pytest.raises(ValueError, match=r"^mine cannot be run on an image of 4x6: "):
         cost.measure({"mine": unfit}, size=(4, 6))
 
@@ -233,7 +232,7 @@ def test_a_container_may_have_less_memory_than_its_machine(
 )
 def test_a_network_that_cannot_be_trained_is_refused_before_it_is_made(arch: str, hparams: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        cost.check_network_fits(arch, models.complete_hparams(arch, hparams))
+        cost.check_network_fits(models.network(arch, hparams))
 
 
 @pytest.mark.parametrize(
@@ -256,4 +255,4 @@ def test_what_fits_is_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
     for there in (8 << 30, 0):  # 0: not known
         monkeypatch.setattr(cost, "host_memory", lambda there=there: (there, there))
         cost.check_data_fits(config, channels=3, scale=4, process_count=3)
-        cost.check_network_fits("srvggnetcompact", models.complete_hparams("srvggnetcompact", {}))
+        cost.check_network_fits(models.network("srvggnetcompact"))

@@ -74,8 +74,8 @@ NO_IMAGES = {
 @pytest.fixture(scope="module")
 def twice() -> models.Model:
     """A model that enlarges 2 times: its convolutions are zero, so that nearest enlargement is left."""
-    model = models.init_model("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2), jax.random.key(0))
-    return models.Model(model.arch, model.hparams, jax.tree.map(np.zeros_like, model.params))
+    model = models.network("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2)).init(jax.random.key(0))
+    return models.Model(model.network, jax.tree.map(np.zeros_like, model.params))
 
 
 @pytest.fixture(scope="module")

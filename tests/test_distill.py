@@ -46,7 +46,7 @@ def test_reproduces_the_reference_training_run(golden: Path, name: str) -> None:
     vectors = {k.removeprefix(prefix): v for k, v in load_npz(golden / "train.npz").items() if k.startswith(prefix)}
     student = load_model(golden / f"train_{name}_student_init.pth")
     teacher = load_model(golden / f"train_{name}_teacher.pth")
-    student_apply, teacher_apply = (models.make_apply(model.arch, model.hparams) for model in (student, teacher))
+    student_apply, teacher_apply = (model.network.make_apply() for model in (student, teacher))
     setting = distill.make_setting(
         student_apply, student.params, teacher_apply, teacher.params, vectors["lq"][0].shape, jax.random.key(0)
     )
@@ -101,12 +101,12 @@ def test_reference_schedules_are_ours(golden: Path) -> None:
 class Tiny:
     """A small denoising problem with every part of a recipe in it."""
 
-    student = models.init_model("dncnn", dict(num_feat=8, depth=3), jax.random.key(0))
-    teacher = models.init_model("rrdbnet", dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4), jax.random.key(1))
+    student = models.network("dncnn", dict(num_feat=8, depth=3)).init(jax.random.key(0))
+    teacher = models.network("rrdbnet", dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4)).init(jax.random.key(1))
     gt = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
 
-    student_apply = staticmethod(models.make_apply(student.arch, student.hparams))
-    teacher_apply = staticmethod(models.make_apply(teacher.arch, teacher.hparams))
+    student_apply = staticmethod(student.network.make_apply())
+    teacher_apply = staticmethod(teacher.network.make_apply())
 
     def setting(self) -> Setting:
         return distill.make_setting(
@@ -205,7 +205,7 @@ def test_ema_is_the_closed_form_of_the_students(base: tuple) -> None:
 
 
 def test_remat_and_no_remat_train_alike(tiny: Tiny, base: tuple) -> None:
-    student = models.make_apply(tiny.student.arch, tiny.student.hparams, remat=True)
+    student = tiny.student.network.make_apply(remat=True)
     states, _, _ = tiny.run(tiny.recipe(student=student))
     assert_trees_close(states[-1].params, base[0][-1].params, 1e-5)
 

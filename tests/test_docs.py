@@ -28,7 +28,7 @@ from test_metrics import lpips_state, write_lpips
 
 from kdjax import assets
 from kdjax.data import read_image, write_image
-from kdjax.models import init_model
+from kdjax.models import network
 from kdjax.weights import save_model
 
 ROOT = Path(__file__).parent.parent
@@ -39,14 +39,14 @@ MARKS = re.compile(r"<!-- (not run|only parsed): (\S.*) -->|<!-- (needs torch) -
 # What makes a command short, by its program; of a flag that is given twice, the last one counts.
 _RUN = {
     "train.steps": 2, "data.crop": 16, "data.batch_size": 4, "val.limit": 1, "val.crop": 32, "val.every": 2,
-    "checkpoint.every": 2, "log.every": 1,
+    "checkpoint.every": 2, "log.every": 1, "log.diagnose": False, "data.workers": 0,
 }  # fmt: skip
 SHORT = {
     "kdjax.train": " ".join(f"--config.{key}={value}" for key, value in _RUN.items()),
     "kdjax.study": "--columns scratch output --config.seeds='(0,)' "
     + " ".join(f"--config.base.{key}={value}" for key, value in _RUN.items()),
-    "kdjax.cache": "--samples 8 --config.data.crop=16 --config.data.batch_size=4",
-    "kdjax.show": "--count 2 --config.data.crop=16 --config.data.canvas=32 --config.data.batch_size=2",
+    "kdjax.cache": "--samples 8 --config.data.crop=16 --config.data.batch_size=4 --config.data.workers=0",
+    "kdjax.show": "--count 2 --config.data.crop=16 --config.data.canvas=32 --config.data.batch_size=2 --config.data.workers=0",
     "kdjax.compare": "--size 32 --batch 1 --repeats 1",
     "kdjax.demo": "--port 0",
     "benchmarks/data.py": "--limit 4 --crop 16 --batch-size 2 --repeats 1",
@@ -143,13 +143,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     photographs(folder, 1, ".png", name="noisy", noise=20.0)
     shutil.copy(assets.TEACHER, folder / "teacher.pth")
     key = jax.random.key(0)
-    denoiser = init_model("dncnn", dict(num_feat=8, depth=20), key)
-    student = init_model("srvggnetcompact", dict(num_feat=8, num_conv=2, upscale=1), key)
+    denoiser = network("dncnn", dict(num_feat=8, depth=20)).init(key)
+    student = network("srvggnetcompact", dict(num_feat=8, num_conv=2, upscale=1)).init(key)
     save_model(denoiser, folder / "cdncnn_sigma25.pth")
     for name in ("student.pth", "net_g_latest.pth"):
         save_model(student, folder / name)
     compact = dict(num_feat=8, num_conv=2, upscale=4, act_type="prelu")
-    save_model(init_model("srvggnetcompact", compact, key), folder / "realesr-animevideov3.pth")
+    save_model(network("srvggnetcompact", compact).init(key), folder / "realesr-animevideov3.pth")
     write_lpips(folder / "lpips_alex.pth", lpips_state("alex"))
     options = yaml.safe_load((ROOT / "tests" / "basicsr" / "guide.yml").read_text())
     training, val = options["datasets"]["train"], options["datasets"]["val"]

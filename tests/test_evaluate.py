@@ -37,7 +37,7 @@ def write_folder(folder: Path, images: list[np.ndarray]) -> str:
 
 @pytest.fixture(scope="module")
 def model() -> models.Model:
-    return models.init_model("dncnn", dict(num_feat=4, depth=3), jax.random.key(0))
+    return models.network("dncnn", dict(num_feat=4, depth=3)).init(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def results(tmp_path_factory: pytest.TempPathFactory, model: models.Model, image
     write_folder(place / "clean", [*images[:2], textured])
     write_folder(place / "pairs" / "gt", images[:1])
     write_folder(place / "pairs" / "noisy", images[:1])
-    other = models.init_model("dncnn", dict(num_feat=4, depth=2), jax.random.key(1))
+    other = models.network("dncnn", dict(num_feat=4, depth=2)).init(jax.random.key(1))
     for name, one in (("student", model), ("teacher", other)):
         (place / name).mkdir()
         save_model(one, place / name / "student.pth")
@@ -273,8 +273,8 @@ def test_bad_input_is_one_message(
 def test_models_of_different_kinds_are_not_compared(
     tmp_path: Path, images: list[np.ndarray], capsys: pytest.CaptureFixture
 ) -> None:
-    grey = models.init_model("dncnn", dict(num_in_ch=1, num_feat=4, depth=2), jax.random.key(0))
-    large = models.init_model("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2), jax.random.key(0))
+    grey = models.network("dncnn", dict(num_in_ch=1, num_feat=4, depth=2)).init(jax.random.key(0))
+    large = models.network("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2)).init(jax.random.key(0))
     save_model(grey, tmp_path / "grey.pth")
     save_model(large, tmp_path / "large.pth")
     for flags, message in [

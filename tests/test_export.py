@@ -42,12 +42,12 @@ CASES = {
 
 
 def make_model(arch: str, hparams: dict) -> models.Model:
-    """A model with random parameters, none of them zero or one; many times faster than `models.init_model`."""
+    """A model with random parameters, none of them zero or one; many times faster than `Network.init`."""
     rng = np.random.default_rng(0)
-    hparams = models.complete_hparams(arch, hparams)
+    net = models.network(arch, hparams)
     scale = lambda shape: 1 / math.sqrt(max(4, math.prod(shape[:-1])))  # noqa: E731
     draw = lambda leaf: np.float32(scale(leaf.shape) * rng.normal(size=leaf.shape))  # noqa: E731
-    return models.Model(arch, hparams, jax.tree.map(draw, models.abstract_params(arch, hparams)))
+    return models.Model(net, jax.tree.map(draw, net.abstract_params))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_every_architecture_in_every_format(case: str, tmp_path: Path) -> None:
         assert (tmp_path / f"back{suffix}").read_bytes() == (tmp_path / f"net{suffix}").read_bytes()
 
     # A size that export did not check: smaller than what the image is padded to.
-    image = np.random.default_rng(1).random((2, 1, 3, models.num_channels(model)), np.float32)
+    image = np.random.default_rng(1).random((2, 1, 3, model.network.channels), np.float32)
     wanted = np.asarray(model(image)[0])
     for run, suffix in ((run_onnx, ".onnx"), (run_stablehlo, ".stablehlo")):
         np.testing.assert_allclose(run(tmp_path / f"net{suffix}", image), wanted, atol=1e-5)
@@ -104,11 +104,11 @@ def test_every_architecture_in_every_format(case: str, tmp_path: Path) -> None:
     operators = {node.op_type for node in proto.graph.node}
     assert not operators & {"Transpose", "Where", "Reshape"}  # NCHW from end to end, activations as one operator
     names = [[dim.dim_param or dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in proto.graph.input]
-    assert names == [["batch", models.num_channels(model), "height", "width"]]
+    assert names == [["batch", model.network.channels, "height", "width"]]
     assert [info.name for info in (*proto.graph.input, *proto.graph.output)] == ["input", "output"]
     assert proto.opset_import[0].version == 17
     told = {entry.key: entry.value for entry in proto.metadata_props}
-    assert told["arch"] == model.arch and told["scale"] == str(models.scale_of(model))
+    assert told["arch"] == model.arch and told["scale"] == str(model.network.scale)
     assert told["source_sha256"] == "0123" and json.loads(told["hparams"])["num_feat" if case != "nafnet" else "width"]
 
 
@@ -385,11 +385,11 @@ def test_spandrel_recognises_the_files(name: str, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     for case in SPANDREL[name]:
         model = make_model(*case)
-        image = np.random.default_rng(1).random((1, 16, 24, models.num_channels(model)), np.float32)
+        image = np.random.default_rng(1).random((1, 16, 24, model.network.channels), np.float32)
         for suffix in (".pth", ".safetensors"):
             path = export_model(model, tmp_path / f"net{suffix}").path
             found = spandrel.ModelLoader().load_from_file(str(path))
-            assert (found.architecture.name, found.scale) == (name, models.scale_of(model))
+            assert (found.architecture.name, found.scale) == (name, model.network.scale)
             with torch.no_grad():
                 output = found.model.eval()(torch.from_numpy(image.transpose(0, 3, 1, 2))).numpy()
             np.testing.assert_allclose(output.transpose(0, 2, 3, 1), model(image)[0], atol=1e-5)

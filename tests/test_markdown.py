@@ -193,8 +193,8 @@ def test_an_evaluation(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def loaded() -> Loaded:
-    hparams = models.complete_hparams("srvggnetcompact", dict(num_feat=1, num_conv=1, upscale=1))
-    model = models.Model("srvggnetcompact", hparams, models.abstract_params("srvggnetcompact", hparams))
+    net = models.network("srvggnetcompact", dict(num_feat=1, num_conv=1, upscale=1))
+    model = models.Model(net, net.abstract_params)
     return Loaded(model, ALL.replace("\0", ""), 64 * "f", "BasicSR", ALL)
 
 

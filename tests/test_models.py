@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, load_npz
 
-from kdjax.models import abstract_params, count_macs, count_params, function_macs, init_model, make_apply
+from kdjax import macs
+from kdjax.models import count_params, network
 from kdjax.weights import load_model
 
 TINY = {
@@ -60,27 +61,27 @@ def test_output_and_features_equal_the_reference(golden: Path, name: str) -> Non
     ],
 )
 def test_parameter_counts_are_the_published_ones(arch: str, hparams: dict, expected: int) -> None:
-    assert count_params(abstract_params(arch, hparams)) == expected
+    assert count_params(network(arch, hparams).abstract_params) == expected
 
 
 @pytest.mark.parametrize(("width", "millions"), [(32, 29.16), (64, 115.98)])
 def test_nafnets_sidd_layout_has_the_published_size(width: int, millions: float) -> None:
     hparams = dict(width=width, enc_blk_nums=(2, 2, 4, 8), middle_blk_num=12, dec_blk_nums=(2, 2, 2, 2))
-    assert round(count_params(abstract_params("NAFNet", hparams)) / 1e6, 2) == millions
+    assert round(count_params(network("NAFNet", hparams).abstract_params) / 1e6, 2) == millions
 
 
 def test_macs_are_those_of_the_formula() -> None:
-    assert count_macs("dncnn", {}, (1, 256, 256, 3)) == 256 * 256 * 9 * (2 * 3 * 64 + 18 * 64 * 64)
+    assert network("dncnn").count_macs(256, 256) == 256 * 256 * 9 * (2 * 3 * 64 + 18 * 64 * 64)
     # All of RRDBNet's trunk runs at a quarter of the side at scale 1: 73.5 GMAC, not the 1,089 of the full size.
-    assert count_macs("rrdbnet", dict(scale=1), (1, 256, 256, 3)) == pytest.approx(73.5e9, rel=1e-3)
+    assert network("rrdbnet", dict(scale=1)).count_macs(256, 256) == pytest.approx(73.5e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("arch", UNSHUFFLED)
 def test_unshuffled_networks_are_about_four_times_cheaper(arch: str) -> None:
     wide = {"num_feat": 32}
-    macs = [count_macs(arch, hparams[arch] | wide, (1, 64, 64, 3)) for hparams in (TINY, UNSHUFFLED)]
+    macs = [network(arch, hparams[arch] | wide).count_macs(64, 64) for hparams in (TINY, UNSHUFFLED)]
     assert 3 < macs[0] / macs[1] < 4.5
-    model = init_model(arch, UNSHUFFLED[arch], jax.random.key(0))
+    model = network(arch, UNSHUFFLED[arch]).init(jax.random.key(0))
     x = jax.random.uniform(jax.random.key(1), (1, 7, 10, 3))
     output, features = model(x)
     assert output.shape == x.shape and next(iter(features.values())).shape == (1, 4, 5, 8)
@@ -93,21 +94,21 @@ def test_unshuffled_networks_are_about_four_times_cheaper(arch: str) -> None:
 
 
 def test_macs_of_a_depthwise_convolution() -> None:
-    macs = [count_macs("nafnet", dict(width=8, enc_blk_nums=(n,), dec_blk_nums=(0,)), (1, 16, 16, 3)) for n in (1, 2)]
+    macs = [network("nafnet", dict(width=8, enc_blk_nums=(n,), dec_blk_nums=(0,))).count_macs(16, 16) for n in (1, 2)]
     # conv1, depthwise conv2, conv3, channel attention, conv4, conv5 of one more block
     assert macs[1] - macs[0] == 256 * (8 * 16 + 9 * 16 + 8 * 8 + 8 * 16 + 8 * 8) + 8 * 8
 
 
 def test_functions_of_loops_and_conditions_count_what_is_run() -> None:
     x = jnp.ones((4, 4))
-    assert function_macs(lambda x: jax.lax.map(lambda y: y @ y, jnp.stack([x] * 5)), x) == 5 * 64
-    assert function_macs(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x), x) == 2 * 64
-    assert function_macs(lambda x: (x @ x, x + 1)[1], x) == 0
+    assert macs.count(lambda x: jax.lax.map(lambda y: y @ y, jnp.stack([x] * 5)), x) == 5 * 64
+    assert macs.count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda: x @ x @ x, lambda: x @ x), x) == 2 * 64
+    assert macs.count(lambda x: (x @ x, x + 1)[1], x) == 0
 
 
 @pytest.fixture(scope="module", params=TINY)
 def tiny(request: pytest.FixtureRequest) -> tuple:
-    return request.param, TINY[request.param], init_model(request.param, TINY[request.param], jax.random.key(0))
+    return request.param, TINY[request.param], network(request.param, TINY[request.param]).init(jax.random.key(0))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 3)])
@@ -117,7 +118,7 @@ def test_any_height_and_width_works(tiny: tuple, size: tuple[int, int]) -> None:
 
 
 def test_padding_to_a_multiple_does_not_change_the_image_it_covers() -> None:
-    model = init_model("rrdbnet", TINY["rrdbnet"], jax.random.key(0))
+    model = network("rrdbnet", TINY["rrdbnet"]).init(jax.random.key(0))
     x = jax.random.uniform(jax.random.key(1), (1, 6, 7, 3))
     padded = jnp.pad(x, ((0, 0), (0, 2), (0, 1), (0, 0)), mode="reflect")
     np.testing.assert_allclose(model(x)[0], model(padded)[0][:, :6, :7], atol=1e-6)
@@ -125,8 +126,8 @@ def test_padding_to_a_multiple_does_not_change_the_image_it_covers() -> None:
 
 def test_feature_names_are_module_paths() -> None:
     x = jnp.ones((1, 8, 8, 3))
-    names = {arch: list(jax.eval_shape(make_apply(arch, TINY[arch]), abstract_params(arch, TINY[arch]), x)[1])
-             for arch in TINY}  # fmt: skip
+    nets = {arch: network(arch, TINY[arch]) for arch in TINY}
+    names = {arch: list(jax.eval_shape(net.make_apply(), net.abstract_params, x)[1]) for arch, net in nets.items()}
     assert names == {
         "rrdbnet": ["body.0", "body.1", "conv_body", "conv_first"],
         "srvggnetcompact": [f"body.{i}" for i in range(7)],
@@ -143,7 +144,7 @@ def test_remat_changes_neither_output_nor_gradient_but_what_is_stored(tiny: tupl
     x = jax.random.uniform(jax.random.key(1), (1, 8, 8, 3))
 
     def loss(remat: bool):
-        apply = make_apply(arch, hparams, remat=remat)
+        apply = network(arch, hparams).make_apply(remat=remat)
         return lambda params: jnp.sum(jnp.square(apply(params, x)[0]))
 
     (value, grads), (value_remat, grads_remat) = (
@@ -158,14 +159,14 @@ def test_remat_changes_neither_output_nor_gradient_but_what_is_stored(tiny: tupl
 def test_bfloat16_inside_stays_near_and_comes_out_as_float32(tiny: tuple) -> None:
     arch, hparams, model = tiny
     x = jax.random.uniform(jax.random.key(1), (1, 8, 8, 3))
-    output, features = make_apply(arch, hparams, dtype=jnp.bfloat16)(model.params, x)
+    output, features = network(arch, hparams).make_apply(dtype=jnp.bfloat16)(model.params, x)
     assert output.dtype == jnp.float32
     assert all(feature.dtype == jnp.bfloat16 for feature in features.values())
     np.testing.assert_allclose(output, model(x)[0], atol=0.03)
 
 
 def test_initialisation_is_torchs() -> None:
-    params = init_model("rrdbnet", dict(scale=1, num_block=1), jax.random.key(0)).params
+    params = network("rrdbnet", dict(scale=1, num_block=1)).init(jax.random.key(0)).params
     dense = params["body"]["0"]["rdb1"]["conv4"]  # normal, std 0.1 * sqrt(2 / fan_in), bias 0
     fan_in = 9 * dense["kernel"].shape[2]
     assert np.std(dense["kernel"]) == pytest.approx(0.1 * np.sqrt(2 / fan_in), rel=0.02)
@@ -198,7 +199,7 @@ def test_initialisation_is_torchs() -> None:
 )
 def test_bad_requests_are_refused(arch: str, hparams: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        abstract_params(arch, hparams)
+        _ = network(arch, hparams).abstract_params
 
 
 @pytest.mark.torch

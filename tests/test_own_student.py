@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax.models import abstract_params, canonical_arch, complete_hparams, count_macs, init_model, make_apply
+from kdjax.models import network
 from kdjax.weights import WeightsError, load_model, save_model
 
 PAGE = Path(__file__).parent.parent / "docs" / "your_own_student.md"
@@ -47,8 +47,8 @@ def test_the_page_runs_as_written(folder: Path) -> None:
 @pytest.mark.parametrize("arch", ["my_net:MyNet", "my_linen_net:MyLinenNet"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_export_and_import_is_the_identity(importable: Path, tmp_path: Path, arch: str, suffix: str) -> None:
-    model = init_model(arch, dict(num_feat=5), jax.random.key(0))
-    assert complete_hparams(canonical_arch(arch), {})["num_feat"] == 8
+    model = network(arch, dict(num_feat=5)).init(jax.random.key(0))
+    assert network(arch).hparams["num_feat"] == 8
     path = tmp_path / f"model{suffix}"
     save_model(model, path)
     with pytest.raises(WeightsError, match=f"network of your own, '{arch}'; say so"):
@@ -59,10 +59,10 @@ def test_export_and_import_is_the_identity(importable: Path, tmp_path: Path, arc
     np.testing.assert_array_equal(loaded(x)[0], model(x)[0])
     assert loaded(x)[1]["first"].shape == (1, 6, 9, 5)
     jax.tree.map(
-        lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), abstract_params(arch, model.hparams), model.params
+        lambda a, b: np.testing.assert_array_equal(a.shape, b.shape), model.network.abstract_params, model.params
     )
-    assert count_macs(arch, model.hparams, (1, 8, 8, 3)) >= 64 * 9 * (3 * 5 + 5 * 3)
-    gradient = jax.grad(lambda p: make_apply(arch, model.hparams)(p, x)[0].sum())(model.params)
+    assert model.network.count_macs(8, 8) >= 64 * 9 * (3 * 5 + 5 * 3)
+    gradient = jax.grad(lambda p: model.network.make_apply()(p, x)[0].sum())(model.params)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
@@ -110,5 +110,5 @@ def test_what_cannot_be_a_student_is_refused(
     monkeypatch.syspath_prepend(str(tmp_path))
     sys.modules.pop("bad_nets", None)
     with pytest.raises(ValueError, match=message):
-        apply = make_apply(canonical_arch(arch), hparams)
-        jax.eval_shape(apply, abstract_params(arch, hparams), jax.ShapeDtypeStruct((1, 8, 8, 3), "float32"))
+        apply = network(arch, hparams).make_apply()
+        jax.eval_shape(apply, network(arch, hparams).abstract_params, jax.ShapeDtypeStruct((1, 8, 8, 3), "float32"))

@@ -8,7 +8,7 @@ import pytest
 from conftest import load_npz
 
 from kdjax.distill import make_setting
-from kdjax.models import init_model, make_apply
+from kdjax.models import network
 from kdjax.perceptual import layer_names, perceptual, style, vgg_features
 from kdjax.terms import Context, Forward, make_terms
 from kdjax.weights import WeightsError, load_vgg
@@ -135,8 +135,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_as_terms(tmp_path: Path, kind: str) -> None:
     """They compare with the clean image, or the teacher's; unlabelled samples cost nothing; the wrong costs more."""
     write_vgg(tmp_path / "vgg.pth", "vgg19", "conv1_2")
-    student = init_model("dncnn", dict(num_feat=4, depth=2), jax.random.key(0))
-    apply = make_apply(student.arch, student.hparams)
+    student = network("dncnn", dict(num_feat=4, depth=2)).init(jax.random.key(0))
+    apply = student.network.make_apply()
     setting = make_setting(apply, student.params, None, None, (2, 16, 16, 3), jax.random.key(1))
     spec = dict(vgg=str(tmp_path / "vgg.pth"), layer_weights={"conv1_2": 1.0}, weight=1.0)
     gt = jax.random.uniform(jax.random.key(2), (2, 16, 16, 3))

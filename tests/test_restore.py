@@ -28,8 +28,8 @@ def network(arch: str, **hparams: int) -> models.Model:
     """A network with random weights from NumPy: to initialise one compiles its layers one by one."""
     random = np.random.default_rng(0)
     fill = lambda leaf: random.uniform(-0.3, 0.3, leaf.shape).astype(np.float32)  # noqa: E731
-    hparams = models.complete_hparams(arch, hparams)
-    return models.Model(arch, hparams, jax.tree.map(fill, models.abstract_params(arch, hparams)))
+    net = models.network(arch, hparams)
+    return models.Model(net, jax.tree.map(fill, net.abstract_params))
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from kdjax.models import Model, init_model
-from kdjax.models.slicing import SLICERS, slice_model
+from kdjax.models import MODELS, Model, network
+from kdjax.models.slicing import slice_model
 
 FULL = {
     "rrdbnet": dict(scale=1, num_feat=8, num_block=2, num_grow_ch=6),
@@ -26,16 +26,16 @@ NARROW = {
 def edited(model: Model, change: Callable[[str, np.ndarray], np.ndarray]) -> Model:
     flat = traverse_util.flatten_dict(model.params, sep=".")
     params = {path: change(path, np.array(leaf)) for path, leaf in flat.items()}
-    return Model(model.arch, model.hparams, traverse_util.unflatten_dict(params, sep="."))
+    return Model(model.network, traverse_util.unflatten_dict(params, sep="."))
 
 
 @pytest.fixture(scope="module", params=FULL)
 def teacher(request: pytest.FixtureRequest) -> Model:
-    return init_model(request.param, FULL[request.param], jax.random.key(0))
+    return network(request.param, FULL[request.param]).init(jax.random.key(0))
 
 
 def test_every_slicer_is_tried() -> None:
-    assert set(FULL) == set(SLICERS)
+    assert set(FULL) == {name for name, known in MODELS.items() if known.slice}
 
 
 def test_a_slice_of_full_size_is_the_teacher(teacher: Model) -> None:
@@ -64,7 +64,7 @@ def test_channels_that_do_nothing_are_cut_first(teacher: Model) -> None:
 
 
 def test_blocks_whose_branches_do_nothing_are_cut() -> None:
-    teacher = init_model("rrdbnet", FULL["rrdbnet"], jax.random.key(0))
+    teacher = network("rrdbnet", FULL["rrdbnet"]).init(jax.random.key(0))
     identity = edited(teacher, lambda path, leaf: leaf * 0 if path.startswith("body.1.") else leaf)
     sliced = slice_model(identity, teacher.hparams | {"num_block": 1})
     x = jax.random.uniform(jax.random.key(1), (1, 12, 16, 3))
@@ -72,7 +72,7 @@ def test_blocks_whose_branches_do_nothing_are_cut() -> None:
 
 
 def test_a_shorter_stack_ends_with_the_teachers_last_layer() -> None:
-    teacher = init_model("dncnn", FULL["dncnn"], jax.random.key(0))
+    teacher = network("dncnn", FULL["dncnn"]).init(jax.random.key(0))
     sliced = slice_model(teacher, dict(num_feat=8, depth=3))
     np.testing.assert_array_equal(sliced.params["model"]["4"]["kernel"], teacher.params["model"]["8"]["kernel"])
     assert jnp.isfinite(sliced(jnp.ones((1, 8, 8, 3)))[0]).all()
@@ -87,6 +87,6 @@ def test_a_shorter_stack_ends_with_the_teachers_last_layer() -> None:
     ],
 )
 def test_what_is_no_slice_is_refused(hparams: dict, message: str) -> None:
-    teacher = init_model("dncnn", FULL["dncnn"], jax.random.key(0))
+    teacher = network("dncnn", FULL["dncnn"]).init(jax.random.key(0))
     with pytest.raises(ValueError, match=message):
         slice_model(teacher, dict(num_feat=8, depth=5) | hparams)

@@ -12,7 +12,7 @@ from kdjax.config import ConfigError
 from kdjax.teachers import load_teacher, self_ensemble
 from kdjax.weights import save_model
 
-STUDENT = models.init_model("dncnn", dict(num_feat=4, depth=2), jax.random.key(0))
+STUDENT = models.network("dncnn", dict(num_feat=4, depth=2)).init(jax.random.key(0))
 IMAGE = jax.random.uniform(jax.random.key(1), (2, 8, 12, 3))
 
 
@@ -22,7 +22,7 @@ def files(tmp_path: Path) -> list[str]:
     specs = [("dncnn", dict(num_feat=4, depth=3)), ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=1))]
     paths = []
     for i, (arch, hparams) in enumerate(specs):
-        save_model(models.init_model(arch, hparams, jax.random.key(i)), tmp_path / f"{arch}.pth")
+        save_model(models.network(arch, hparams).init(jax.random.key(i)), tmp_path / f"{arch}.pth")
         paths.append(str(tmp_path / f"{arch}.pth"))
     return paths
 
@@ -56,8 +56,8 @@ def test_self_ensemble_is_the_mean_of_eight_views(files: list[str], square: bool
 
 
 def test_self_ensemble_does_not_care_how_its_input_is_turned() -> None:
-    model = models.init_model("dncnn", dict(num_feat=4, depth=3), jax.random.key(3))
-    apply = jax.jit(self_ensemble(models.make_apply(model.arch, model.hparams)))
+    model = models.network("dncnn", dict(num_feat=4, depth=3)).init(jax.random.key(3))
+    apply = jax.jit(self_ensemble(model.network.make_apply()))
     turned = apply(model.params, IMAGE.swapaxes(1, 2)[:, ::-1])[0]
     np.testing.assert_allclose(turned[:, ::-1].swapaxes(1, 2), apply(model.params, IMAGE)[0], atol=1e-6)
 
@@ -77,7 +77,7 @@ def test_bad_teachers_are_refused(files: list[str], options: dict, message: str)
 
 
 def test_a_teacher_of_grey_images_cannot_teach_colour(tmp_path: Path) -> None:
-    grey = models.init_model("dncnn", dict(num_in_ch=1, num_feat=4, depth=3), jax.random.key(0))
+    grey = models.network("dncnn", dict(num_in_ch=1, num_feat=4, depth=3)).init(jax.random.key(0))
     save_model(grey, tmp_path / "grey.pth")
     with pytest.raises(ConfigError, match="has 1 colour channels, the student 3"):
         load_teacher(config.Teacher(weights=str(tmp_path / "grey.pth")), STUDENT)

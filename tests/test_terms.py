@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kdjax import distill, models
-from kdjax.models import make_apply
+from kdjax.models import network
 from kdjax.terms import TERMS, Context, Forward, Loss, Setting, make_terms, needs_teacher
 from kdjax.terms.features import adapt
 
@@ -42,15 +42,15 @@ SPECS: dict[str, dict] = {
 class Networks:
     """A student and a teacher with random weights, and a batch for them."""
 
-    student = models.init_model("dncnn", dict(num_feat=6, depth=3), jax.random.key(0))
-    teacher = models.init_model("rrdbnet", dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4), jax.random.key(1))
-    teacher_apply = staticmethod(models.make_apply(teacher.arch, teacher.hparams))
+    student = models.network("dncnn", dict(num_feat=6, depth=3)).init(jax.random.key(0))
+    teacher = models.network("rrdbnet", dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4)).init(jax.random.key(1))
+    teacher_apply = staticmethod(teacher.network.make_apply())
     gt = jax.random.uniform(jax.random.key(2), (4, 16, 16, 3))
     lq = gt + 0.1 * jax.random.normal(jax.random.key(3), gt.shape)
 
     @classmethod
     def student_apply(cls, params: dict, x: jax.Array) -> tuple[jax.Array, dict]:
-        output, features = models.make_apply(cls.student.arch, cls.student.hparams)(params, x)
+        output, features = cls.student.network.make_apply()(params, x)
         return output, features | {"wide": jnp.concatenate([features["model.1"]] * 2, -1)[..., :8]}
 
     @classmethod
@@ -345,11 +345,11 @@ def test_the_documentation_can_be_built() -> None:
     page = (Path(__file__).parent.parent / "docs" / "distillation.md").read_text()
     blocks = re.findall(r"```python\n(terms = .*?)```", page, re.S)
     assert len(blocks) >= 6
-    student = make_apply("srvggnetcompact", dict(num_feat=8, num_conv=8, upscale=1))
-    teacher = make_apply("rrdbnet", dict(scale=1, num_feat=8, num_block=2, num_grow_ch=4))
+    student = network("srvggnetcompact", dict(num_feat=8, num_conv=8, upscale=1)).make_apply()
+    teacher = network("rrdbnet", dict(scale=1, num_feat=8, num_block=2, num_grow_ch=4)).make_apply()
     params = [
-        models.abstract_params("srvggnetcompact", dict(num_feat=8, num_conv=8, upscale=1)),
-        models.abstract_params("rrdbnet", dict(scale=1, num_feat=8, num_block=2, num_grow_ch=4)),
+        models.network("srvggnetcompact", dict(num_feat=8, num_conv=8, upscale=1)).abstract_params,
+        models.network("rrdbnet", dict(scale=1, num_feat=8, num_block=2, num_grow_ch=4)).abstract_params,
     ]
     setting = distill.make_setting(student, params[0], teacher, params[1], (2, 16, 16, 3), jax.random.key(0))
     kinds = set()

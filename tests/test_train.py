@@ -318,7 +318,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(changes: dict, m
 
 
 def test_a_teacher_that_does_not_denoise_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    untrained = train.models.init_model("dncnn", dict(num_feat=4, depth=2), train.jax.random.key(0))
+    untrained = train.models.network("dncnn", dict(num_feat=4, depth=2)).init(train.jax.random.key(0))
     save_model(untrained, tmp_path / "untrained.pth")
     _, monitor = prepared(teacher={"weights": str(tmp_path / "untrained.pth")})
     monitor.report()

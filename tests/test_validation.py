@@ -10,8 +10,8 @@ from kdjax.validation import Sample, Score
 
 @pytest.fixture(scope="module")
 def network() -> tuple:
-    model = models.init_model("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2), jax.random.key(0))
-    return models.make_apply(model.arch, model.hparams), model.params
+    model = models.network("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2)).init(jax.random.key(0))
+    return model.network.make_apply(), model.params
 
 
 def test_every_image_comes_back_once_with_its_own_result(network: tuple) -> None:

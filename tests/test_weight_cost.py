@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from weight_files import FORMATS, Opcodes, Strided, Writer, random_model, state_dict, write, zip_file, zip_records
 
-from kdjax.models import Model
+from kdjax.models import Model, network
 from kdjax.weights import WeightsError, load_lpips, load_vgg, load_weights, save_model
 from kdjax.weights.convert import torch_shapes
 
@@ -135,7 +135,7 @@ GENERATORS: dict[str, Callable[[], bytes]] = {
     # One tensor without extent, or under many names.
     "expanded, many keys": lambda: one_tensor(rrdb_keys(range(1_000)), expanded(64, 64, 3, 3)),
     "expanded, a whole network": lambda: zip_file(
-        {key: expanded(*shape) for key, shape in torch_shapes("dncnn", WIDE).items()}),
+        {key: expanded(*shape) for key, shape in torch_shapes(network("dncnn", WIDE)).items()}),
     "expanded, one key": lambda: zip_file({"model.0.weight": expanded(1 << 14, 1 << 14, 3, 3)}),
     "expanded buffers": lambda: zip_file(EDSR_BUFFERS),
     "expanded statistics": lambda: zip_file(NET | {"model.1.running_mean": expanded(1 << 30)}),

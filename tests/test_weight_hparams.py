@@ -13,10 +13,9 @@ import pytest
 from conftest import GOLDEN
 from weight_files import random_model, state_dict, write, zip_file
 
-from kdjax.models import complete_hparams, make_apply, scale_of
+from kdjax.models import MODELS, network
 from kdjax.weights import WeightsError, load_model, load_weights, parse_hparams, save_model
 from kdjax.weights.convert import torch_shapes
-from kdjax.weights.hparams import NUM_TENSORS
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(num_feat=4, num_block=1)
@@ -80,8 +79,8 @@ def test_older_files_of_kdjax_state_fewer_hyper_parameters(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("num_feat", "num_block", "res_scale"), [(64, 16, 1.0), (256, 32, 0.1)])
 def test_published_sizes_of_edsr(num_feat: int, num_block: int, res_scale: float, tmp_path: Path, caplog: Any) -> None:
-    hparams = complete_hparams("edsr", dict(num_feat=num_feat, num_block=num_block, upscale=3))
-    zeros = {key: np.zeros(shape, np.float16) for key, shape in torch_shapes("edsr", hparams).items()}
+    net = network("edsr", dict(num_feat=num_feat, num_block=num_block, upscale=3))
+    zeros = {key: np.zeros(shape, np.float16) for key, shape in torch_shapes(net).items()}
     loaded = load_weights(write(tmp_path, zip_file({"params": zeros})))
     assert loaded.model.hparams["res_scale"] == res_scale
     assert f"as in the published EDSR of {num_feat} features and {num_block} blocks" in loaded.notes[0]
@@ -110,7 +109,7 @@ def test_published_sizes_of_edsr(num_feat: int, num_block: int, res_scale: float
 )
 def test_what_is_taken_is_noted(arch: str, hparams: dict, note: str | None, tmp_path: Path) -> None:
     loaded = load_weights(bare(tmp_path, arch, hparams))
-    assert loaded.model.hparams == complete_hparams(arch, hparams)
+    assert loaded.model.hparams == network(arch, hparams).hparams
     if note is None:
         assert loaded.notes == ()
     else:
@@ -124,8 +123,8 @@ def test_what_is_taken_is_noted(arch: str, hparams: dict, note: str | None, tmp_
 def test_rrdbnet_enlarges_by_3() -> None:
     model = random_model("rrdbnet", dict(num_grow_ch=2, num_upsample=1, scale=3, **SMALL))
     x = np.random.default_rng(0).uniform(size=(1, 5, 7, 3)).astype(np.float32)
-    output, features = make_apply(model.arch, model.hparams)(model.params, x)
-    assert output.shape == (1, 15, 21, 3) and features["body.0"].shape == (1, 5, 7, 4) and scale_of(model) == 3
+    output, features = model.network.make_apply()(model.params, x)
+    assert output.shape == (1, 15, 21, 3) and features["body.0"].shape == (1, 5, 7, 4) and model.network.scale == 3
     with pytest.raises(ValueError, match="scale 3 with num_upsample=1"):
         random_model("rrdbnet", dict(scale=3))
 
@@ -154,12 +153,12 @@ def test_pairs_that_are_none() -> None:
 
 
 def test_values_fit_the_types_of_the_architecture(tmp_path: Path) -> None:
-    assert complete_hparams("edsr", parse_hparams(["res_scale=1"]))["res_scale"] == 1.0
+    assert network("edsr", parse_hparams(["res_scale=1"])).hparams["res_scale"] == 1.0
     levels = parse_hparams(["enc_blk_nums=2", "dec_blk_nums=[3]"])
-    assert complete_hparams("nafnet", levels)["enc_blk_nums"] == (2,)
+    assert network("nafnet", levels).hparams["enc_blk_nums"] == (2,)
     for name, value in (("res_scale", "x"), ("res_scale", True), ("res_scale", float("inf")), ("num_feat", 0.5)):
         with pytest.raises(ValueError, match=name):
-            complete_hparams("edsr", {name: value})
+            network("edsr", {name: value})
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------
@@ -180,5 +179,5 @@ def test_values_fit_the_types_of_the_architecture(tmp_path: Path) -> None:
     ],
 )
 def test_numbers_of_tensors(arch: str, hparams: dict) -> None:
-    hparams = complete_hparams(arch, hparams)
-    assert NUM_TENSORS[arch](hparams, hparams.get("act_type") == "prelu") == len(torch_shapes(arch, hparams))
+    net = network(arch, hparams)
+    assert MODELS[arch].files.num_tensors(net.hparams) == len(torch_shapes(net))

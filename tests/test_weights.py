@@ -42,7 +42,7 @@ from weight_files import (
     zip_records,
 )
 
-from kdjax.models import Model, complete_hparams, count_params, make_apply
+from kdjax.models import Model, count_params, network
 from kdjax.weights import WeightsError, load_model, load_weights, save_model
 from kdjax.weights.convert import to_state_dict, torch_shapes
 from kdjax.weights.pickle_reader import ALLOWED
@@ -83,7 +83,7 @@ def test_golden_file_gives_the_reference_output(path: Path) -> None:
     model, vectors = loaded.model, np.load(path.with_suffix(".npz"))
     assert model.arch == path.stem.split("_")[0]
     assert len(loaded.sha256) == 64 and loaded.path == str(path)
-    output, features = jax.jit(make_apply(model.arch, model.hparams))(model.params, vectors["x"])
+    output, features = jax.jit(model.network.make_apply())(model.params, vectors["x"])
     np.testing.assert_allclose(output, vectors["y"], atol=1e-5)
     for name in vectors.files:
         if name.startswith("feat:"):
@@ -890,7 +890,7 @@ def test_a_failed_save_leaves_the_old_file(
 def test_models_that_are_not_saved(dncnn: Model, tmp_path: Path) -> None:
     def changed(value: Any) -> Model:
         flat = traverse_util.flatten_dict(dncnn.params, sep=".")
-        return Model(dncnn.arch, dncnn.hparams, traverse_util.unflatten_dict(flat | {"model.0.bias": value}, sep="."))
+        return Model(dncnn.network, traverse_util.unflatten_dict(flat | {"model.0.bias": value}, sep="."))
 
     with pytest.raises(ValueError, match=r"\.onnx; use \.pth or \.safetensors"):
         save_model(dncnn, tmp_path / "x.onnx")
@@ -906,7 +906,7 @@ def test_models_that_are_not_saved(dncnn: Model, tmp_path: Path) -> None:
 def test_saving_needs_no_particular_order_or_kind_of_arrays(rrdbnet: Model, tmp_path: Path) -> None:
     flat = traverse_util.flatten_dict(rrdbnet.params, sep=".")
     backwards = dict(sorted(((key, np.asarray(value)) for key, value in flat.items()), reverse=True))
-    other = Model(rrdbnet.arch, rrdbnet.hparams, traverse_util.unflatten_dict(backwards, sep="."))
+    other = Model(rrdbnet.network, traverse_util.unflatten_dict(backwards, sep="."))
     for suffix in (".pth", ".safetensors"):
         save_model(rrdbnet, tmp_path / f"a{suffix}")
         save_model(other, tmp_path / f"b{suffix}")
@@ -1077,7 +1077,7 @@ def test_published_keys_tell_the_architecture(arch: str, hparams: dict, tmp_path
 def test_names_and_shapes_of_nafnet_are_the_published_ones() -> None:
     """Some of the keys of NAFNet-SIDD-width32.pth and their shapes."""
     hparams = dict(width=32, enc_blk_nums=(2, 2, 4, 8), middle_blk_num=12, dec_blk_nums=(2, 2, 2, 2))
-    shapes = torch_shapes("nafnet", complete_hparams("nafnet", hparams))
+    shapes = torch_shapes(network("nafnet", hparams))
     assert list(shapes)[:2] == ["intro.weight", "intro.bias"]
     expected = {
         "intro.weight": (32, 3, 3, 3),

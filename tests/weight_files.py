@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from flax import traverse_util
 
-from kdjax.models import Model, abstract_params, complete_hparams
+from kdjax.models import Model, network
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -156,12 +156,8 @@ def state_dict(model: Model) -> dict[str, np.ndarray]:
 def random_model(arch: str, hparams: dict[str, Any]) -> Model:
     """Without jax, whose compilation would take most of the time of these tests."""
     rng = np.random.default_rng(0)
-    hparams = complete_hparams(arch, hparams)
-    return Model(
-        arch,
-        hparams,
-        jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), abstract_params(arch, hparams)),
-    )
+    net = network(arch, hparams)
+    return Model(net, jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), net.abstract_params))
 
 
 def write(folder: Path, content: bytes, name: str = "file.pth") -> Path:

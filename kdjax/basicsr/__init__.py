@@ -19,8 +19,7 @@ from kdjax import config as config_lib
 from kdjax.basicsr.keys import KEYS, STRICT, ignored, number
 from kdjax.config import ConfigError
 from kdjax.degradations import preset
-from kdjax.models import architecture, complete_hparams
-from kdjax.models.custom import signature
+from kdjax.models import architecture, network
 from kdjax.names import brief, nearest
 from kdjax.schedules import make_schedule
 
@@ -259,14 +258,14 @@ def _finish_networks(config: Tree, values: Tree, faults: Faults) -> None:
             faults["network_g.scale"] = f"{said}, but scale is {scale}; write what the class calls it, scale or upscale"
         student["hparams"] = hparams
     else:
-        known = signature(architecture(student["arch"]))
+        known = architecture(student["arch"]).defaults
         name = next((name for name in ("scale", "upscale") if name in known), None)
         if name and hparams.setdefault(name, scale) != scale:
             faults[f"network_g.{name}"] = f"{brief(hparams[name])}, but scale is {scale}; they must be equal"
         if not name and scale != 1:
             faults["scale"] = f"{scale}: {student['arch']} does not enlarge; write `scale: 1`, or another network_g"
         try:
-            student["hparams"] = complete_hparams(student["arch"], hparams)
+            student["hparams"] = network(student["arch"], hparams).hparams
         except ValueError as error:
             faults.setdefault("network_g", str(error))
     if "hparams" in teacher or "network_teacher.type" in values:
@@ -294,7 +293,7 @@ def _hparams(arch: str, group: str, given: Mapping[str, Any], faults: Faults) ->
         try:
             if not name.isidentifier() or name in ("arch", "key", "rngs"):
                 raise ValueError("no network has an argument of this name")
-            kept[name] = complete_hparams(arch, {name: value})[name] if arch else value
+            kept[name] = network(arch, {name: value}).hparams[name] if arch else value
         except ValueError as error:
             faults[f"{group}.{name}"] = str(error)
         if len(faults) >= _MOST_FAULTS:

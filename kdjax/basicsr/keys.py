@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from kdjax.config import check_name
 from kdjax.degradations import preset
-from kdjax.models import MODELS, canonical_arch
+from kdjax.models import MODELS, architecture
 from kdjax.models.custom import is_custom
 from kdjax.names import nearest, pick
 
@@ -108,9 +108,9 @@ def network(value: Any) -> str:
     if is_custom(name):
         return ""
     try:
-        return canonical_arch(name)
+        return architecture(name).name
     except ValueError:
-        names = [cls.__name__ for cls in MODELS.values()]
+        names = [known.module.__name__ for known in MODELS.values()]
         raise ValueError(
             f"there is no such architecture{nearest(name, names)}. Write the type and the keys of one of"
             f" {', '.join(names)} (EDSR takes num_in_ch, num_out_ch, num_feat and num_block). Or, for your own network"

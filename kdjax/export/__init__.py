@@ -139,7 +139,7 @@ def verify_onnx(model: models.Model, path: Path) -> dict[str, Any]:
 
 
 def _write_stablehlo(model: models.Model, path: Path, about: dict[str, str]) -> dict[str, str]:
-    apply = models.make_apply(model.arch, model.hparams)
+    apply = model.network.make_apply()
 
     def restore(x: jax.Array) -> jax.Array:
         return apply(model.params, x)[0]
@@ -173,9 +173,9 @@ def _any_image(model: models.Model) -> jax.ShapeDtypeStruct:
     Raises:
       ExportError: the network cannot be traced with it.
     """
-    image = jax.ShapeDtypeStruct((*export.symbolic_shape("b, h, w"), models.num_channels(model)), jnp.float32)
+    image = jax.ShapeDtypeStruct((*export.symbolic_shape("b, h, w"), model.network.channels), jnp.float32)
     try:
-        jax.eval_shape(models.make_apply(model.arch, model.hparams), model.params, image)
+        jax.eval_shape(model.network.make_apply(), model.params, image)
     except Exception as error:  # whatever a network of the user's does with a size that is no number
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ExportError(f"the network cannot be traced for all sizes of image at once: {reason}") from error
@@ -188,7 +188,7 @@ def _compare(model: models.Model, run: Callable[[np.ndarray], Any]) -> dict[str,
     differences, bound = [], BOUND
     with jax.default_device(jax.devices("cpu")[0]):
         for batch, height, width in CHECKED_SIZES:
-            image = rng.random((batch, height, width, models.num_channels(model)), np.float32)
+            image = rng.random((batch, height, width, model.network.channels), np.float32)
             wanted, found = np.asarray(model(image)[0]), np.asarray(run(image))
             if found.shape != wanted.shape:
                 raise ExportError(f"of an image {image.shape} it makes {found.shape}, the model {wanted.shape}")

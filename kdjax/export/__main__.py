@@ -93,8 +93,8 @@ def report(loaded: Loaded, artefacts: list[Artefact], failed: dict[str, str]) ->
             "arch": model.arch,
             "hparams": model.hparams,
             "parameters": models.count_params(model.params),
-            "scale": models.scale_of(model),
-            "channels": models.num_channels(model),
+            "scale": model.network.scale,
+            "channels": model.network.channels,
         },
         "kdjax": kdjax.__version__,
         "files": [

@@ -96,8 +96,8 @@ def model_card(name: str, loaded: Loaded, artefacts: Sequence[Artefact], run: Ru
       license: its identifier, such as "apache-2.0", or "unknown".
     """
     model = loaded.model
-    channels, scale = models.num_channels(model), models.scale_of(model)
-    macs = models.count_macs(model.arch, model.hparams, (1, 256, 256, channels))
+    channels, scale = model.network.channels, model.network.scale
+    macs = model.network.count_macs(256, 256)
     colours = {1: "grey", 3: "RGB"}.get(channels, f"{channels} channels")
     entry = "weights at its top level" if loaded.key == "bare" else f"weights under {code(loaded.key)}"
     size = "of the same size" if scale == 1 else f"{scale} times as high and wide"

@@ -29,8 +29,8 @@ def onnx_model(model: models.Model, image: jax.ShapeDtypeStruct, about: dict[str
     Raises:
       UnsupportedOperation: the network does something that has no rule here.
     """
-    channels, scale = models.num_channels(model), models.scale_of(model)
-    apply = models.make_apply(model.arch, model.hparams)
+    channels, scale = model.network.channels, model.network.scale
+    apply = model.network.make_apply()
     params = jax.tree.map(np.asarray, model.params)
     closed = jax.make_jaxpr(lambda params, x: apply(params, x)[0])(params, image)
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True], instantiate=True)  # features that the image does not need

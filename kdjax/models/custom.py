@@ -8,25 +8,13 @@ trained parameters only. Attributes `multiple` and `pad_mode` say how it pads im
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from flax import linen, nnx, traverse_util
+from flax import linen, nnx
 
-Params = dict[str, Any]
-
-
-class Padding(NamedTuple):
-    """How a network fills images at the bottom and right: to a `multiple`, with `np.pad`'s `mode`."""
-
-    multiple: int
-    mode: str
+from kdjax.models.model import Architecture
 
 
 def is_custom(arch: str) -> bool:
@@ -35,8 +23,8 @@ def is_custom(arch: str) -> bool:
 
 
 @functools.cache
-def find_class(arch: str) -> type:
-    """The class that "module.path:Class" names.
+def architecture(arch: str) -> Architecture:
+    """The architecture whose module "module.path:Class" names.
 
     Raises:
       ValueError: it cannot be imported, or is no Flax module class.
@@ -57,93 +45,4 @@ def find_class(arch: str) -> type:
             f"architecture {arch!r}: {class_name!r} is no Flax module class of {module_name} (there are:"
             f" {', '.join(classes) or 'none'})"
         )
-    return found
-
-
-def signature(cls: type) -> dict[str, Any]:
-    """The hyper-parameters of a class and their defaults; `inspect.Parameter.empty` for those without."""
-    if issubclass(cls, linen.Module):
-        return {
-            field.name: field.default if field.default is not dataclasses.MISSING else inspect.Parameter.empty
-            for field in dataclasses.fields(cls)
-            if field.init and field.name not in ("parent", "name")
-        }
-    return {
-        name: parameter.default
-        for name, parameter in inspect.signature(cls.__init__).parameters.items()
-        if name not in ("self", "rngs", "remat") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    }
-
-
-def build(cls: type, hparams: Mapping[str, Any], *, remat: bool, rngs: nnx.Rngs) -> nnx.Module:
-    """An NNX module of the class."""
-    takes_remat = "remat" in inspect.signature(cls.__init__).parameters
-    return cls(**hparams, **({"remat": remat} if takes_remat else {}), rngs=rngs)
-
-
-def linen_params(cls: type, hparams: Mapping[str, Any], key: jax.Array, channels: int) -> Params:
-    """The initial parameters of a Linen module, as a plain dict.
-
-    Raises:
-      ValueError: it has variables besides its parameters, such as those of batch normalisation.
-    """
-    variables = cls(**hparams).init(key, jnp.zeros((1, 64, 64, channels)))
-    others = sorted(set(variables) - {"params"})
-    if others:
-        raise ValueError(
-            f"{cls.__name__} has {', '.join(others)} besides its parameters; only trained parameters are supported"
-        )
-    flat = traverse_util.flatten_dict(variables["params"])
-    return traverse_util.unflatten_dict({tuple(map(str, path)): leaf for path, leaf in flat.items()})
-
-
-def linen_apply(cls: type, hparams: Mapping[str, Any], params: Params, x: jax.Array) -> Any:
-    """What a Linen module returns."""
-    return cls(**hparams).apply({"params": params}, x)
-
-
-def check_state(arch: str, state: nnx.State) -> None:
-    """Refuses an NNX module with variables that are no parameters.
-
-    Raises:
-      ValueError: such as those of batch normalisation or dropout.
-    """
-    others = sorted({type(leaf).__name__ for _, leaf in nnx.to_flat_state(state) if not isinstance(leaf, nnx.Param)})
-    if others:
-        raise ValueError(
-            f"{arch} has variables of type {', '.join(others)}; only trained parameters (nnx.Param) are supported"
-        )
-
-
-def padding(arch: str, module: nnx.Module | linen.Module) -> Padding:
-    """What the attributes `multiple` and `pad_mode` of a network say; 1 and "reflect" where it has none.
-
-    Raises:
-      ValueError: they say something else.
-    """
-    found = Padding(getattr(module, "multiple", 1), getattr(module, "pad_mode", "reflect"))
-    if type(found.multiple) is not int or found.multiple < 1:
-        raise ValueError(f"{arch}: its attribute multiple={found.multiple!r} must be a positive whole number")
-    if found.mode not in ("reflect", "constant"):
-        raise ValueError(f'{arch}: its attribute pad_mode={found.mode!r} must be "reflect" or "constant" (zeros)')
-    return found
-
-
-def check_result(arch: str, result: Any, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """What the network returned, if it is what a network has to return.
-
-    Raises:
-      ValueError: it is not (output, features), or the output does not fit the input.
-    """
-    is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
-    if not is_pair or not hasattr(result[0], "shape"):
-        raise ValueError(
-            f"{arch} returned {type(result).__name__}, wanted (output, features): an image and a dict of named arrays"
-        )
-    output, features = result
-    fits = output.ndim == 4 and output.shape[0] == x.shape[0]
-    if not fits or any(ours % theirs for ours, theirs in zip(output.shape[1:3], x.shape[1:3], strict=True)):
-        raise ValueError(
-            f"{arch} made {output.shape} of an image of shape {x.shape}; wanted (b, h x scale, w x scale, channels)"
-        )
-    return output, features
+    return Architecture(found, name=arch, is_checked=False)

@@ -10,11 +10,34 @@ Features: `model.N` for every convolution and ReLU of the list; all but the last
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import jax
+import numpy as np
 from flax import nnx
 
 from kdjax import ops
+from kdjax.models import channels
 from kdjax.models.layers import Activation, call, conv3x3
+from kdjax.models.model import Architecture, Slice
+from kdjax.models.reading import (
+    Files,
+    Hparams,
+    Known,
+    Layout,
+    Settled,
+    Shapes,
+    State,
+    StoredTensor,
+    WeightsError,
+    count,
+    listed,
+    rename_by,
+    settle_unshuffle,
+    size,
+    unshuffled,
+)
 
 
 class DnCNN(nnx.Module):
@@ -53,3 +76,127 @@ class DnCNN(nnx.Module):
         for i, layer in enumerate(self.model):
             x = features[f"model.{i}"] = call(layer, x, remat=self.remat)
         return image - ops.pixel_shuffle(x, self.unshuffle)[:, :height, :width], features
+
+
+# ---- its files -------------------------------------------------------------------------------------------------
+
+
+# BatchNorm's epsilon leaves no trace: KAIR and Zhang's training code set it, others have torch's default.
+KAIR_EPS = 1e-4
+TORCH_EPS = 1e-5
+PUBLISHED_SIZES = {(64, 17), (64, 20)}  # num_feat, depth
+
+
+def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
+    last = count(shapes, r"model\.([0-9]+)\.weight") - 1
+    inputs = size(shapes, 1, "model.0.weight", default=3)
+    outputs = size(shapes, 0, f"model.{last}.weight", default=inputs)
+    if inputs == outputs + 1:
+        raise WeightsError(
+            f"it looks like FDnCNN or FFDNet: the first convolution reads {inputs} channels and the last writes"
+            f" {outputs}, so one input is a map of the noise level; only DnCNN, which needs no map, is supported"
+        )
+    num_in_ch, unshuffle = unshuffled(inputs, stated)
+    return {
+        "num_in_ch": num_in_ch,
+        "num_feat": size(shapes, 0, "model.0.weight", default=64),
+        "depth": max(2, last // 2 + 1),
+        "unshuffle": unshuffle,
+    }
+
+
+def _settle(known: Known) -> Settled:
+    """Takes the activation for ReLU, and asks whether it is DnCNN or IRCNN where both have these tensors."""
+    sizes = known.hparams["num_feat"], known.hparams["depth"]
+    if sizes == (64, 7) and not known.is_chosen:
+        raise WeightsError(
+            "its tensors fit DnCNN of depth 7 and IRCNN alike; IRCNN, whose convolutions are dilated, is not supported;"
+            " if it is DnCNN, pass arch='dncnn'"
+        )
+    settled, notes = settle_unshuffle(known)
+    if sizes not in PUBLISHED_SIZES:
+        notes.append(
+            "its activation was taken for ReLU, as in every published DnCNN; one with leaky ReLU has the same tensors"
+            " and is not supported"
+        )
+    return settled, notes
+
+
+def _fold_batch_norm(state: State) -> tuple[dict[str, np.ndarray], str] | None:
+    """A DnCNN (conv, ReLU, [conv, BatchNorm, ReLU]..., conv) as one without BatchNorm, and the name of its layout.
+
+    y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution with scaled kernels and another bias: the
+    network is the same up to rounding.
+    Convolutions without biases, as in Zhang's training code and in SaoYan's DnCNN-PyTorch, get those of zero.
+    """
+    if not _has_batch_norm(state):
+        return None
+    name = "model" if "model.0.weight" in state else "dncnn"
+    entries = _entries(state, name)
+    norms = sorted(i for i, entry in entries.items() if "running_mean" in entry)
+    convs = sorted(entries.keys() - set(norms))
+    if [i - 1 for i in norms] != convs[1:-1]:
+        raise WeightsError(
+            f"it has BatchNorm at {listed(norms)} and convolutions at {listed(convs)} of `{name}`; wanted a DnCNN with"
+            " a BatchNorm after every convolution but the first and the last"
+        )
+    with_bias = {i for i in convs if "bias" in entries[i]}
+    has_biases = name == "model" or bool(with_bias & set(convs[1:]))
+    eps = KAIR_EPS if name == "model" or with_bias == {0} else TORCH_EPS
+    folded = {}
+    for i, index in enumerate(convs):
+        conv, norm = entries[index], entries.get(index + 1)
+        weight = conv.get("weight")
+        if weight is None or weight.ndim != 4 or not weight.numel:
+            raise WeightsError(f"{name}.{index} is no convolution, so its BatchNorm cannot be folded")
+        shape = weight.shape[:1]
+        if ("bias" not in conv and has_biases) or ("bias" in conv and conv["bias"].shape != shape):
+            raise WeightsError(f"{name}.{index} is no convolution with a bias, so its BatchNorm cannot be folded")
+        kernel = weight.array().astype(np.float64)
+        bias = conv["bias"].array().astype(np.float64) if "bias" in conv else np.zeros(shape)
+        if norm is not None:
+            parts = [norm.get(part) for part in ("weight", "bias", "running_mean", "running_var")]
+            if any(part is None or part.shape != shape for part in parts) or (parts[3].array() < 0).any():
+                raise WeightsError(
+                    f"the BatchNorm {name}.{index + 1} needs weight, bias, running_mean and a running_var that is not"
+                    f" negative, each of shape {shape}"
+                )
+            gamma, beta, mean, variance = (part.array().astype(np.float64) for part in parts)
+            factor = gamma / np.sqrt(variance + eps)
+            kernel, bias = kernel * factor[:, None, None, None], (bias - mean) * factor + beta
+        folded[f"model.{2 * i}.weight"], folded[f"model.{2 * i}.bias"] = kernel, bias
+    return folded, "KAIR with BatchNorm" if name == "model" else "DnCNN-PyTorch with BatchNorm"
+
+
+def _has_batch_norm(state: State) -> bool:
+    is_dncnn = "model.0.weight" in state or "dncnn.0.weight" in state
+    return is_dncnn and any(key.endswith(".running_mean") for key in state)
+
+
+def _entries(state: State, name: str) -> dict[int, dict[str, StoredTensor]]:
+    """The tensors of each layer of the list, by its number."""
+    entries: dict[int, dict[str, StoredTensor]] = {}
+    for key, value in state.items():
+        match = re.fullmatch(rf"{name}\.([0-9]{{1,4}})\.(weight|bias|running_mean|running_var)", key)
+        if not match or not value.is_float:
+            raise WeightsError(f"it looks like DnCNN with BatchNorm, but has {listed([key])}; it cannot be folded")
+        entries.setdefault(int(match[1]), {})[match[2]] = value
+    return entries
+
+
+ARCHITECTURE = Architecture(
+    DnCNN,
+    files=Files(
+        layouts=(
+            Layout("KAIR", rename_by((r"model\.<N>", "model.<N>"))),
+            Layout("DnCNN-PyTorch", rename_by((r"dncnn\.<N>", "model.<N>"))),
+        ),
+        infer=_infer,
+        num_tensors=lambda hparams: 2 * hparams["depth"],
+        settle=_settle,
+        convert=_fold_batch_norm,
+        is_extra=lambda key: key.endswith((".running_mean", ".running_var")),
+    ),
+    order=("model",),
+    slice=Slice(channels.cut_stack("model", lambda hparams: hparams["depth"]), ("num_feat", "depth")),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -12,10 +13,35 @@ from flax import nnx
 from kdjax.convolution import convolve
 from kdjax.models.winograd import narrow_conv3x3
 
+Init = Callable[..., jax.Array]  # (key, shape, dtype) -> initial values
+
+
+def _compiled_quickly(draw: Init) -> Init:
+    """The same numbers. XLA takes a second for the random numbers of every shape, and at this level a fifth of that."""
+    compiled = jax.jit(draw, static_argnums=(1, 2), compiler_options={"xla_backend_optimization_level": 1})
+
+    def call(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+        traced = isinstance(key, jax.core.Tracer)  # for shapes alone, where nothing is compiled
+        return (draw if traced else compiled)(key, shape, dtype)
+
+    return call
+
+
+_normal = _compiled_quickly(jax.random.normal)
 # torch's default for a convolution: weight and bias uniform in +-1/sqrt(fan_in).
-TORCH_KERNEL_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-# BasicSR's `default_init_weights(scale=0.1)`: 0.1 x Kaiming normal (gain sqrt 2), for residual branches.
-RESIDUAL_KERNEL_INIT = nnx.initializers.variance_scaling(0.02, "fan_in", "normal")
+TORCH_KERNEL_INIT = _compiled_quickly(nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
+
+
+def residual_kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """BasicSR's `default_init_weights(scale=0.1)`: 0.1 x Kaiming normal (gain sqrt 2), for residual branches."""
+    return _normal(key, shape, dtype) * jnp.sqrt(jnp.array(0.02 / math.prod(shape[:-1]), dtype))
+
+
+@functools.cache
+def torch_bias_init(fan_in: int) -> Init:
+    """torch's default for the bias of a convolution: uniform in +-1/sqrt(fan_in)."""
+    bound = 1 / math.sqrt(fan_in)
+    return _compiled_quickly(lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))
 
 
 def conv3x3(
@@ -25,19 +51,13 @@ def conv3x3(
 
     `narrow` is for many input channels and few output channels (`kdjax.models.winograd`).
     """
-    bound = 0.0 if residual_init else 1 / math.sqrt(9 * num_in)
-
-    def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    kernel_init = RESIDUAL_KERNEL_INIT if residual_init else TORCH_KERNEL_INIT
     return nnx.Conv(
         num_in,
         num_out,
         (3, 3),
         padding=1,
-        kernel_init=kernel_init,
-        bias_init=bias_init,
+        kernel_init=residual_kernel_init if residual_init else TORCH_KERNEL_INIT,
+        bias_init=nnx.initializers.zeros_init() if residual_init else torch_bias_init(9 * num_in),
         conv_general_dilated=_narrow if narrow else _same,
         rngs=rngs,
     )
@@ -57,11 +77,6 @@ def conv(
     num_in: int, num_out: int, size: int, *, rngs: nnx.Rngs, stride: int = 1, groups: int = 1, bias: bool = True
 ) -> nnx.Conv:
     """A convolution of `size` x `size` with torch's initial values, zero-padded to keep the size at stride 1."""
-    bound = 1 / math.sqrt(size * size * num_in // groups)
-
-    def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
     return nnx.Conv(
         num_in,
         num_out,
@@ -72,7 +87,7 @@ def conv(
         use_bias=bias,
         conv_general_dilated=_same if stride == groups == 1 and size % 2 else jax.lax.conv_general_dilated,
         kernel_init=TORCH_KERNEL_INIT,
-        bias_init=bias_init,
+        bias_init=torch_bias_init(size * size * num_in // groups),
         rngs=rngs,
     )
 

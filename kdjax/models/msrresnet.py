@@ -8,12 +8,16 @@ height and width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import nnx
 
 from kdjax import ops
 from kdjax.models.edsr import ResidualBlock, upsampling_steps
 from kdjax.models.layers import call, conv3x3
+from kdjax.models.model import Architecture
+from kdjax.models.reading import Files, Hparams, Layout, Shapes, count, num_steps, rename_by, size, upscaling
 
 
 def _lrelu(x: jax.Array) -> jax.Array:
@@ -63,3 +67,57 @@ class MSRResNet(nnx.Module):
             x = _lrelu(ops.pixel_shuffle(getattr(self, f"upconv{i}")(x), factor))
         x = self.conv_last(_lrelu(self.conv_hr(x)))
         return x + ops.upsample_bilinear(image, self.upscale), features
+
+
+# ---- its files -------------------------------------------------------------------------------------------------
+
+
+_LAYOUTS = (
+    Layout(
+        "BasicSR",
+        rename_by(
+            (r"(?P<name>conv_first|conv_hr|conv_last)", r"\g<name>"),
+            (r"body\.<N>\.conv<K>", "body.<N>.conv<K>"),
+            (r"upconv<K>", "upconv<K>"),
+        ),
+    ),
+    Layout(
+        "KAIR",
+        rename_by(
+            (r"(?P<name>conv_first|conv_last)", r"\g<name>"),
+            (r"recon_trunk\.<N>\.conv<K>", "body.<N>.conv<K>"),
+            (r"upconv<K>", "upconv<K>"),
+            (r"HRconv", "conv_hr"),
+        ),
+    ),
+    Layout(
+        "MMEditing",
+        rename_by(
+            (r"(?P<name>conv_first|conv_hr|conv_last)", r"\g<name>"),
+            (r"trunk_net\.<N>\.conv<K>", "body.<N>.conv<K>"),
+            (r"upsample<K>\.upsample_conv", "upconv<K>"),
+        ),
+    ),
+)
+
+
+def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
+    num_in_ch = size(shapes, 1, "conv_first.weight", default=3)
+    return {
+        "num_in_ch": num_in_ch,
+        "num_out_ch": num_in_ch,
+        "num_feat": size(shapes, 0, "conv_first.weight", default=64),
+        "num_block": max(1, count(shapes, r"body\.([0-9]+)\..*")),
+        "upscale": upscaling(shapes, "upconv1.weight", count(shapes, r"upconv([0-9]+)\.weight", first=1)),
+    }
+
+
+ARCHITECTURE = Architecture(
+    MSRResNet,
+    files=Files(
+        layouts=_LAYOUTS,
+        infer=_infer,
+        num_tensors=lambda hparams: 4 * hparams["num_block"] + 2 * num_steps(hparams["upscale"]) + 6,
+    ),
+    order=("conv_first", "body", "upconv", "conv_hr", "conv_last"),
+)

@@ -9,12 +9,16 @@ Features, with level l at 1/2^l of the padded height and width and width x 2^l c
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from kdjax import ops
 from kdjax.models.layers import call, conv
+from kdjax.models.model import Architecture
+from kdjax.models.reading import Files, Hparams, Layout, Shapes, count, levels, same_if, size
 
 
 class LayerNorm2d(nnx.Module):
@@ -89,20 +93,20 @@ class NAFNet(nnx.Module):
                 f" dec_blk_nums={dec_blk_nums} has {len(dec_blk_nums)}"
             )
         self.remat, self.multiple = remat, 2 ** len(enc_blk_nums)
-        stage = lambda channels, count: nnx.List([NAFBlock(channels, rngs=rngs) for _ in range(count)])  # noqa: E731
+        stage = lambda channels, num_blk: nnx.List([NAFBlock(channels, rngs=rngs) for _ in range(num_blk)])  # noqa: E731
         channels = width
         self.intro = conv(img_channel, width, 3, rngs=rngs)
         encoders, downs, ups, decoders = [], [], [], []
-        for count in enc_blk_nums:
-            encoders.append(stage(channels, count))
+        for num_blk in enc_blk_nums:
+            encoders.append(stage(channels, num_blk))
             downs.append(conv(channels, 2 * channels, 2, rngs=rngs, stride=2))
             channels *= 2
         self.middle_blks = stage(channels, middle_blk_num)
-        for count in dec_blk_nums:
+        for num_blk in dec_blk_nums:
             # torch has a list of a convolution and a pixel shuffle here.
             ups.append(nnx.List([conv(channels, 2 * channels, 1, rngs=rngs, bias=False)]))
             channels //= 2
-            decoders.append(stage(channels, count))
+            decoders.append(stage(channels, num_blk))
         self.encoders, self.downs = nnx.List(encoders), nnx.List(downs)
         self.ups, self.decoders = nnx.List(ups), nnx.List(decoders)
         self.ending = conv(width, img_channel, 3, rngs=rngs)
@@ -128,3 +132,36 @@ class NAFNet(nnx.Module):
         for block in blocks:
             x = call(block, x, remat=self.remat)
         return x
+
+
+# ---- its files -------------------------------------------------------------------------------------------------
+
+
+_BLOCK = r"(norm[12]|conv[1-5]|sca\.1)\.(weight|bias)|beta|gamma"
+_KEY = (
+    r"(intro|ending|downs\.[0-9]{1,2})\.(weight|bias)|ups\.[0-9]{1,2}\.0\.weight"
+    rf"|((encoders|decoders)\.[0-9]{{1,2}}|middle_blks)\.[0-9]{{1,3}}\.({_BLOCK})"
+)
+
+
+def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
+    depth = levels(shapes, r"downs\.([0-9]+)\.weight")
+    return {
+        "img_channel": size(shapes, 1, "intro.weight", default=3),
+        "width": size(shapes, 0, "intro.weight", default=16),
+        "middle_blk_num": max(1, count(shapes, r"middle_blks\.([0-9]+)\..*")),
+        "enc_blk_nums": tuple(count(shapes, rf"encoders\.{level}\.([0-9]+)\..*") for level in range(depth)),
+        "dec_blk_nums": tuple(count(shapes, rf"decoders\.{level}\.([0-9]+)\..*") for level in range(depth)),
+    }
+
+
+def _num_tensors(hparams: Hparams) -> int:
+    blocks = hparams["middle_blk_num"] + sum(hparams["enc_blk_nums"]) + sum(hparams["dec_blk_nums"])
+    return 18 * blocks + 3 * len(hparams["enc_blk_nums"]) + 4
+
+
+ARCHITECTURE = Architecture(
+    NAFNet,
+    files=Files(layouts=(Layout("NAFNet", same_if(_KEY)),), infer=_infer, num_tensors=_num_tensors),
+    order=("intro", "ending", "encoders", "decoders", "middle_blks", "ups", "downs"),
+)

@@ -11,13 +11,34 @@ channels at 1/unshuffle of the input's height and width.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Collection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kdjax import ops
+from kdjax.models import channels
 from kdjax.models.layers import call, conv3x3
+from kdjax.models.model import Architecture, Params, Slice
+from kdjax.models.reading import (
+    MAX_UPSAMPLE,
+    Files,
+    Hparams,
+    Known,
+    Layout,
+    Settled,
+    Shapes,
+    WeightsError,
+    count,
+    how_to_say,
+    note_unshuffling,
+    rename_by,
+    size,
+)
 
 
 def _lrelu(x: jax.Array) -> jax.Array:
@@ -117,3 +138,139 @@ class RRDBNet(nnx.Module):
             return x, x
 
         return jax.lax.scan(step, x, params)
+
+
+# ---- its files -------------------------------------------------------------------------------------------------
+
+
+_LAYOUTS = (
+    Layout(
+        "BasicSR",
+        rename_by(
+            (r"(?P<name>conv_first|conv_body|conv_hr|conv_last)", r"\g<name>"),
+            (r"conv_up<K>", "conv_up<K>"),
+            (r"body\.<N>\.rdb<J>\.conv<K>", "body.<N>.rdb<J>.conv<K>"),
+        ),
+    ),
+    Layout(
+        "BSRGAN",
+        rename_by(
+            (r"(?P<name>conv_first|conv_last)", r"\g<name>"),
+            (r"RRDB_trunk\.<N>\.RDB<J>\.conv<K>", "body.<N>.rdb<J>.conv<K>"),
+            (r"trunk_conv", "conv_body"),
+            (r"upconv<K>", "conv_up<K>"),
+            (r"HRconv", "conv_hr"),
+        ),
+    ),
+)
+
+
+def _old_esrgan(keys: Collection[str]) -> tuple[Layout, ...]:
+    """The layout of the first ESRGAN, which counts on past its upsamplings."""
+    if not any(key.startswith("model.1.sub.") for key in keys):
+        return ()
+    numbers = [int(match[1]) for key in keys if (match := re.fullmatch(r"model\.([0-9]{1,2})\.weight", key))]
+    last = 3 * max(0, (max(numbers, default=10) - 4) // 3)  # index of the last upsampling convolution
+    return (
+        Layout(
+            "old ESRGAN",
+            rename_by(
+                (r"model\.0", "conv_first"),
+                (r"model\.1\.sub\.<N>\.RDB<J>\.conv<K>\.0", "body.<N>.rdb<J>.conv<K>"),
+                (r"model\.1\.sub\.<N>", "conv_body"),
+                *((rf"model\.{3 * k}", f"conv_up{k}") for k in range(1, last // 3 + 1)),
+                (rf"model\.{last + 2}", "conv_hr"),
+                (rf"model\.{last + 4}", "conv_last"),
+            ),
+        ),
+    )
+
+
+def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
+    num_upsample = min(count(shapes, r"conv_up([0-9]+)\.weight", first=1), MAX_UPSAMPLE)
+    inputs = size(shapes, 1, "conv_first.weight", default=3)
+    num_out_ch = size(shapes, 0, "conv_last.weight", default=3)
+    enlargement = 3 if num_upsample == 1 and stated.get("scale") == 3 else 2**num_upsample
+    # Only the ratio of the channels tells that the input is un-shuffled, as in every reader of these files; a network
+    # that really reads 4 or 16 times the channels it writes has to say so: load_weights(path, scale=4).
+    if "scale" in stated:
+        unshuffle = max(1, enlargement // max(1, stated["scale"]))
+    elif "num_in_ch" in stated:
+        unshuffle = max(1, math.isqrt(inputs // max(1, stated["num_in_ch"])))
+    else:
+        unshuffle = {4: 2, 16: 4}.get(inputs // max(1, num_out_ch), 1) if inputs % max(1, num_out_ch) == 0 else 1
+        unshuffle = unshuffle if unshuffle <= enlargement else 1
+    return {
+        "num_in_ch": inputs // unshuffle**2,
+        "num_out_ch": num_out_ch,
+        "scale": enlargement // unshuffle,
+        "num_feat": size(shapes, 0, "conv_first.weight", "conv_body.weight", "conv_hr.weight", default=64),
+        "num_block": max(1, count(shapes, r"body\.([0-9]+)\..*")),
+        "num_grow_ch": size(shapes, 0, "body.0.rdb1.conv1.weight", "body.0.rdb2.conv1.weight", default=32),
+        "num_upsample": num_upsample,
+    }
+
+
+def _settle(known: Known) -> Settled:
+    """Asks whether one upsampling is by 2 or by 3; notes that input channels were taken for an un-shuffled image."""
+    hparams, stated = known.hparams, set(known.stated)
+    if hparams["num_upsample"] == 1 and "scale" not in stated:
+        scales = (2, 3) if hparams["scale"] == 2 else (1, 2, 3)  # 1 with an un-shuffled input
+        raise WeightsError(
+            "it is RRDBNet with one upsampling, which enlarges 2 or 3 times with the same tensors:"
+            f" {how_to_say('scale', scales)}"
+        )
+    factor = 2 ** hparams["num_upsample"] // hparams["scale"]
+    if factor <= 1 or {"scale", "num_in_ch"} & stated:
+        return {}, []
+    return {}, [note_unshuffling(hparams["num_in_ch"], factor, "scale", hparams["scale"], "BasicSR's RRDBNet")]
+
+
+def _cut(params: Params, before: Hparams, after: Hparams) -> Params:
+    body = [params["body"][str(i)] for i in range(after["num_block"])]
+    dense = [block[f"rdb{j}"] for block in body for j in (1, 2, 3)]
+    width, growth = before["num_feat"], before["num_grow_ch"]
+    readers = [channels.reads(rdb[f"conv{k}"])[:width] for rdb in dense for k in range(1, 6)]
+    writers = [channels.writes(rdb["conv5"]) for rdb in dense] + [channels.writes(params["conv_first"])]
+    importance = (sum(readers) + channels.reads(params["conv_body"])) * sum(writers)
+    stream = channels.best(importance, after["num_feat"])
+
+    def cut_dense(rdb: Params) -> Params:
+        read, sliced = stream, {}
+        for k in range(1, 6):
+            conv = rdb[f"conv{k}"]
+            if k == 5:
+                written = stream
+            else:
+                own = slice(width + (k - 1) * growth, width + k * growth)
+                reads = sum(channels.reads(rdb[f"conv{later}"])[own] for later in range(k + 1, 6))
+                written = channels.best(channels.writes(conv) * reads, after["num_grow_ch"])
+            sliced[f"conv{k}"] = channels.take(conv, read, written)
+            read = np.concatenate([read, width + (k - 1) * growth + written]) if k < 5 else read
+        return sliced
+
+    sliced = {"conv_first": channels.take(params["conv_first"], channels.every(params["conv_first"], "in"), stream)}
+    sliced["body"] = {
+        str(i): {f"rdb{j}": cut_dense(block[f"rdb{j}"]) for j in (1, 2, 3)} for i, block in enumerate(body)
+    }
+    sliced["conv_body"] = channels.take(params["conv_body"], stream, stream)
+    # A block adds 0.2 x (its input + what its branches make of it): one less, and all that follows is 1.2 times weaker.
+    sliced["conv_body"]["kernel"] = sliced["conv_body"]["kernel"] * np.float32(1.2) ** (
+        before["num_block"] - after["num_block"]
+    )
+    ups = [f"conv_up{i + 1}" for i in range(before["num_upsample"])]
+    return sliced | channels.cut_chain(params, [*ups, "conv_hr", "conv_last"], stream, after["num_feat"])
+
+
+ARCHITECTURE = Architecture(
+    RRDBNet,
+    files=Files(
+        layouts=_LAYOUTS,
+        layouts_of=_old_esrgan,
+        infer=_infer,
+        num_tensors=lambda hparams: 30 * hparams["num_block"] + 2 * hparams["num_upsample"] + 8,
+        settle=_settle,
+    ),
+    order=("conv_first", "body", "conv_body", "conv_up", "conv_hr", "conv_last"),
+    slice=Slice(_cut, ("num_feat", "num_block", "num_grow_ch")),
+)

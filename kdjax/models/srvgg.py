@@ -11,12 +11,31 @@ channels at 1/unshuffle of the input's height and width.
 from __future__ import annotations
 
 import functools
+import math
+from typing import Any
 
 import jax
 from flax import nnx
 
 from kdjax import ops
+from kdjax.models import channels
 from kdjax.models.layers import Activation, PReLU, call, conv3x3
+from kdjax.models.model import Architecture, Slice
+from kdjax.models.reading import (
+    Files,
+    Hparams,
+    Known,
+    Layout,
+    Settled,
+    Shapes,
+    WeightsError,
+    count,
+    how_to_say,
+    rename_by,
+    settle_unshuffle,
+    size,
+    unshuffled,
+)
 from kdjax.names import brief
 
 ACTIVATIONS = {
@@ -70,3 +89,53 @@ class SRVGGNetCompact(nnx.Module):
             x = features[f"body.{i}"] = call(layer, x, remat=self.remat)
         x = ops.pixel_shuffle(x, self.upscale * self.unshuffle)[:, : height * self.upscale, : width * self.upscale]
         return x + ops.upsample_nearest(image, self.upscale), features
+
+
+# ---- its files -------------------------------------------------------------------------------------------------
+
+
+def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
+    last = count(shapes, r"body\.([0-9]+)\.weight") - 1
+    inputs = size(shapes, 1, "body.0.weight", default=3)
+    outputs = size(shapes, 0, f"body.{last}.weight", default=inputs)
+    num_in_ch, unshuffle = unshuffled(inputs, stated)
+    hparams = {
+        "num_in_ch": num_in_ch,
+        "num_out_ch": num_in_ch,
+        "num_feat": size(shapes, 0, "body.0.weight", default=64),
+        "num_conv": max(1, last // 2 - 1),
+        "upscale": max(1, math.isqrt(outputs // max(1, inputs))),
+        "unshuffle": unshuffle,
+    }
+    if any(len(shape) == 1 and key.endswith(".weight") for key, shape in shapes.items()):
+        hparams["act_type"] = "prelu"  # the other two have no parameters, so they cannot be told apart
+    return hparams
+
+
+def _num_tensors(hparams: Hparams) -> int:
+    slopes = hparams["num_conv"] + 1 if hparams.get("act_type") == "prelu" else 0
+    return 2 * (hparams["num_conv"] + 2) + slopes
+
+
+def _settle(known: Known) -> Settled:
+    """Asks for the activation where it has no parameters."""
+    if not {"act_type"} & {*known.stated, *known.told}:
+        raise WeightsError(
+            "it is SRVGGNetCompact without PReLU weights, so its activation is ReLU or leaky ReLU and the file does not"
+            f" say which: {how_to_say('act_type', ('relu', 'leakyrelu'))}"
+        )
+    return settle_unshuffle(known)
+
+
+ARCHITECTURE = Architecture(
+    SRVGGNetCompact,
+    files=Files(
+        layouts=(Layout("BasicSR", rename_by((r"body\.<N>", "body.<N>"))),),
+        infer=_infer,
+        num_tensors=_num_tensors,
+        settle=_settle,
+        guess={"act_type": "relu"},
+    ),
+    order=("body",),
+    slice=Slice(channels.cut_stack("body", lambda hparams: hparams["num_conv"] + 2), ("num_feat", "num_conv")),
+)

@@ -9,11 +9,15 @@ num_level) and `decoder.L` (L = num_level - 1 ... 0), each after the last activa
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from flax import nnx
 
 from kdjax import ops
 from kdjax.models.layers import call, conv, conv3x3
+from kdjax.models.model import Architecture
+from kdjax.models.reading import Files, Hparams, Layout, Shapes, count, levels, same_if, size
 
 
 class Stage(nnx.Module):
@@ -63,3 +67,30 @@ class UNet(nnx.Module):
             x = ops.pixel_shuffle(self.up[level](x), 2) + skips.pop()
             x = features[f"decoder.{level}"] = call(self.decoder[level], x, remat=self.remat)
         return (padded + self.conv_last(x))[:, :height, :width], features
+
+
+# ---- its files -------------------------------------------------------------------------------------------------
+
+
+_KEY = r"(conv_first|conv_last|(up|down)\.[0-9]{1,2}|(encoder|decoder)\.[0-9]{1,2}\.convs\.[0-9]{1,3})\.(weight|bias)"
+
+
+def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
+    return {
+        "num_in_ch": size(shapes, 1, "conv_first.weight", default=3),
+        "num_feat": size(shapes, 0, "conv_first.weight", default=16),
+        "num_level": max(1, levels(shapes, r"down\.([0-9]+)\.weight")),
+        "num_conv": max(1, count(shapes, r"encoder\.0\.convs\.([0-9]+)\.weight")),
+    }
+
+
+def _num_tensors(hparams: Hparams) -> int:
+    num_level = hparams["num_level"]
+    return 2 * (hparams["num_conv"] * (2 * num_level + 1) + 2 * num_level + 2)
+
+
+ARCHITECTURE = Architecture(
+    UNet,
+    files=Files(layouts=(Layout("kdjax", same_if(_KEY)),), infer=_infer, num_tensors=_num_tensors),
+    order=("conv_first", "encoder", "down", "up", "decoder", "conv_last"),
+)

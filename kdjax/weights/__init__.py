@@ -24,8 +24,9 @@ import numpy as np
 
 from kdjax.files import printable, write_bytes
 from kdjax.metrics.lpips import Network
-from kdjax.models import MODELS, Model, canonical_arch
+from kdjax.models import MODELS, Architecture, Model, architecture
 from kdjax.models.custom import is_custom
+from kdjax.models.reading import WeightsError
 from kdjax.names import brief
 from kdjax.perceptual import needed_layers
 from kdjax.weights.convert import to_model, to_state_dict
@@ -33,7 +34,7 @@ from kdjax.weights.hparams import parse_hparams
 from kdjax.weights.layouts import known_part
 from kdjax.weights.lpips_file import lpips_network
 from kdjax.weights.safetensors_file import is_safetensors_file, read_safetensors_file, safetensors_file_bytes
-from kdjax.weights.tensors import Tensor, WeightsError, check_cost
+from kdjax.weights.tensors import Tensor, check_cost
 from kdjax.weights.torch_file import is_torch_file, read_torch_file, torch_file_bytes
 from kdjax.weights.unwrap import one_network, unwrap
 from kdjax.weights.vgg_file import vgg_params
@@ -97,16 +98,16 @@ def load_weights(
         file, what was found and what to do.
       ValueError: `arch` is not a known architecture.
     """
-    arch = None if arch is None else canonical_arch(arch)
+    chosen = None if arch is None else architecture(arch)
     data = _read(path)
     with _blaming(path):
         content, about = _parse(data)
-        said_arch, said = _said(about, arch)
-        if None not in (arch, said_arch) and arch != said_arch:
-            raise WeightsError(f"it says it is {said_arch}, not {arch}")
-        arch = arch or said_arch
-        state, found_key = _one_network(content, key, arch, len(data))
-        model, layout, notes = to_model(state, arch=arch, said=said, given=hparams_overrides)
+        said_by_file, said = _said(about, chosen)
+        if None not in (chosen, said_by_file) and chosen is not said_by_file:
+            raise WeightsError(f"it says it is {said_by_file.name}, not {chosen.name}")
+        chosen = chosen or said_by_file
+        state, found_key = _one_network(content, key, chosen, len(data))
+        model, layout, notes = to_model(state, architecture=chosen, said=said, given=hparams_overrides)
     for note in notes:
         log.warning(f"{printable(os.fspath(path))}: {note}")
     return Loaded(model, os.fspath(path), hashlib.sha256(data).hexdigest(), layout, found_key, notes)
@@ -233,11 +234,13 @@ def _parse(data: bytes) -> tuple[Any, Any]:
     raise WeightsError(f"it begins with {data[:8]!r}; wanted a .pth file of torch.save or a .safetensors file")
 
 
-def _one_network(content: Any, key: str, arch: str | None, file_bytes: int) -> tuple[dict[str, Tensor], str]:
+def _one_network(
+    content: Any, key: str, architecture: Architecture | None, file_bytes: int
+) -> tuple[dict[str, Tensor], str]:
     """The tensors that are wanted, by their names in the network, and where in the file they were."""
     tensors, path, rest = unwrap(content, key)
     check_cost(tensors, file_bytes)
-    if arch is not None and is_custom(arch):  # only kdjax writes such files, and their names can be any
+    if architecture is not None and architecture.files is None:  # only kdjax writes them, and their names can be any
         return {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}, "/".join(
             path
         ) or "bare"
@@ -251,18 +254,18 @@ def _tensors(data: bytes) -> dict[Any, Any]:
     return tensors
 
 
-def _said(about: Any, asked: str | None) -> tuple[str | None, dict[str, Any] | None]:
+def _said(about: Any, asked: Architecture | None) -> tuple[Architecture | None, dict[str, Any] | None]:
     """The architecture and hyper-parameters that a file states; None when it states nothing."""
     if about is None:
         return None, None
     match about:
         case {"arch": str(arch), "hparams": dict(hparams)} if len(arch) <= 500 and _are_plain(hparams):
-            if is_custom(arch) and arch != asked:  # a file must not decide what is imported
+            if is_custom(arch) and (asked is None or arch != asked.name):  # a file must not decide what is imported
                 raise WeightsError(
                     f"it is a network of your own, {brief(arch)}; say so to have it imported: arch={brief(arch)}"
                 )
             if is_custom(arch) or arch in MODELS:
-                return arch, hparams
+                return architecture(arch), hparams
     raise WeightsError('its entry "kdjax" does not name an architecture and its hyper-parameters; it was altered')
 
 

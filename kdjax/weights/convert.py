@@ -7,53 +7,87 @@ finite.
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
-from kdjax.models import Model, abstract_params, complete_hparams
-from kdjax.models.custom import is_custom
+from kdjax.models import MODELS, Architecture, Model, Network, network
+from kdjax.models.reading import Known, Layout, Shapes, WeightsError, listed
 from kdjax.names import brief
-from kdjax.weights.hparams import INFER, Shapes, infer, settle
-from kdjax.weights.layouts import Fit, Layout, best_layout, fold_batch_norm, has_batch_norm, refuse_unsupported
-from kdjax.weights.tensors import Tensor, WeightsError, listed
+from kdjax.weights.hparams import infer
+from kdjax.weights.layouts import Fit, best_layout
+from kdjax.weights.tensors import Tensor
 
 
 def to_model(
-    state: Mapping[str, Tensor], *, arch: str | None, said: Mapping[str, Any] | None, given: Mapping[str, Any]
-) -> tuple[Model, str, tuple[str, ...]]:
+    state: Mapping[str, Tensor], *, architecture: Architecture | None, said: Mapping[str, Any] | None,
+    given: Mapping[str, Any],
+) -> tuple[Model, str, tuple[str, ...]]:  # fmt: skip
     """The model that a state dict holds, the name of its layout, and what was taken that no tensor tells.
 
     Nothing is built or copied before the keys and shapes have been found to fit.
 
     Args:
       state: the tensors of one network; `check_cost` has seen them.
-      arch: a key of MODELS, or None to recognise it.
+      architecture: None to recognise it.
       said: hyper-parameters the file states about itself; None when it states nothing.
       given: hyper-parameters the caller states.
     """
-    layout_name = None
-    if arch in (None, "dncnn") and has_batch_norm(state):
-        state, layout_name = fold_batch_norm(state)
-    if arch is None:
-        refuse_unsupported(state)
-    if arch is not None and is_custom(arch):
-        fit = Fit(Layout("kdjax", arch, str), {key: key for key in state}, [], [])
+    state, layout_name = _converted(state, architecture)
+    if architecture is not None and architecture.files is None:  # only kdjax writes them, and their names can be any
+        fit = Fit(architecture, Layout("kdjax", str), {key: key for key in state}, [], [])
     else:
-        fit = best_layout(state, arch)
-    layout, tensors = fit.layout, {name: state[key] for name, key in fit.renamed.items()}
+        fit = best_layout(state, architecture)
+    found, files, layout = fit.architecture, fit.architecture.files, fit.layout
+    tensors = {name: state[key] for name, key in fit.renamed.items()}
     stated = dict(said or {}) | dict(given)
-    completed = _complete(layout.arch, stated)
+    completed = _network(found, stated).hparams
     stated = {name: completed[name] for name in stated}
-    said = said and _complete(layout.arch, said)
+    said = said and _network(found, said).hparams
     # Only the files themselves know the hyper-parameters of a network that is not ours.
     told = layout.told({key: state[key] for key in fit.constants})
-    if layout.arch in INFER:
-        told |= infer(layout.arch, {name: tensor.shape for name, tensor in tensors.items()}, stated)
+    if files:
+        told |= infer(found, {name: tensor.shape for name, tensor in tensors.items()}, stated)
+    _refuse_contradictions(found, told=told, stated=stated, said=said, given=given)
+    net = _network(found, (files.guess if files else {}) | stated | told)
+    _check(net, layout.name, tensors, fit.unused)
+    notes: list[str] = []
+    if said is None and files:
+        known = Known(layout.name, net.hparams, set(stated), set(told), is_chosen=architecture is not None)
+        settled, notes = files.settle(known)
+        net = _network(found, net.hparams | settled)
+    params, not_finite = {}, []
+    for path, shape in _our_shapes(net).items():
+        name = _torch_name(path, len(shape))
+        value = _float32(tensors[name].array())
+        if not np.isfinite(value).all():
+            not_finite.append(fit.renamed[name])
+        params[path] = np.asarray(value if name == path else value.transpose(2, 3, 1, 0), order="C")
+    _refuse_not_finite(not_finite)
+    return Model(net, traverse_util.unflatten_dict(params, sep=".")), layout_name or layout.name, tuple(notes)
+
+
+def _converted(state: Mapping[str, Tensor], architecture: Architecture | None) -> tuple[Mapping[str, Tensor], str]:
+    """The state dict as one that a layout names, and the name of the file's layout if it was none."""
+    for known in MODELS.values() if architecture is None else [architecture]:
+        if known.files and (converted := known.files.convert(state)):
+            arrays, name = converted
+            return {key: Tensor.of(array) for key, array in arrays.items()}, name
+    return state, ""
+
+
+def _refuse_contradictions(
+    architecture: Architecture,
+    *,
+    told: Mapping[str, Any],
+    stated: Mapping[str, Any],
+    said: Mapping[str, Any] | None,
+    given: Mapping[str, Any],
+) -> None:
+    """Raises a WeightsError where a stated hyper-parameter is not that of the tensors, or of the file."""
     wrong = [
         f"{name}={brief(value)}, the tensors say {told[name]!r}"
         for name, value in stated.items()
@@ -65,28 +99,9 @@ def to_model(
         if said and stated[name] != said[name]
     ]
     if wrong:
-        raise WeightsError(f"it is stated to be {layout.arch} with {'; '.join(wrong)}; leave that out or correct it")
-    hparams = _complete(layout.arch, stated | told)
-    if layout.arch == "srvggnetcompact" and "act_type" not in stated | told:
-        hparams["act_type"] = "relu"  # same keys as leakyrelu, so the check of the keys can be made first
-    _check(layout, hparams, tensors, fit.unused)
-    notes: tuple[str, ...] = ()
-    if said is None and layout.arch in INFER:
-        hparams, notes = settle(layout.arch, layout.name, hparams, stated=set(stated), told=set(told))
-    if arch is None and (layout.arch, hparams.get("depth"), hparams.get("num_feat")) == ("dncnn", 7, 64):
         raise WeightsError(
-            "its tensors fit DnCNN of depth 7 and IRCNN alike; IRCNN, whose convolutions are dilated, is not supported;"
-            " if it is DnCNN, pass arch='dncnn'"
+            f"it is stated to be {architecture.name} with {'; '.join(wrong)}; leave that out or correct it"
         )
-    params, not_finite = {}, []
-    for path, shape in _our_shapes(layout.arch, hparams).items():
-        name = _torch_name(path, len(shape))
-        value = _float32(tensors[name].array())
-        if not np.isfinite(value).all():
-            not_finite.append(fit.renamed[name])
-        params[path] = np.asarray(value if name == path else value.transpose(2, 3, 1, 0), order="C")
-    _refuse_not_finite(not_finite)
-    return Model(layout.arch, hparams, traverse_util.unflatten_dict(params, sep=".")), layout_name or layout.name, notes
 
 
 def to_state_dict(model: Model) -> dict[str, np.ndarray]:
@@ -101,26 +116,26 @@ def to_state_dict(model: Model) -> dict[str, np.ndarray]:
         name = _torch_name(path, value.ndim)
         state[name] = np.asarray(value if name == path else value.transpose(3, 2, 0, 1), order="C")
     tensors = {name: Tensor.of(value) for name, value in state.items()}
-    _check(Layout("kdjax", model.arch, str), model.hparams, tensors, ())
-    state = {name: _float32(state[name]) for name in torch_shapes(model.arch, model.hparams)}
+    _check(model.network, "kdjax", tensors, ())
+    state = {name: _float32(state[name]) for name in torch_shapes(model.network)}
     _refuse_not_finite([name for name, value in state.items() if not np.isfinite(value).all()])
     return state
 
 
-def _complete(arch: str, hparams: Mapping[str, Any]) -> dict[str, Any]:
+def _network(architecture: Architecture, hparams: Mapping[str, Any]) -> Network:
     try:
-        return complete_hparams(arch, hparams)
+        return network(architecture.name, hparams)
     except ValueError as error:
         raise WeightsError(str(error)) from None
 
 
-def torch_shapes(arch: str, hparams: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every parameter of an architecture: torch name and shape, in the order of the network."""
+def torch_shapes(net: Network) -> dict[str, tuple[int, ...]]:
+    """Every parameter of a network: torch name and shape, in the order of the network."""
     shapes = {}
-    for path, shape in _our_shapes(arch, hparams).items():
+    for path, shape in _our_shapes(net).items():
         name = _torch_name(path, len(shape))
         shapes[name] = shape if name == path else (shape[3], shape[2], shape[0], shape[1])
-    return dict(sorted(shapes.items(), key=lambda item: _network_order(item[0])))
+    return dict(sorted(shapes.items(), key=lambda item: _network_order(item[0], net.architecture.order)))
 
 
 def _torch_name(path: str, ndim: int) -> str:
@@ -128,35 +143,25 @@ def _torch_name(path: str, ndim: int) -> str:
     return path.removesuffix("kernel") + "weight" if path.endswith(".kernel") and ndim == 4 else path
 
 
-def _our_shapes(arch: str, hparams: Mapping[str, Any]) -> Shapes:
-    return _cached_shapes(arch, tuple(hparams.items()))
-
-
-@functools.lru_cache(maxsize=16)  # seconds for a large network, and asked for several times per file
-def _cached_shapes(arch: str, hparams: tuple[tuple[str, Any], ...]) -> Shapes:
+def _our_shapes(net: Network) -> Shapes:
     try:
-        leaves = traverse_util.flatten_dict(abstract_params(arch, dict(hparams)), sep=".")
+        leaves = traverse_util.flatten_dict(net.abstract_params, sep=".")
     except ValueError as error:
         raise WeightsError(str(error)) from None
     return {path: leaf.shape for path, leaf in leaves.items()}
 
 
-def _network_order(key: str) -> tuple[Any, ...]:
+def _network_order(key: str, heads: Sequence[str]) -> tuple[Any, ...]:
     """Sorts as torch registers: first, trunk, tail; body.10 after body.9; weight before bias."""
-    heads = (
-        "conv_first", "intro", "ending", "body", "model", "encoder", "encoders", "down", "decoders", "middle_blks",
-        "ups", "downs", "up", "decoder", "conv_after_body", "conv_body", "conv_up", "upconv", "upsample", "conv_hr",
-        "conv_last",
-    )  # fmt: skip
     head = next((i for i, name in enumerate(heads) if key.split(".")[0].rstrip("0123456789") == name), len(heads))
     parts = [(int(text) if text.isdigit() else 0, text) for text in re.split(r"([0-9]+)|\.", key) if text]
     module, leaf = parts[:-1], parts[-1][1]
     return head, module, leaf != "weight", leaf
 
 
-def _check(layout: Layout, hparams: Mapping[str, Any], state: Mapping[str, Tensor], unused: Iterable[str]) -> None:
+def _check(net: Network, layout_name: str, state: Mapping[str, Tensor], unused: Iterable[str]) -> None:
     """Raises one error with every missing, unexpected and misshapen key."""
-    wanted = torch_shapes(layout.arch, hparams)
+    wanted = torch_shapes(net)
     missing = [key for key in wanted if key not in state]
     unexpected = [*unused, *(key for key in state if key not in wanted)]
     misshapen = [
@@ -170,10 +175,9 @@ def _check(layout: Layout, hparams: Mapping[str, Any], state: Mapping[str, Tenso
     }  # fmt: skip
     if any(faults.values()):
         report = "; ".join(f"{len(keys)} {what}: {listed(keys)}" for what, keys in faults.items() if keys)
-        settings = ", ".join(f"{name}={brief(value)}" for name, value in hparams.items())
+        settings = ", ".join(f"{name}={brief(value)}" for name, value in net.hparams.items())
         raise WeightsError(
-            f"the tensors do not fit {layout.arch} ({settings}; {layout.name} layout), the nearest architecture:"
-            f" {report}"
+            f"the tensors do not fit {net.arch} ({settings}; {layout_name} layout), the nearest architecture: {report}"
         )
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from kdjax.metrics.lpips import ALEX_LAYERS, VGG_LAYERS, Network
-from kdjax.weights.tensors import Tensor, WeightsError
+from kdjax.models.reading import WeightsError
+from kdjax.weights.tensors import Tensor
 from kdjax.weights.vgg_file import read_convolution, vgg_params
 
 # AlexNet's convolutions: their number in torchvision's `features`, and their kernel in torch's layout.

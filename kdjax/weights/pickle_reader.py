@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.models.reading import WeightsError
 from kdjax.names import brief
-from kdjax.weights.tensors import BFLOAT16, Storage, Tensor, WeightsError
+from kdjax.weights.tensors import BFLOAT16, Storage, Tensor
 
 MAX_STEPS = 1_000_000  # a state dict takes about 40 opcodes per tensor
 MAX_INTEGER_KEY = 2**60  # below it, Python's hashes of integers are the integers: none can be chosen to collide

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from kdjax.models.reading import WeightsError
 from kdjax.names import brief
-from kdjax.weights.tensors import BFLOAT16, Storage, Tensor, WeightsError, row_major_strides
+from kdjax.weights.tensors import BFLOAT16, Storage, Tensor, row_major_strides
 
 # The library allows 100 MB; parsed, JSON takes about twenty times its size. A network of 1,300 tensors has 130 KB.
 MAX_HEADER_BYTES = 4 << 20

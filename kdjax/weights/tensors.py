@@ -7,26 +7,20 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from kdjax.files import printable
+from kdjax.models.reading import WeightsError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_DIMS = 32
 MAX_NUMEL = 2**48
 MAX_TENSORS = 20_000  # in one set of weights; the largest supported network that was published has 1,300
 MAX_KEY = 500  # characters of a tensor's name
-MAX_LISTED = 20
-
-
-class WeightsError(ValueError):
-    """A weight file that cannot be read or written; the message says what was found and what to do."""
 
 
 class Storage:
@@ -157,9 +151,3 @@ def check_cost(state: Mapping[Any, Any], file_bytes: int) -> None:
             f"its tensors unfold to {unfolded:,} bytes, far more than the {file_bytes:,} of the file (views that repeat"
             " their storage); save copies of them: tensor.clone()"
         )
-
-
-def listed(keys: Collection[Any], limit: int = MAX_LISTED) -> str:
-    """The first of the names, each cut and safe to print, and how many there are."""
-    first = ", ".join(printable(str(key)[:120]) for key in islice(keys, limit))
-    return first + (f", ... ({len(keys)} in all)" if len(keys) > limit else "")

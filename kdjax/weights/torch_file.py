@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.models.reading import WeightsError
 from kdjax.names import brief
 from kdjax.weights.pickle_reader import RESAVE, Name, read_pickle
-from kdjax.weights.tensors import Storage, WeightsError, row_major_strides
+from kdjax.weights.tensors import Storage, row_major_strides
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from kdjax.models.reading import WeightsError, listed
 from kdjax.names import brief
-from kdjax.weights.tensors import Tensor, WeightsError, listed
+from kdjax.weights.tensors import Tensor
 
 # Names without a meaning of their own, best first.
 WRAPPERS = (

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.models.reading import WeightsError
 from kdjax.perceptual import CHANNELS, layer_names, needed_layers
-from kdjax.weights.tensors import Tensor, WeightsError
+from kdjax.weights.tensors import Tensor
 
 
 def vgg_params(state: Mapping[str, Any], *, vgg_type: str, layers: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:

@@ -1,0 +1,350 @@
+"""An architecture; a network: an architecture with its hyper-parameters; a model: a network with its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx, traverse_util
+
+from kdjax import macs
+from kdjax.models.reading import Files
+from kdjax.names import brief, nearest
+
+Params = dict[str, Any]
+Apply = Callable[[Params, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """How a smaller network is cut out of a larger one of the same architecture; `kdjax.models.slicing`.
+
+    Attributes:
+      cut: (params as NumPy arrays, hyper-parameters before, hyper-parameters after) -> params.
+      sizes: the hyper-parameters in which the slice may be smaller.
+    """
+
+    cut: Callable[[Params, Mapping[str, Any], Mapping[str, Any]], Params]
+    sizes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Architecture:
+    """All that kdjax knows of a kind of network; `models/X.py` has the one of X.
+
+    Attributes:
+      module: the Flax class. Its constructor's arguments are the hyper-parameters, but for `rngs` and `remat`; called
+        with a float NHWC image it returns (output, features). Attributes `multiple` and `pad_mode` say how it pads.
+      files: how the files of other programs are read; None where only kdjax writes it.
+      order: the names that torch registers its parts by, in that order; of a network written to a file.
+      slice: how a smaller one is cut out of it; None where it cannot be.
+      name: what configs and files call it.
+      is_checked: hyper-parameters have the type of their default, and numbers are positive. The user's own network
+        has its own rules.
+    """
+
+    module: type[nnx.Module] | type[linen.Module]
+    files: Files | None = None
+    order: tuple[str, ...] = ()
+    slice: Slice | None = None
+    name: str = ""
+    is_checked: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self.module.__name__.lower())
+
+    @functools.cached_property
+    def defaults(self) -> dict[str, Any]:
+        """The hyper-parameters and their defaults, in order; `inspect.Parameter.empty` for those without."""
+        if issubclass(self.module, linen.Module):
+            return {
+                field.name: field.default if field.default is not dataclasses.MISSING else inspect.Parameter.empty
+                for field in dataclasses.fields(self.module)
+                if field.init and field.name not in ("parent", "name")
+            }
+        return {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.module.__init__).parameters.items()
+            if name not in ("self", "rngs", "remat") and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        }
+
+    def complete(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
+        """`hparams` with the defaults filled in, in the order of the constructor.
+
+        Raises:
+          ValueError: a name the architecture does not have, or a value of the wrong type or not positive.
+        """
+        known = self.defaults
+        if missing := [name for name in known if known[name] is inspect.Parameter.empty and name not in hparams]:
+            raise ValueError(f"{self.name} needs the hyper-parameters {', '.join(missing)}, which have no default")
+        completed = dict(known)
+        for name, value in hparams.items():
+            if name not in known:
+                raise ValueError(
+                    f"{self.name} has no hyper-parameter {brief(name)}{nearest(name, known)} (it has:"
+                    f" {', '.join(known)})"
+                )
+            completed[name] = self._checked(name, value, known[name])
+        return completed
+
+    def _checked(self, name: str, value: Any, default: Any) -> Any:
+        if isinstance(value, list):  # what JSON and ConfigDict make of a tuple
+            value = tuple(value)
+        if type(default) is tuple and type(value) is int:  # one level, on a command line
+            value = (value,)
+        if type(default) is float and type(value) is int:
+            value = float(value)
+        if not self.is_checked:
+            return value
+        if type(value) is not type(default):
+            raise ValueError(
+                f"{self.name}: {name}={brief(value)} is a {type(value).__name__}, wanted {type(default).__name__}"
+            )
+        if isinstance(value, int | float) and not (0 if name == "num_upsample" else 1e-9) <= value < math.inf:
+            raise ValueError(f"{self.name}: {name}={brief(value)} must be positive and finite")
+        if isinstance(value, tuple) and not all(type(count) is int and count >= 0 for count in value):
+            raise ValueError(f"{self.name}: {name}={brief(value)} must be whole numbers")
+        return value
+
+
+class Network:
+    """Everything about a network but its weights. `kdjax.models.network` makes it; equal ones are one object.
+
+    Attributes:
+      architecture, hparams: complete and checked.
+    """
+
+    def __init__(self, architecture: Architecture, hparams: dict[str, Any]) -> None:
+        self.architecture, self.hparams = architecture, hparams
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Network) and (self.architecture, self.hparams) == (other.architecture, other.hparams)
+
+    def __hash__(self) -> int:
+        return hash((self.architecture, tuple(self.hparams.items())))
+
+    def __repr__(self) -> str:
+        return f"{self.arch}({', '.join(f'{name}={value!r}' for name, value in self.hparams.items())})"
+
+    @property
+    def arch(self) -> str:
+        """The name of the architecture."""
+        return self.architecture.name
+
+    @property
+    def channels(self) -> int:
+        """How many colour channels it reads: 3 for RGB, 1 for grey.
+
+        The hyper-parameter `num_in_ch` or `img_channel`; 3 for a network of the user's that has neither.
+        """
+        return self.hparams.get("num_in_ch", self.hparams.get("img_channel", 3))
+
+    @property
+    def scale(self) -> int:
+        """How many times larger than its input its output is; 1 for denoising."""
+        return self.hparams.get("scale", self.hparams.get("upscale", 1))
+
+    @property
+    def multiple(self) -> int:
+        """What it pads the height and width of an image to a multiple of; 1 if it takes them as they are.
+
+        A part of an image that begins at such multiples is seen as it is seen within the image: the factor of
+        `unshuffle`, 2^levels of a U-Net. The attribute `multiple` of the module, 1 where it has none.
+        """
+        return getattr(self._module, "multiple", 1)
+
+    @property
+    def pad_mode(self) -> str:
+        """How it pads at the bottom and right, in `np.pad`'s words: "reflect", or "constant" for zeros (NAFNet).
+
+        The attribute `pad_mode` of the module, "reflect" where it has none.
+        """
+        return getattr(self._module, "pad_mode", "reflect")
+
+    def make_apply(self, *, remat: bool = False, dtype: jnp.dtype = jnp.float32) -> Apply:
+        """The network as a pure function `apply(params, x) -> (output, features)`.
+
+        Args:
+          remat: recompute each block's activations in the backward pass instead of storing them.
+          dtype: of parameters and activations inside; the output is always float32.
+        """
+        if self._is_linen:
+            run = lambda params, x: self._module.apply({"params": params}, x)  # noqa: E731
+        else:
+            graphdef, variables = self._split_with_remat if remat else self._split
+
+            def run(params: Params, x: jax.Array) -> Any:
+                flat = traverse_util.flatten_dict(params)
+                leaves = [(path, leaf.replace(flat[tuple(map(str, path))])) for path, leaf in variables]
+                return nnx.merge(graphdef, nnx.from_flat_state(leaves))(x)
+
+        def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+            result = run(jax.tree.map(lambda leaf: leaf.astype(dtype), params), x.astype(dtype))
+            output, features = result if self.architecture.is_checked else self._checked_result(result, x)
+            return output.astype(jnp.float32), features
+
+        return apply
+
+    @functools.cached_property
+    def jitted(self) -> Apply:
+        """`make_apply()`, compiled once for each shape of image."""
+        return jax.jit(self.make_apply())
+
+    @functools.cached_property
+    def abstract_params(self) -> Params:
+        """The parameter tree with `jax.ShapeDtypeStruct` leaves; nothing is computed."""
+        if self._is_linen:
+            return jax.eval_shape(self._linen_params, jax.random.key(0))
+        return _pure_dict(self._split[1])
+
+    def init(self, key: jax.Array) -> Model:
+        """A model with fresh weights; the initial values are those that torch and BasicSR draw from."""
+        if self._is_linen:
+            return Model(self, self._linen_params(key))
+        # Not jitted: the 351 convolutions of an RRDBNet are a few shapes, which compile faster one by one.
+        return Model(self, _pure_dict(nnx.to_flat_state(nnx.state(self._build(rngs=nnx.Rngs(key))))))
+
+    def count_macs(self, height: int, width: int) -> int:
+        """Multiply-accumulates of the convolutions and matrix products of one forward pass on such an image."""
+        apply = self.make_apply()
+        image = jax.ShapeDtypeStruct((1, height, width, self.channels), jnp.float32)
+        return macs.count(lambda params, x: apply(params, x)[0], self.abstract_params, image)
+
+    @property
+    def _is_linen(self) -> bool:
+        return issubclass(self.architecture.module, linen.Module)
+
+    def _build(self, *, rngs: nnx.Rngs, remat: bool = False) -> nnx.Module:
+        module = self.architecture.module
+        takes_remat = "remat" in inspect.signature(module.__init__).parameters
+        return module(**self.hparams, **({"remat": remat} if takes_remat else {}), rngs=rngs)
+
+    @functools.cached_property
+    def _module(self) -> nnx.Module | linen.Module:
+        """The module without values. It takes half a second for the 351 convolutions of an RRDBNet.
+
+        Raises:
+          ValueError: what it says of its padding makes no sense.
+        """
+        module = self.architecture.module(**self.hparams) if self._is_linen else self._shapes_only(remat=False)
+        multiple, mode = getattr(module, "multiple", 1), getattr(module, "pad_mode", "reflect")
+        if type(multiple) is not int or multiple < 1:
+            raise ValueError(f"{self.arch}: its attribute multiple={multiple!r} must be a positive whole number")
+        if mode not in ("reflect", "constant"):
+            raise ValueError(f'{self.arch}: its attribute pad_mode={mode!r} must be "reflect" or "constant" (zeros)')
+        return module
+
+    @functools.cached_property
+    def _split(self) -> tuple[nnx.GraphDef, Any]:
+        return self._parts(self._module)
+
+    @functools.cached_property
+    def _split_with_remat(self) -> tuple[nnx.GraphDef, Any]:
+        return self._parts(self._shapes_only(remat=True))
+
+    def _shapes_only(self, *, remat: bool) -> nnx.Module:
+        def build() -> nnx.Module:
+            rngs = nnx.Rngs(0)
+            rngs.default = _OneKey(0, tag="default")
+            return self._build(rngs=rngs, remat=remat)
+
+        return nnx.eval_shape(build)
+
+    def _parts(self, module: nnx.Module) -> tuple[nnx.GraphDef, Any]:
+        """The structure of a module, and its parameters as shapes only, by path.
+
+        Raises:
+          ValueError: it has variables that are no parameters, such as those of batch normalisation or dropout.
+        """
+        graphdef, state = nnx.split(module)
+        variables = nnx.to_flat_state(state)
+        if others := sorted({type(leaf).__name__ for _, leaf in variables if not isinstance(leaf, nnx.Param)}):
+            raise ValueError(
+                f"{self.arch} has variables of type {', '.join(others)}; only trained parameters (nnx.Param) are"
+                " supported"
+            )
+        return graphdef, variables
+
+    def _linen_params(self, key: jax.Array) -> Params:
+        """The initial parameters of a Linen module, as a plain dict.
+
+        Raises:
+          ValueError: it has variables besides its parameters, such as those of batch normalisation.
+        """
+        variables = self._module.init(key, jnp.zeros((1, 64, 64, self.channels)))
+        if others := sorted(set(variables) - {"params"}):
+            raise ValueError(
+                f"{self.architecture.module.__name__} has {', '.join(others)} besides its parameters; only trained"
+                " parameters are supported"
+            )
+        flat = traverse_util.flatten_dict(variables["params"])
+        return traverse_util.unflatten_dict({tuple(map(str, path)): leaf for path, leaf in flat.items()})
+
+    def _checked_result(self, result: Any, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """What a network of the user's returned, if it is what a network has to return.
+
+        Raises:
+          ValueError: it is not (output, features), or the output does not fit the input.
+        """
+        is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
+        if not is_pair or not hasattr(result[0], "shape"):
+            raise ValueError(
+                f"{self.arch} returned {type(result).__name__}, wanted (output, features): an image and a dict of named"
+                " arrays"
+            )
+        output, features = result
+        fits = output.ndim == 4 and output.shape[0] == x.shape[0]
+        if not fits or any(ours % theirs for ours, theirs in zip(output.shape[1:3], x.shape[1:3], strict=True)):
+            raise ValueError(
+                f"{self.arch} made {output.shape} of an image of shape {x.shape}; wanted (b, h x scale, w x scale,"
+                " channels)"
+            )
+        return output, features
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A network with its weights; `model(x)` returns (output, features) for float NHWC x in [0, 1].
+
+    Attributes:
+      params: a nested dict of arrays whose path is the torch module path
+        (`params["body"]["0"]["rdb1"]["conv1"]["kernel"]`).
+    """
+
+    network: Network
+    params: Params
+
+    @property
+    def arch(self) -> str:
+        return self.network.arch
+
+    @property
+    def hparams(self) -> dict[str, Any]:
+        return self.network.hparams
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return self.network.jitted(self.params, x)
+
+
+def count_params(params: Params) -> int:
+    """The number of scalars in a parameter tree (arrays or ShapeDtypeStructs)."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+class _OneKey(nnx.RngStream):
+    """The same key each time, for shapes alone: the count of Flax's own, under a trace, takes time by its square."""
+
+    def __call__(self) -> jax.Array:
+        return self.key[...]
+
+
+def _pure_dict(variables: Iterable[tuple[tuple[str | int, ...], nnx.Variable]]) -> Params:
+    """The parameters as a nested dict with string keys (NNX has integers for list positions)."""
+    return traverse_util.unflatten_dict({tuple(map(str, path)): leaf.get_value() for path, leaf in variables})
