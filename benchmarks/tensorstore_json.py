@@ -4,7 +4,8 @@
 
 Every line is one call, repeated 10,000 times with its answer thrown away, and what stays allocated for each. Nothing
 should. With TensorStore 0.1.86 every key and value of a dictionary does: the conversion gives its reference to
-`PyDict_SetItem`, which takes one of its own. `kdjax.checkpoint` works around it for what Orbax calls at a checkpoint.
+`PyDict_SetItem`, which takes one of its own. `kdjax.training.checkpoint` works around it for what Orbax calls at a
+checkpoint.
 """
 
 from __future__ import annotations

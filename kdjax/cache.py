@@ -4,8 +4,8 @@
     python -m kdjax.train --config configs/denoise.py --config.teacher.cache=CACHE [--config.data.crop=64 ...]
 
 The samples are the first ones of the run itself: the same images, crops, flips and noise. With each of them go the
-teacher's output, in float16, and of its features those that the config's loss terms read, in bfloat16; `kdjax.targets`
-has the rules and their reasons, `kdjax.data.cached` the format.
+teacher's output, in float16, and of its features those that the config's loss terms read, in bfloat16;
+`kdjax.teacher.targets` has the rules and their reasons, `kdjax.data.cached` the format.
 
 The program says first what it will need, and can be killed at any moment: the same command continues after the last
 complete shard. Several processes, on one host or many, share the work: each is given --num_processes and its own
@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import commandline, preparation, sharding, targets
+from kdjax import commandline, sharding
 from kdjax import config as config_lib
 from kdjax.config import ConfigError
 from kdjax.data import DataError, shards
@@ -34,6 +34,8 @@ from kdjax.data.cached import CACHE, PLAN, Field
 from kdjax.files import FolderInUse, locked, read_json, remove_leftovers, write_json
 from kdjax.progress import clock
 from kdjax.signals import Stopped
+from kdjax.teacher import targets
+from kdjax.training import preparation
 
 log = logging.getLogger("kdjax")
 

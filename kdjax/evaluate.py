@@ -26,19 +26,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import assets, commandline, cost, data, models, report, sharding, validation
+from kdjax import assets, commandline, cost, data, models, sharding, validation
 from kdjax.files import write_json, write_text
-from kdjax.logbook import finite
 from kdjax.markdown import literal, table
 from kdjax.metrics import named, niqe
+from kdjax.metrics.lpips_file import load_lpips
 from kdjax.metrics.named import METRICS
+from kdjax.models.ensemble import self_ensemble
 from kdjax.names import named_paths, png_name
 from kdjax.ops import to_uint8
 from kdjax.progress import Progress
-from kdjax.teachers import self_ensemble
+from kdjax.report import page
 from kdjax.tiles import Restorer
+from kdjax.training.logbook import finite
 from kdjax.validation import Restore, Sample, Score, Values
-from kdjax.weights import Loaded, load_lpips, load_weights, parse_hparams
+from kdjax.weights import Loaded, load_weights, parse_hparams
 
 _NAME = r"\w[\w.+-]*"  # of a model or a set, which is also the name of a folder
 
@@ -179,7 +181,7 @@ def prepare(options: argparse.Namespace) -> Request:
     hparams = parse_hparams(options.hparam)
     loaded = {
         name: load_weights(assets.locate(path, assets.TEACHER), key=options.key, **hparams)
-        for name, path in named_paths(options.model, "--model", reserved=(report.INPUT, report.CLEAN)).items()
+        for name, path in named_paths(options.model, "--model", reserved=(page.INPUT, page.CLEAN)).items()
     }
     channels, scale = _common_kind(loaded)
     if scale != 1 and options.sigma:
@@ -331,7 +333,7 @@ def run(request: Request, options: argparse.Namespace) -> None:
     progress = Progress(len(images) * len(request.models), sum(image.gt.size for image in images) * macs)
     pictures_each = -(-options.report_images // len(conditions)) if options.output else 0
     rows: list[dict[str, Any]] = []
-    pictures: list[report.Restored] = []
+    pictures: list[page.Restored] = []
     for dataset, sigma in conditions:
         degraded = "pairs" if sigma is None else f"sigma {sigma:g}"
         samples = [validation.make_sample(image.name, image.gt, image.lq, sigma or 0.0) for image in dataset.images]
@@ -341,11 +343,11 @@ def run(request: Request, options: argparse.Namespace) -> None:
         folder = options.output / "images" / dataset.name / degraded.replace(" ", "_") if options.save_images else None
         measured: dict[str, list[Values]] = {}
         if samples[0].lq.shape == samples[0].gt.shape:
-            measured[report.INPUT] = [
+            measured[page.INPUT] = [
                 validation.values(validation.input_picture(sample), sample.gt, request.metrics, request.context)
                 for sample in samples
             ]
-            print(f"  {_line(_means(measured[report.INPUT]))}   {report.INPUT}", flush=True)
+            print(f"  {_line(_means(measured[page.INPUT]))}   {page.INPUT}", flush=True)
         for name in request.models:
             started = time.monotonic()
             measured[name] = _measure_model(request, name, samples, gallery, progress, folder)
@@ -358,12 +360,12 @@ def run(request: Request, options: argparse.Namespace) -> None:
         for position, outputs in sorted(gallery.outputs.items()):
             sample, scores = samples[position], {name: values[position] for name, values in measured.items()}
             lq = validation.input_picture(sample)
-            pictures.append(report.Restored(sample.name, dataset.name, degraded, lq, sample.gt, outputs, scores))
+            pictures.append(page.Restored(sample.name, dataset.name, degraded, lq, sample.gt, outputs, scores))
         _write_table(request, rows, options)
     if options.output:
         table = [{name: value for name, value in row.items() if name != "by_image"} for row in rows]
         path = options.output / "report.html"
-        report.write_report(path, title="Evaluation", table=table, images=pictures, settings=request.settings)
+        page.write_report(path, title="Evaluation", table=table, images=pictures, settings=request.settings)
         print(f"{options.output}: results.json, results.md, report.html")
 
 
@@ -422,13 +424,13 @@ def markdown(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], settings
     for row in rows:
         rivals = [
             other for other in rows
-            if (other["data"], other["degraded"]) == (row["data"], row["degraded"]) and other["model"] != report.INPUT
+            if (other["data"], other["degraded"]) == (row["data"], row["degraded"]) and other["model"] != page.INPUT
         ]  # fmt: skip
         cells = [literal(row["data"]), literal(row["degraded"]), str(row["images"]), literal(row["model"])]
         for name in metrics:
             text, sign = METRICS[name].text(row[name]), 1 if METRICS[name].higher_is_better else -1
             best = max((sign * other[name] for other in rivals if not math.isnan(other[name])), default=None)
-            wins = len(rivals) > 1 and row["model"] != report.INPUT and sign * row[name] == best
+            wins = len(rivals) > 1 and row["model"] != page.INPUT and sign * row[name] == best
             cells.append(f"**{text}**" if wins else text)
         lines.append(cells)
     headings = ["data", "degraded", "images", "model", *(METRICS[name].heading for name in metrics)]

@@ -4,7 +4,7 @@
     python -m kdjax.restore --model realesr-animevideov3.pth "scans/*.tif" clip.mp4 --output enlarged --suffix _x4
 
 Files of any size, in tiles (`kdjax.tiles`). Pictures keep their format, depth, alpha, colour profile and EXIF
-(`kdjax.data.pictures`), videos their sound and frame rate (`kdjax.data.videos`). A file whose output exists is done:
+(`kdjax.media.pictures`), videos their sound and frame rate (`kdjax.media.videos`). A file whose output exists is done:
 the same command again continues. `docs/restoring.md` explains the options.
 """
 
@@ -30,10 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import assets, commandline, cost, data, models, sharding
-from kdjax.data import pictures, videos
 from kdjax.data.images import CONVERSIONS
 from kdjax.data.sources import shortened
 from kdjax.files import printable
+from kdjax.media import pictures, videos
 from kdjax.progress import Progress
 from kdjax.signals import Stopped, StopSignals
 from kdjax.tiles import restore_image
@@ -258,9 +258,9 @@ def run(
     Args:
       restore: a function of an image, as `kdjax.tiles.restore_image` takes it, and of `progress`.
       scale: how much it enlarges.
-      quality: of JPEG and WebP (`kdjax.data.pictures.write_picture`).
+      quality: of JPEG and WebP (`kdjax.media.pictures.write_picture`).
       stop: ends the work after the tile at hand.
-      max_pixels: larger pictures and frames fail (`kdjax.data.pictures.too_large`).
+      max_pixels: larger pictures and frames fail (`kdjax.media.pictures.too_large`).
 
     Returns:
       For every file that could not be restored, why.

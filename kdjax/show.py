@@ -15,11 +15,13 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kdjax import commandline, data, degradations, distill, ops, preparation, sharding, targets
+from kdjax import commandline, data, degradations, distill, ops, sharding
 from kdjax import config as config_lib
 from kdjax.data import DataError
 from kdjax.degradations import realesrgan
 from kdjax.degradations.resize import MODES
+from kdjax.teacher import targets
+from kdjax.training import preparation
 
 _TEXT_WIDTH, _LINE, _GAP = 220, 15, 6
 _KERNEL_ZOOM = 4

@@ -33,18 +33,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import commandline, cost, distill, ladder, macs, metrics, models, preparation, sharding, train, validation
+from kdjax import commandline, cost, distill, macs, metrics, models, sharding, train, validation
 from kdjax import config as config_lib
-from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.config import Config, ConfigError
 from kdjax.data import DataError
 from kdjax.files import locked, read_json, whole_file, write_json, write_text
-from kdjax.logbook import Logbook, finite
 from kdjax.markdown import literal
-from kdjax.monitor import Monitor
 from kdjax.names import nearest, pick
+from kdjax.report import ladder
 from kdjax.signals import Stopped, StopSignals
-from kdjax.teachers import Teacher, load_teacher
+from kdjax.teacher.load import Teacher, load_teacher
+from kdjax.training import preparation
+from kdjax.training.checkpoint import CheckpointError, Checkpoints
+from kdjax.training.logbook import Logbook, finite
+from kdjax.training.monitor import Monitor
 from kdjax.validation import Sample
 
 log = logging.getLogger("kdjax")

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import assets, models, ops, sharding
-from kdjax.teachers import self_ensemble
+from kdjax.models.ensemble import self_ensemble
 from kdjax.weights import load_model
 
 FEATHER = 8  # input pixels over which neighbouring tiles fade into each other, at least
@@ -64,7 +64,7 @@ class Restorer:
       tile_pad: context on each side of a tile, in input pixels. Both are rounded up to what the sides of an image are
         padded to by the model (`kdjax.models.Network.multiple`).
       x8: the mean over the eight flips and quarter turns of every tile, at eight times the cost
-        (`kdjax.teachers.self_ensemble`).
+        (`kdjax.models.ensemble.self_ensemble`).
       dtype: of weights and activations inside; images are float32.
       devices: those of this process by default.
       tiles_per_device: how many tiles one device takes at a time.

@@ -2,8 +2,8 @@
 
     python -m kdjax.train --config configs/denoise.py [--workdir DIR] [--config.train.steps=N ...]
 
-`kdjax.preparation` turns the config into data, networks and the recipe of the step; here is the loop of step, log,
-validate, save. The same command started again continues from the last checkpoint. In the run's folder:
+`kdjax.training.preparation` turns the config into data, networks and the recipe of the step; here is the loop of step,
+log, validate, save. The same command started again continues from the last checkpoint. In the run's folder:
 
     config.json      the whole config          train.log       what was printed
     metrics.jsonl    the numbers by step       checkpoints/    the state: the latest ones and the best
@@ -25,18 +25,19 @@ from pathlib import Path
 
 import jax
 
-from kdjax import agreement, commandline, cost, data, distill, models, preparation, sharding
+from kdjax import commandline, cost, data, distill, models, sharding
 from kdjax import config as config_lib
-from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.commandline import fail
 from kdjax.config import Config, ConfigError
 from kdjax.files import read_json, write_json
-from kdjax.logbook import Logbook
-from kdjax.monitor import Monitor
-from kdjax.preparation import Setup, check_same_run, identity, open_batches, report
 from kdjax.progress import clock
 from kdjax.signals import Stopped, StopSignals
 from kdjax.terms import needs_teacher
+from kdjax.training import agreement, preparation
+from kdjax.training.checkpoint import CheckpointError, Checkpoints
+from kdjax.training.logbook import Logbook
+from kdjax.training.monitor import Monitor
+from kdjax.training.preparation import Setup, check_same_run, identity, open_batches, report
 from kdjax.weights import WeightsError, save_model
 
 log = logging.getLogger("kdjax")

@@ -20,8 +20,9 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageCms
 
-from kdjax.data import images, pictures
+from kdjax.data import images
 from kdjax.data.images import ImageError
+from kdjax.media import pictures
 
 MEMORY = 256 << 20  # of the machine, as the readers are told
 GROWTH = 200 << 20  # of this program: a picture may take half of what is free, and 8 bytes a pixel of vips besides

@@ -22,13 +22,14 @@ from PIL import Image
 from test_config import load
 from test_perceptual import write_vgg
 
-from kdjax import assets, config, models, preparation, train, validation
+from kdjax import assets, config, models, train, validation
 from kdjax.basicsr import Translation, format_account, translate
 from kdjax.basicsr.keys import DEGRADATION, KEYS
 from kdjax.basicsr.reader import read_yaml
 from kdjax.config import ConfigError, parse
-from kdjax.monitor import Monitor
 from kdjax.schedules import make_schedule
+from kdjax.training import preparation
+from kdjax.training.monitor import Monitor
 from kdjax.weights import save_model
 
 ROOT = Path(__file__).parent.parent

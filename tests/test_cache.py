@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from test_config import load
 
-from kdjax import cache, config, data, distill, models, preparation, sharding, targets
+from kdjax import cache, config, data, distill, models, sharding
 from kdjax.data import DataError, shards
 from kdjax.files import locked, whole_file
+from kdjax.teacher import targets
+from kdjax.training import preparation
 from kdjax.weights import save_model
 
 ROOT = Path(__file__).parent.parent

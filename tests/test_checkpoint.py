@@ -14,9 +14,9 @@ import pytest
 import tensorstore
 
 from kdjax import distill, models, train
-from kdjax.checkpoint import CheckpointError, Checkpoints
 from kdjax.schedules import make_schedule
 from kdjax.terms import make_terms
+from kdjax.training.checkpoint import CheckpointError, Checkpoints
 
 
 def make_state(step: int, optimizer: str = "adam", **options: float) -> distill.State:

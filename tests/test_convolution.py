@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdjax.convolution import convolve, plain
+from kdjax.ops.convolution import convolve, plain
 
 
 @pytest.mark.parametrize("num_out", [1, 3, 6, 40])  # those of a few results are computed otherwise

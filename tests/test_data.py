@@ -26,7 +26,6 @@ import pytest
 import tifffile
 from PIL import Image
 
-from kdjax import agreement
 from kdjax.data import (
     IMAGE_SUFFIXES,
     WRITTEN_SUFFIXES,
@@ -45,6 +44,7 @@ from kdjax.data import (
 )
 from kdjax.data.pack import pack
 from kdjax.data.samples import UNLABELLED, ImageCache, Samples
+from kdjax.training import agreement
 
 
 def coordinates(height: int, width: int, number: int) -> np.ndarray:

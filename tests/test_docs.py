@@ -46,7 +46,8 @@ SHORT = {
     "kdjax.study": "--columns scratch output --config.seeds='(0,)' "
     + " ".join(f"--config.base.{key}={value}" for key, value in _RUN.items()),
     "kdjax.cache": "--samples 8 --config.data.crop=16 --config.data.batch_size=4 --config.data.workers=0",
-    "kdjax.show": "--count 2 --config.data.crop=16 --config.data.canvas=32 --config.data.batch_size=2 --config.data.workers=0",
+    "kdjax.show": "--count 2 --config.data.crop=16 --config.data.canvas=32 --config.data.batch_size=2"
+    " --config.data.workers=0",
     "kdjax.compare": "--size 32 --batch 1 --repeats 1",
     "kdjax.demo": "--port 0",
     "benchmarks/data.py": "--limit 4 --crop 16 --batch-size 2 --repeats 1",

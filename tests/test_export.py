@@ -16,12 +16,13 @@ from flax import nnx
 from test_config import load
 
 from kdjax import config as config_lib
-from kdjax import models, ops, preparation, train
+from kdjax import models, ops, train
 from kdjax.export import FORMATS, ExportError, card, export_model, verify_onnx, verify_stablehlo, verify_weights
 from kdjax.export.__main__ import main
 from kdjax.files import write_json
-from kdjax.logbook import Logbook
 from kdjax.models.layers import conv3x3
+from kdjax.training import preparation
+from kdjax.training.logbook import Logbook
 from kdjax.weights import load_weights, save_model
 
 onnx = pytest.importorskip("onnx")

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdjax import preparation, train
+from kdjax import train
 from kdjax.config import ConfigError, parse
 from kdjax.data import DataError, ImagePair, find_pairs, find_unlabelled, training_batches, write_image
+from kdjax.training import preparation
 
 Sources = dict[str, list[ImagePair]]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kdjax.logbook import Logbook
+from kdjax.training.logbook import Logbook
 
 
 def open_logbook(workdir: Path, resume_step: int) -> Logbook:

@@ -14,12 +14,13 @@ from markdown_it.token import Token
 from test_tradeoff import MACHINE, row
 
 from kdjax import config as config_lib
-from kdjax import evaluate, ladder, models, study, tradeoff
+from kdjax import evaluate, models, study
 from kdjax.export import Artefact, card
 from kdjax.files import printable
 from kdjax.markdown import code, front_matter, literal, table
-from kdjax.report import Restored, write_report
-from kdjax.tradeoff import Comparison, Quality, Subject
+from kdjax.report import ladder, tradeoff
+from kdjax.report.page import Restored, write_report
+from kdjax.report.tradeoff import Comparison, Quality, Subject
 from kdjax.weights import Loaded
 
 HOSTILE = [

@@ -9,8 +9,9 @@ from test_config import METHODS, load
 from test_perceptual import write_vgg
 
 from kdjax import config as config_lib
-from kdjax import preparation, train
-from kdjax.monitor import Monitor
+from kdjax import train
+from kdjax.training import preparation
+from kdjax.training.monitor import Monitor
 
 
 @pytest.mark.usefixtures("one_device")

@@ -12,10 +12,11 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from kdjax import assets
 from kdjax.data import read_image
+from kdjax.losses.vgg_file import _convolutions
 from kdjax.metrics import TooSmallError, lpips, named, niqe, psnr, psnr_ssim, ssim
-from kdjax.weights import WeightsError, load_lpips
+from kdjax.metrics.lpips_file import load_lpips
+from kdjax.weights import WeightsError
 from kdjax.weights.torch_file import torch_file_bytes
-from kdjax.weights.vgg_file import _convolutions
 
 
 @pytest.mark.parametrize("crop_border", [0, 4])

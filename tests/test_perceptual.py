@@ -8,12 +8,12 @@ import pytest
 from conftest import load_npz
 
 from kdjax.distill import make_setting
+from kdjax.losses.perceptual import layer_names, perceptual, style, vgg_features
+from kdjax.losses.vgg_file import _convolutions, load_vgg
 from kdjax.models import network
-from kdjax.perceptual import layer_names, perceptual, style, vgg_features
 from kdjax.terms import Context, Forward, make_terms
-from kdjax.weights import WeightsError, load_vgg
+from kdjax.weights import WeightsError
 from kdjax.weights.torch_file import torch_file_bytes
-from kdjax.weights.vgg_file import _convolutions
 
 GUIDE = {"conv1_2": 0.1, "conv2_2": 0.1, "conv3_4": 1.0, "conv4_4": 1.0, "conv5_4": 1.0}
 # name in the reference file -> layers, criterion, style, factor, options of the network

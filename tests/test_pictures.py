@@ -16,9 +16,10 @@ import pyvips
 import tifffile
 from PIL import Image, ImageCms
 
-from kdjax.data import pictures, read_image
+from kdjax.data import read_image
 from kdjax.data.images import ImageError
-from kdjax.data.pictures import Picture, check_target, read_picture, write_picture
+from kdjax.media import pictures
+from kdjax.media.pictures import Picture, check_target, read_picture, write_picture
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 ORIENTATION, MAKE, EXIF_FOLDER, DATE = 0x0112, 0x010F, 0x8769, 0x9003

@@ -161,7 +161,7 @@ def as_one_of_several(folder: Path) -> dict[str, object]:
     """What this process learns from the others."""
     import jax
 
-    from kdjax import agreement
+    from kdjax.training import agreement
 
     sharding.connect()
     index = jax.process_index()

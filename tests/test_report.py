@@ -20,7 +20,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from kdjax.report import Restored, write_report
+from kdjax.report.page import Restored, write_report
 
 NASTY = "</script><img src=x onerror=attacked=1>\"'&amp;<!--"
 MINUS, TIMES = "\u2212", "\u00d7"

@@ -18,8 +18,8 @@ from PIL import Image
 
 import kdjax
 from kdjax import models, restore
-from kdjax.data import pictures, videos
-from kdjax.data.pictures import Picture, read_picture, write_picture
+from kdjax.media import pictures, videos
+from kdjax.media.pictures import Picture, read_picture, write_picture
 from kdjax.restore import Job, Plan, left_out, plan
 from kdjax.signals import StopSignals
 

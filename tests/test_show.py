@@ -10,8 +10,9 @@ from PIL import Image
 from test_config import load
 
 from kdjax import config as config_lib
-from kdjax import preparation, show
+from kdjax import show
 from kdjax.degradations import realesrgan
+from kdjax.training import preparation
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from test_checkpoint import make_state
 
-from kdjax.checkpoint import Checkpoints
+from kdjax.training.checkpoint import Checkpoints
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

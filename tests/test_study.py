@@ -12,9 +12,11 @@ from PIL import Image
 from test_config import load
 
 from kdjax import config as config_lib
-from kdjax import ladder, preparation, study, train
+from kdjax import study, train
 from kdjax.config import ConfigError
-from kdjax.monitor import Monitor
+from kdjax.report import ladder
+from kdjax.training import preparation
+from kdjax.training.monitor import Monitor
 from kdjax.weights import load_model
 
 ROOT = Path(__file__).parent.parent

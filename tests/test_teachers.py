@@ -9,7 +9,8 @@ import pytest
 
 from kdjax import config, models
 from kdjax.config import ConfigError
-from kdjax.teachers import load_teacher, self_ensemble
+from kdjax.models.ensemble import self_ensemble
+from kdjax.teacher import load_teacher
 from kdjax.weights import save_model
 
 STUDENT = models.network("dncnn", dict(num_feat=4, depth=2)).init(jax.random.key(0))

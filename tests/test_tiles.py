@@ -11,7 +11,7 @@ import pytest
 
 from kdjax import models, tiles
 from kdjax.models import Model
-from kdjax.teachers import self_ensemble
+from kdjax.models.ensemble import self_ensemble
 from kdjax.tiles import Restorer, restore_image
 from kdjax.weights import save_model
 

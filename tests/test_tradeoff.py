@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from kdjax import cost, tradeoff
-from kdjax.tradeoff import Comparison, Quality, Subject
+from kdjax import cost
+from kdjax.report import tradeoff
+from kdjax.report.tradeoff import Comparison, Quality, Subject
 
 NAMES = ("teachers_of_22_letters", "students_of_22_letters", "tiny")
 MACHINE = dict(

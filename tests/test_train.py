@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 from test_config import load
 
-from kdjax import assets, config, data, preparation, train
+from kdjax import assets, config, data, train
 from kdjax.files import LOCK, locked, whole_file, write_json
-from kdjax.monitor import Monitor
+from kdjax.training import preparation
+from kdjax.training.monitor import Monitor
 from kdjax.weights import load_model, load_weights, save_model
 
 ROOT = Path(__file__).parent.parent

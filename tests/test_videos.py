@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdjax.data.videos import VideoError, frames, probe, target_suffix, write_video
+from kdjax.media.videos import VideoError, frames, probe, target_suffix, write_video
 
 pytestmark = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
 

@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 from weight_files import FORMATS, Opcodes, Strided, Writer, random_model, state_dict, write, zip_file, zip_records
 
+from kdjax.losses.vgg_file import load_vgg
+from kdjax.metrics.lpips_file import load_lpips
 from kdjax.models import Model, network
-from kdjax.weights import WeightsError, load_lpips, load_vgg, load_weights, save_model
+from kdjax.weights import WeightsError, load_weights, save_model
 from kdjax.weights.convert import torch_shapes
 
 MULTIPLE = 12  # of the file's size

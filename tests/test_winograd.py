@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import export
 
-from kdjax.models import winograd
-from kdjax.models.winograd import narrow_conv3x3
+from kdjax.ops import winograd
+from kdjax.ops.winograd import narrow_conv3x3
 
 
 def draw(*shape: int) -> jax.Array:

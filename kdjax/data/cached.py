@@ -34,7 +34,7 @@ CACHE = shards.Kind("cache", "cache.json", "kdjax cache", 1, "python -m kdjax.ca
 PLAN = "cache.unfinished.json"  # of a cache in the making: its index without the shards
 FEATURE = "feature "  # what the names of fields begin with that are features of the teacher
 _IMAGE = ("uint8", "float16")
-# What fields can be, by name: types, and how many sides their shapes have; see `kdjax.targets`.
+# What fields can be, by name: types, and how many sides their shapes have; see `kdjax.teacher.targets`.
 _FIELDS = {"gt": (_IMAGE, 3), "lq": (_IMAGE, 3), "labelled": (("bool",), 0), "output": (("float16",), 3)}
 _FEATURES = (("bfloat16",), 3)
 _DEPTH = 10  # of settings within settings
@@ -58,7 +58,7 @@ class Cache:
     """The index of a complete cache, and the reader of its records.
 
     Attributes:
-      settings: what shaped the samples, and whose answers they have; see `kdjax.targets`.
+      settings: what shaped the samples, and whose answers they have; see `kdjax.teacher.targets`.
     """
 
     folder: str

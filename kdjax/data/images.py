@@ -7,7 +7,7 @@ becomes grey by the ITU-R 601 luma.
 
 Samples of 16 bits become 8 by round(v / 257), so 0 stays 0 and 65535 becomes 255. That holds for grey; of
 16-bit colour Pillow hands out only the high byte, which is at most one level away. Floating-point and 32-bit
-integer images have no agreed range and are refused. `kdjax.data.pictures` keeps all 16 bits, alpha and metadata.
+integer images have no agreed range and are refused. `kdjax.media.pictures` keeps all 16 bits, alpha and metadata.
 
 A path may also lead into a pack (`kdjax.data.shards`), which holds the pixels that its files gave.
 

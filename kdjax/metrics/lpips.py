@@ -4,7 +4,7 @@ At five layers of an AlexNet or VGG16 the features of every pixel are scaled to 
 weighted by channel, with weights fitted to human judgements, and averaged over the image. 0 for equal images; lower is
 better. The numbers are those of the package `lpips`, version 0.1 of its weights, for images in [-1, 1].
 
-The weights come from a file of the user's (`kdjax.weights.load_lpips`).
+The weights come from a file of the user's (`kdjax.metrics.lpips_file.load_lpips`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kdjax.losses.perceptual import Params, vgg_features
 from kdjax.metrics.psnr_ssim import TooSmallError, check, crop
-from kdjax.perceptual import Params, vgg_features
 
 # ImageNet's mean and deviation for images in [-1, 1], with the digits that the package `lpips` has.
 _SHIFT, _SCALE = np.float32([-0.030, -0.088, -0.188]), np.float32([0.458, 0.448, 0.450])

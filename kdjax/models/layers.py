@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kdjax.convolution import convolve
-from kdjax.models.winograd import narrow_conv3x3
+from kdjax.ops.convolution import convolve
+from kdjax.ops.winograd import narrow_conv3x3
 
 Init = Callable[..., jax.Array]  # (key, shape, dtype) -> initial values
 
@@ -49,7 +49,7 @@ def conv3x3(
 ) -> nnx.Conv:
     """A zero-padded 3x3 convolution with bias, initialised as torch does, or as BasicSR's residual branches.
 
-    `narrow` is for many input channels and few output channels (`kdjax.models.winograd`).
+    `narrow` is for many input channels and few output channels (`kdjax.ops.winograd`).
     """
     return nnx.Conv(
         num_in,

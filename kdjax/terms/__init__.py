@@ -9,7 +9,7 @@
 
 A term is a key of TERMS, or any other name with a `kind` that is one. Its `weight` is a number, a schedule
 (`kdjax.schedules`), or `dict(share=r)`: the weight that keeps its gradient at the part r of all terms' gradient norms.
-`kdjax.losses` and `kdjax.perceptual` have the formulas; here they are tied to networks and configs.
+`kdjax.losses` and `kdjax.losses.perceptual` have the formulas; here they are tied to networks and configs.
 """
 
 from __future__ import annotations

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from kdjax import losses, perceptual
+from kdjax import losses
+from kdjax.losses import perceptual
+from kdjax.losses.vgg_file import load_vgg
 from kdjax.names import pick
 from kdjax.terms.features import Pairs, as_pairs, feature_of, teacher_features
 from kdjax.terms.term import Context, Forward, Loss, Setting
-from kdjax.weights import load_vgg
 
 log = logging.getLogger("kdjax")
 
@@ -148,7 +149,7 @@ def contrastive(setting: Setting, *, layers: Sequence[tuple[str, float]]) -> Los
 def perceptual_term(
     setting: Setting, *, vgg: str, layer_weights: Mapping[str, float], criterion: str = "l1", **options: object
 ) -> Loss:
-    """VGG features of the student's image against those of the clean one; see `kdjax.perceptual`.
+    """VGG features of the student's image against those of the clean one; see `kdjax.losses.perceptual`.
 
     `vgg` is a torchvision file. `target="teacher"` compares with the teacher's image instead. It lowers PSNR.
     """

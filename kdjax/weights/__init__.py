@@ -14,43 +14,40 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from kdjax.files import printable, write_bytes
-from kdjax.metrics.lpips import Network
 from kdjax.models import MODELS, Architecture, Model, architecture
 from kdjax.models.custom import is_custom
 from kdjax.models.reading import WeightsError
 from kdjax.names import brief
-from kdjax.perceptual import needed_layers
 from kdjax.weights.convert import to_model, to_state_dict
 from kdjax.weights.hparams import parse_hparams
 from kdjax.weights.layouts import known_part
-from kdjax.weights.lpips_file import lpips_network
 from kdjax.weights.safetensors_file import is_safetensors_file, read_safetensors_file, safetensors_file_bytes
 from kdjax.weights.tensors import Tensor, check_cost
 from kdjax.weights.torch_file import is_torch_file, read_torch_file, torch_file_bytes
 from kdjax.weights.unwrap import one_network, unwrap
-from kdjax.weights.vgg_file import vgg_params
 
 __all__ = [
     "Loaded",
     "WeightsError",
-    "load_lpips",
     "load_model",
-    "load_vgg",
+    "load_tensors",
     "load_weights",
     "parse_hparams",
     "save_model",
 ]
 
 MAX_FILE_BYTES = 8 << 30
+
+T = TypeVar("T")
 
 log = logging.getLogger("kdjax")
 
@@ -126,30 +123,17 @@ def load_model(
     return load_weights(path, key=key, arch=arch, **hparams_overrides).model
 
 
-def load_vgg(
-    path: str | os.PathLike[str], /, *, vgg_type: str, layers: Sequence[str]
-) -> dict[str, dict[str, np.ndarray]]:
-    """The weights of a VGG in a torchvision file, up to the deepest of `layers`, for `kdjax.perceptual`.
+def load_tensors(path: str | os.PathLike[str], /, read: Callable[[Mapping[Any, Any]], T]) -> T:
+    """What `read` makes of the best set of tensors of a file whose network is known; its errors then name the file.
 
     Raises:
-      WeightsError: the file cannot be read or is another network.
-      ValueError: an unknown type or layer.
-    """
-    needed_layers(vgg_type, layers)
-    data = _read(path)
-    with _blaming(path):
-        return vgg_params(_tensors(data), vgg_type=vgg_type, layers=layers)
-
-
-def load_lpips(path: str | os.PathLike[str], /) -> Network:
-    """The weights of LPIPS in a file with the state dict of `lpips.LPIPS(net="alex" or "vgg")`.
-
-    Raises:
-      WeightsError: the file cannot be read or holds something else.
+      WeightsError: the file cannot be read, or `read` raises it.
     """
     data = _read(path)
     with _blaming(path):
-        return lpips_network(_tensors(data))
+        tensors, _, _ = unwrap(_parse(data)[0], "auto")
+        check_cost(tensors, len(data))
+        return read(tensors)
 
 
 def save_model(model: Model, path: str | os.PathLike[str]) -> None:
@@ -245,13 +229,6 @@ def _one_network(
             path
         ) or "bare"
     return one_network(tensors, path, rest, known_part)
-
-
-def _tensors(data: bytes) -> dict[Any, Any]:
-    """The best set of tensors of a file whose network is known."""
-    tensors, _, _ = unwrap(_parse(data)[0], "auto")
-    check_cost(tensors, len(data))
-    return tensors
 
 
 def _said(about: Any, asked: Architecture | None) -> tuple[Architecture | None, dict[str, Any] | None]:

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from kdjax.losses.perceptual import CHANNELS, layer_names, needed_layers
 from kdjax.models.reading import WeightsError
-from kdjax.perceptual import CHANNELS, layer_names, needed_layers
+from kdjax.weights import load_tensors
 from kdjax.weights.tensors import Tensor
+
+
+def load_vgg(
+    path: str | os.PathLike[str], /, *, vgg_type: str, layers: Sequence[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """The weights of a VGG in a torchvision file, up to the deepest of `layers`, for `kdjax.losses.perceptual`.
+
+    Raises:
+      WeightsError: the file cannot be read or is another network.
+      ValueError: an unknown type or layer.
+    """
+    needed_layers(vgg_type, layers)
+    return load_tensors(path, lambda state: vgg_params(state, vgg_type=vgg_type, layers=layers))
 
 
 def vgg_params(state: Mapping[str, Any], *, vgg_type: str, layers: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:

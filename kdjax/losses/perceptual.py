@@ -1,7 +1,7 @@
 """Perceptual and style losses: images compared by the features of a VGG network (Johnson et al., arXiv:1603.08155).
 
 As BasicSR has them: layers have BasicSR's names, "conv3_4" is the output before its ReLU, images in [0, 1] are
-normalised with ImageNet's mean and deviation. The weights come from a torchvision file (`kdjax.weights.load_vgg`) and
+normalised with ImageNet's mean and deviation. The weights come from a torchvision file (`kdjax.losses.vgg_file`) and
 are a dict {"conv1_1": {"kernel": HWIO, "bias": ...}, ...}; everything is computed in float32.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
-from kdjax.convolution import convolve
 from kdjax.names import pick
+from kdjax.ops.convolution import convolve
 
 Params = Mapping[str, Mapping[str, jax.Array]]
 Features = Mapping[str, jax.Array]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import convolution
+from kdjax.ops import convolution
 
 # Lavin & Gray, equation 11, for the points 0, 1, -1, 2, -2 and infinity: output x ((kernel x g) * (input x d)).
 _TILE = 4

@@ -20,9 +20,9 @@ import numpy as np
 from kdjax import assets, data, models, sharding, validation
 from kdjax.config import ConfigError, Val
 from kdjax.files import read_json, write_json
-from kdjax.logbook import Logbook
 from kdjax.names import png_name
-from kdjax.teachers import Teacher
+from kdjax.teacher.load import Teacher
+from kdjax.training.logbook import Logbook
 from kdjax.validation import Sample, Score
 
 log = logging.getLogger("kdjax")

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from kdjax.losses.vgg_file import read_convolution, vgg_params
 from kdjax.metrics.lpips import ALEX_LAYERS, VGG_LAYERS, Network
 from kdjax.models.reading import WeightsError
+from kdjax.weights import load_tensors
 from kdjax.weights.tensors import Tensor
-from kdjax.weights.vgg_file import read_convolution, vgg_params
 
 # AlexNet's convolutions: their number in torchvision's `features`, and their kernel in torch's layout.
 _ALEX = {
@@ -21,6 +23,15 @@ _ALEX = {
     "conv4": (8, (256, 384, 3, 3)),
     "conv5": (10, (256, 256, 3, 3)),
 }
+
+
+def load_lpips(path: str | os.PathLike[str], /) -> Network:
+    """The weights of LPIPS in a file with the state dict of `lpips.LPIPS(net="alex" or "vgg")`.
+
+    Raises:
+      WeightsError: the file cannot be read or holds something else.
+    """
+    return load_tensors(path, lpips_network)
 
 
 def lpips_network(state: Mapping[str, Any]) -> Network:

@@ -30,7 +30,7 @@ from kdjax import config as config_lib
 from kdjax import data, degradations, distill, models, ops
 from kdjax.config import Config, ConfigError
 from kdjax.data.cached import CACHE, FEATURE, Field, as_row
-from kdjax.teachers import Teacher
+from kdjax.teacher.load import Teacher
 from kdjax.terms import Term, Tree
 
 Answer = Callable[[Tree, distill.Batch, jax.Array], dict[str, jax.Array]]

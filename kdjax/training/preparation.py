@@ -13,14 +13,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from kdjax import assets, cost, data, distill, models, sharding, targets
+from kdjax import assets, cost, data, distill, models, sharding
 from kdjax import config as config_lib
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade
 from kdjax.files import read_json, write_json
 from kdjax.models.slicing import slice_model
 from kdjax.schedules import make_schedule
-from kdjax.teachers import Teacher, load_teacher
+from kdjax.teacher import targets
+from kdjax.teacher.load import Teacher, load_teacher
 from kdjax.terms import make_terms, needs_teacher
 from kdjax.weights import load_weights
 
@@ -152,7 +153,7 @@ def on_these_devices(config: Config) -> Config:
 
 
 def sample_settings(setup: Setup) -> dict[str, object]:
-    """All that the samples of this run follow from; see `kdjax.targets`."""
+    """All that the samples of this run follow from; see `kdjax.teacher.targets`."""
     kinds = {"gt": setup.pairs, "unlabelled": setup.unlabelled, "unpaired": setup.unpaired}
     return targets.settings(setup.config, setup.student, setup.teacher, kinds, side=loaded_side(setup))
 
