@@ -6,12 +6,8 @@ No adapters: maps of energy have one channel whatever the networks have. mode="g
 guide, which is switched off for all practical purposes; see `kdjax.losses.attention`.
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -6,12 +6,8 @@ The student's image is drawn to the teacher's and away from the noisy input. The
 here the teacher's layers are the feature space. Costs two more passes through these layers, and one back.
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -6,12 +6,8 @@ Eight forward passes a step. Several teachers are averaged with
     --config.teacher.also="('second.pth',)" --config.teacher.mix="(0.7, 0.3)"
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:

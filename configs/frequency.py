@@ -6,12 +6,8 @@ The fine bands, where students blur, count as much as the coarse one. `config.te
 does the same in the Fourier transform (arXiv:2108.05054).
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -6,12 +6,8 @@ In the first fifth of the run only the hint counts: a trained 1x1 convolution br
 teacher's channels. Then the losses of `denoise.py` take over, and the hint and its convolution rest.
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -25,6 +21,5 @@ def get_config(variant: str = "") -> ConfigDict:
         weight=dict(name="piecewise", values=(1.0, 0.0), boundaries=(switch,)),
     )
     for name in ("task", "output"):
-        with config.ignore_type():
-            config.terms[name].weight = dict(name="piecewise", values=(0.0, 1.0), boundaries=(switch,))
+        config.terms[name].weight = dict(name="piecewise", values=(0.0, 1.0), boundaries=(switch,))
     return config

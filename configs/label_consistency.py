@@ -7,12 +7,8 @@ Costs one more forward pass of the teacher. Both terms are gated: a pixel is imi
 to the clean image than the student (after arXiv:1908.00858).
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -6,12 +6,8 @@
 Needs torchvision's VGG file. Pictures look sharper; PSNR falls, which is why these are not part of `denoise.py`.
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -6,12 +6,8 @@ In the last phase the teacher is not run at all. The guide's other schedule (4.2
     weight=dict(name="multistep", value=5.0, milestones=(50_000, 100_000, 150_000), gamma=0.5)
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -19,6 +15,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.name = config.name.replace("denoise", "phases")
     steps = config.train.steps  # the guide has 250,000
     boundaries = (steps // 5, 2 * steps // 5, 4 * steps // 5)
-    with config.ignore_type():
-        config.terms.output.weight = dict(name="piecewise", values=(5.0, 2.0, 1.0, 0.0), boundaries=boundaries)
+    config.terms.output.weight = dict(name="piecewise", values=(5.0, 2.0, 1.0, 0.0), boundaries=boundaries)
     return config

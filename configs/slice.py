@@ -5,18 +5,14 @@
 See `kdjax.models.slicing`. The embedded teacher is an RRDBNet of 64 channels and 2 blocks.
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:
     config = get_denoise(variant)
     config.name = config.name.replace("denoise", "slice")
     config.student.arch = "rrdbnet"
-    config.student.hparams = ConfigDict(dict(scale=1, num_feat=32, num_block=1, num_grow_ch=16))
+    config.student.hparams = dict(scale=1, num_feat=32, num_block=1, num_grow_ch=16)
     config.student.weights = "teacher"
     return config

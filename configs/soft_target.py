@@ -7,12 +7,8 @@ no effect. The other meaningful one is `laplace`, a likelihood of the teacher's 
     laplace=dict(pairs=(("body.9", "body.1", 1.0),), weight=dict(share=0.02))
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:

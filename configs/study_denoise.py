@@ -7,23 +7,20 @@ The pairs of features are those of DnCNN to DnCNN, so the teacher must be one (K
 with the embedded RRDBNet teacher and photographs in some minutes; `:debug` takes seconds and proves only that all runs.
 """
 
-import runpy
-from pathlib import Path
-
+from denoise import cosine
+from denoise import get_config as get_denoise
 from ml_collections import ConfigDict
-
-get_denoise = runpy.run_path(str(Path(__file__).with_name("denoise.py")))["get_config"]
 
 
 def get_config(variant: str = "") -> ConfigDict:
     base = get_denoise(variant)
-    study = ConfigDict()
+    study = ConfigDict(type_safe=False)
     study.name = "study_denoise" + (f"_{variant}" if variant else "")
     study.seeds = (0, 1, 2)
     study.curve_images = 8  # of the validation images, for the curve; results are measured on all
 
     base.student.arch = "dncnn"
-    base.student.hparams = ConfigDict(dict(num_feat=16, depth=8))
+    base.student.hparams = dict(num_feat=16, depth=8)
     base.terms = dict(task=dict(criterion="l1", weight=1.0))
     student, teacher = "model.7", "model.19"  # the middle of either DnCNN
     layers = (("model.3", 1.0), ("model.7", 1.0))
@@ -32,10 +29,8 @@ def get_config(variant: str = "") -> ConfigDict:
         base.student.hparams.depth = 7
     if variant != "debug":
         base.data.update(crop=40, batch_size=4, workers=0)
-        base.train = ConfigDict(dict(steps=1_500, optimizer="adam", betas=(0.9, 0.99), ema_decay=0.99, accumulate=1))
-        # The end of the cosine follows --config.base.train.steps.
-        steps = base.train.get_oneway_ref("steps")
-        base.train.lr = dict(name="cosine", value=2e-3, steps=steps, final=1e-5, warmup=50)
+        base.train.update(steps=1_500, ema_decay=0.99)
+        base.train.lr = cosine(base, 2e-3)
         base.val.update(crop=0, limit=0, every=250)
         base.log.update(every=250, diagnose=False)  # parts of the gradient: a second compilation for every column
         base.checkpoint.every = 250

@@ -7,12 +7,8 @@ Four images have labels; `unlabelled` adds all images of the folder to every bat
 teacher says what they should look like. The rest is `study_denoise.py`, `:quick` and `:debug` included.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
-
-get_study = runpy.run_path(str(Path(__file__).with_name("study_denoise.py")))["get_config"]
+from study_denoise import get_config as get_study
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -21,12 +17,10 @@ def get_config(variant: str = "") -> ConfigDict:
     study.base.data.limit = 4
     study.base.data.unlabelled_part = 0.5
     output = dict(criterion="l1", weight=1.0)
-    study.columns = ConfigDict(
-        dict(
-            scratch=dict(),
-            output=dict(terms=dict(output=output)),
-            unlabelled=dict(terms=dict(output=output), data=dict(unlabelled=study.base.data.get_ref("gt"))),
-            all_labels=dict(data=dict(limit=0)),
-        )
+    study.columns = dict(
+        scratch=dict(),
+        output=dict(terms=dict(output=output)),
+        unlabelled=dict(terms=dict(output=output), data=dict(unlabelled=study.base.data.get_ref("gt"))),
+        all_labels=dict(data=dict(limit=0)),
     )
     return study

@@ -14,26 +14,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import logging
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
-
-from absl import flags
-from ml_collections import config_flags
 
 from kdjax.files import printable
 from kdjax.signals import Stopped
 
 log = logging.getLogger("kdjax")
 
-_OVERRIDE = re.compile(r"--?(no)?config\.")  # --config.data.crop=64, and --noconfig.log.diagnose for False
+_OVERRIDE = re.compile(r"--?(?P<no>no)?config\.")  # --config.data.crop=64, and --noconfig.log.diagnose for False
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -155,11 +151,13 @@ class Parser(argparse.ArgumentParser):
             "--config", required=True, metavar="FILE[:VARIANT]",
             help=f"a config file such as {example}, and after a colon one of its variants",
         )  # fmt: skip
-        from kdjax.config import Config  # which needs JAX, as programs without a config do not
+        from kdjax.config import Config, keys  # which needs JAX, as programs without a config do not
 
-        keys = [f"  --config.{prefix}{key}={value!r}" for key, value in _flattened(Config())]
-        about = "keys of the config, and their values where the file sets none (configs/denoise.py explains them):"
-        self.epilog = "\n".join([about, *keys])
+        self._prefix = prefix
+        lines = ["keys of the config, and their values where the file sets none:"]
+        for path, field, value in keys(Config()):
+            lines.append(f"  --config.{prefix}{path}={value!r}\n      {field.metadata['about']}")
+        self.epilog = "\n".join(lines)
 
     def add_processes(self, what: str) -> None:
         """Adds --num-processes and --process-id."""
@@ -175,79 +173,44 @@ class Parser(argparse.ArgumentParser):
         """
         options, overrides = _split(sys.argv[1:] if arguments is None else arguments)
         parsed = self.parse_args(options)
-        return parsed, _read_config(parsed.config, overrides)
+        return parsed, _read_config(parsed.config, overrides, self._prefix)
 
 
-def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The options of the program, and those that set keys of the config, whose values may follow as an argument."""
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str | bool]]]:
+    """The options of the program, and the keys of the config that are set, whose values may follow as an argument."""
     options: list[str] = []
-    overrides: list[str] = []
-    waiting = iter(arguments)
-    for argument in waiting:
-        if not _OVERRIDE.match(argument):
+    overrides: list[tuple[str, str | bool]] = []
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        match = _OVERRIDE.match(argument)
+        if not match:
             options.append(argument)
-        elif "=" in argument or argument.lstrip("-").startswith("no"):
-            overrides.append(argument)
+            continue
+        key, equals, value = argument[match.end() :].partition("=")
+        if equals:
+            overrides.append((key, value))
+        elif match["no"]:
+            overrides.append((key, False))
+        elif waiting and not waiting[0].startswith("--"):
+            overrides.append((key, waiting.pop(0)))
         else:
-            following = next(waiting, None)
-            if following is not None and not following.startswith("--"):
-                overrides.append(f"{argument}={following}")
-                continue
-            overrides.append(argument)  # --config.log.diagnose alone is True
-            if following is not None:
-                more = _split([following, *waiting])
-                return options + more[0], overrides + more[1]
+            overrides.append((key, True))  # --config.log.diagnose alone
     return options, overrides
 
 
-def _read_config(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+def _read_config(path: str, overrides: Sequence[tuple[str, str | bool]], prefix: str) -> dict[str, Any]:
     """What the config file returns, with the overrides, as a nested dict; ends the program where that cannot be."""
-    arguments = ["", f"--config={_found(path)}", *overrides]
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
-    with _one_message(overrides):
-        left = values(arguments)
-        if len(left) > 1:
-            fail(f"unexpected argument {left[1]!r}; write --config.KEY=VALUE")
-        return values.config.copy_and_resolve_references().to_dict()
+    from kdjax import config_file
+    from kdjax.config import kind_of
 
+    def kind_within(key: str) -> Any:
+        return kind_of(key.removeprefix(prefix)) if key.startswith(prefix) else None
 
-def _found(path: str) -> str:
-    """The path, or that of the file of the package when there is none such: `configs/` is inside of a wheel."""
-    name, colon, variant = path.partition(":")
-    places = [Path(__file__).parent, Path(__file__).parent.parent]  # of a wheel, of a clone
-    if not Path(name).exists() and Path(name).parts[:1] == ("configs",):
-        for place in places:
-            if (place / name).is_file():
-                return f"{place / name}{colon}{variant}"
-    return path
-
-
-@contextlib.contextmanager
-def _one_message(overrides: Sequence[str]) -> Iterator[None]:
-    """Turns what ml_collections, absl and config files raise into one message."""
     try:
-        yield
-    except (AttributeError, KeyError) as error:  # ml_collections, for a key the config lacks
-        inner = error.args[0] if error.args else error  # a message, or a KeyError with one
-        key, _, hint = str(inner.args[0] if isinstance(inner, KeyError) else inner).partition("\n")
-        names = (word.partition("=")[0] for word in overrides)
-        flag = next((name for name in names if key.strip("'") in name.split(".")[1:]), None)
-        if flag is None:
-            fail(f"the config file itself asks for a key that does not exist: {key}. {hint}".strip())
-        empty = "A group that is empty in the config file is filled in the file, not on the command line"
-        fail(f"no such config key: {flag}. {hint or empty}")
-    except (flags.Error, ValueError, TypeError, OSError, RecursionError) as error:
-        lines = str(error.args[0] if error.args else error).strip().splitlines() or [type(error).__name__]
-        if lines[-1].startswith("ValueError: "):  # what a config file says of its variant, at the end of a traceback
-            lines = [lines[-1].removeprefix("ValueError: ")]
-        fail("; ".join(line.strip() for line in lines) if len(lines) < 6 else "\n".join(lines))
-
-
-def _flattened(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            yield from _flattened(value, f"{prefix}{field.name}.")
-        else:
-            yield f"{prefix}{field.name}", value
+        config = config_file.load(path)
+        for key, value in overrides:
+            config_file.set_key(config, key, value, kind_within)
+        return config_file.plain(config)
+    except (config_file.ConfigFileError, ValueError, TypeError, KeyError) as error:
+        fail(str(error.args[0] if error.args else error))

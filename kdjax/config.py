@@ -1,9 +1,10 @@
-"""What the config of a training run may say: every key, its default and its unit.
+"""What the config of a training run may say: every key, its default, its unit, and what it decides.
 
-A config file (`configs/*.py`) returns an `ml_collections.ConfigDict` with the keys it wants to set; `parse` turns that
-nested dict into these frozen dataclasses and refuses what does not fit. What a number means for the rest of the run
-(does the batch divide, is there such a loss term) is checked where it is used, at start. Whatever the key, numbers are
-finite in 32 bits, as which the devices compute with them, and texts are such as paths can be.
+This file is the only source: `defaults` is the complete config as a ConfigDict, from which the files in `configs/`
+change what differs; `parse` turns a nested mapping into these frozen dataclasses and refuses what does not fit; help
+texts and the table in docs/configuration.md are made from it. What a number means for the rest of the run (does the
+batch divide, is there such a loss term) is checked where it is used, at start. Whatever the key, numbers are finite in
+32 bits, which is what devices compute with, and texts can be paths.
 
 Paths may be the word "embedded": the photographs and the teacher inside the package.
 """
@@ -13,10 +14,11 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from kdjax.files import printable
 from kdjax.names import brief, nearest
@@ -34,109 +36,157 @@ _LARGEST, _LARGEST_FLOAT = 2**31 - 1, float(np.finfo(np.float32).max)
 _LONGEST_TEXT = 4096  # bytes, as of a path
 _LONGEST_NAME = 200  # bytes; a file system allows 255
 _DEEPEST = 16  # groups within groups
-# The least and the largest value of every whole number.
-_RANGES = {
-    # Larger seeds would give JAX the random numbers of smaller ones.
-    "seed": (0, 2**32 - 1),
-    **dict.fromkeys(("data.crop", "data.batch_size", "train.steps", "train.accumulate"), (1, _LARGEST)),
-    **dict.fromkeys(("log.every", "val.every", "checkpoint.every", "checkpoint.keep"), (1, _LARGEST)),
-    **dict.fromkeys(("data.limit", "data.canvas", "data.workers", "data.cache_mb"), (0, _LARGEST)),
-    **dict.fromkeys(("val.crop", "val.limit", "val.save_images"), (0, _LARGEST)),
-}
+
+SAMPLES = "samples"  # what training samples are made of: another value is another stream
+BASELINE = "baseline"  # what the scores of the input and the teacher are measured on
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """The values of a key that `holds` accepts, in words for the message that refuses another one."""
+
+    holds: typing.Callable[[Any], bool]
+    words: str
+
+
+def _whole(least: int, most: int = _LARGEST) -> Allowed:
+    return Allowed(lambda value: least <= value <= most, f"from {least} to {most:,}")
+
+
+def _one_of(*names: str) -> Allowed:
+    return Allowed(lambda value: value in names, " or ".join(f'"{name}"' for name in names))
+
+
+_ANY = Allowed(lambda value: True, "")
+_POSITIVE = Allowed(lambda value: 0 <= value <= _LARGEST_FLOAT, "0 or more, and finite")
+_PART = Allowed(lambda value: 0 < value < 1, "between 0 and 1")
+_DECAY = Allowed(lambda value: 0 <= value < 1, "from 0 up to, not including, 1")
+_BETAS = Allowed(
+    lambda value: len(value) == 2 and all(type(b) in (int, float) and 0 <= np.float32(b) < 1 for b in value),
+    "two numbers from 0 up to, not including, 1",
+)
+
+
+def setting(default: Any, about: str, allowed: Allowed = _ANY, *, decides: str = "") -> Any:
+    """A field of the dataclasses below.
+
+    Args:
+      about: one line for the help and the docs.
+      allowed: what values there are, beyond their type.
+      decides: SAMPLES or BASELINE, if the key does: what is kept from an earlier run is then of no use to this one.
+    """
+    factory = {"default": default} if default.__hash__ else {"default_factory": type(default)}
+    return dataclasses.field(**factory, metadata={"about": about, "allowed": allowed, "decides": decides})
 
 
 @dataclasses.dataclass(frozen=True)
 class Student:
-    arch: str = "srvggnetcompact"
-    hparams: dict = dataclasses.field(default_factory=dict)  # of the architecture; missing ones take its default
-    weights: str = ""  # a .pth or .safetensors to start from, or "teacher": a slice of it; "" starts from scratch
-    remat: bool = False  # recompute activations per block in the backward pass: less memory, more time
-    dtype: str = "float32"  # of the forward and backward pass; "bfloat16" on accelerators
+    arch: str = setting("srvggnetcompact", 'architecture, or "module:Class" for your own network')
+    hparams: dict = setting({}, "hyper-parameters of the architecture; missing ones take their default")
+    weights: str = setting("", 'to start from: a .pth or .safetensors file, or "teacher" for a slice of the teacher')
+    remat: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
+    dtype: str = setting(
+        "float32", 'of the forward and backward pass; "bfloat16" on accelerators', _one_of("float32", "bfloat16")
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    weights: str = ""  # a .pth or .safetensors, or "embedded"; "" when no loss term needs a teacher
-    key: str = "auto"  # which state dict of the file: "auto" is params_ema, then params, then a bare one
-    hparams: dict = dataclasses.field(default_factory=dict)  # only what the file cannot tell, such as act_type
-    also: tuple = ()  # files of more teachers: their images are averaged, the features are the first one's
-    mix: tuple = ()  # weights of that average, one for each teacher; () weighs them equally
-    self_ensemble: bool = False  # average over the eight flips and turns: eight times the cost
-    dtype: str = "float32"
-    cache: str = ""  # folder of the teacher's answers that `python -m kdjax.cache` wrote; "" asks the teacher itself
+    weights: str = setting("", 'a .pth or .safetensors file, or "embedded"; empty if no loss term needs a teacher')
+    key: str = setting(
+        "auto", 'which weights of the file: "auto" takes params_ema, then params, then a bare state dict'
+    )
+    hparams: dict = setting({}, "hyper-parameters that the file cannot tell, such as act_type")
+    also: tuple = setting((), "files of more teachers: their images are averaged, the features are the first one's")
+    mix: tuple = setting((), "weights of that average, one per teacher; empty weighs them equally")
+    self_ensemble: bool = setting(False, "average over the eight flips and turns of the input: eight times the cost")
+    dtype: str = setting("float32", "of the forward pass", _one_of("float32", "bfloat16"))
+    cache: str = setting("", "folder of a teacher cache written by kdjax.cache; empty runs the teacher")
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    gt: str = ""  # folder of clean images; here and below a folder may also be a pack (kdjax.data.pack)
-    lq: str = ""  # folder of their degraded partners; "" makes them from gt with `degrade`
-    filename_tmpl: str = "{}"  # lq file stem from the gt file stem, for example "{}_noisy"
-    meta_info: str = ""  # BasicSR list of files to use, one a line; "" takes the whole folder
-    limit: int = 0  # how many images at most, spread over the folder; 0 takes all
-    crop: int = 128  # side of the square training crop of gt, pixels
-    canvas: int = 0  # side of the gt square that is loaded and degraded, from which the crop is cut; 0 means crop
-    gt_usm: bool = False  # sharpen the target (unsharp mask), as Real-ESRGAN does
-    batch_size: int = 16  # crops per step over all devices and processes together
-    per_device: bool = False  # batch_size and workers are those of each accelerator (`num_gpu: auto` of a YAML)
-    hflip: bool = True
-    rot: bool = True  # with hflip, all 8 flips and quarter turns
-    workers: int = 0  # decoding processes; 0 decodes in threads of the main process
-    cache_mb: int = 512  # decoded images kept in memory, per process
-    unlabelled: str = ""  # folder of degraded images without a clean partner (without lq: clean ones, used as if not)
-    unlabelled_part: float = 0.5  # of every batch, where there are unlabelled images
-    unpaired: str = ""  # folder of clean images beside the pairs of gt and lq, degraded with `degrade`
-    unpaired_meta_info: str = ""  # list of those to use, as meta_info
-    unpaired_part: float = 0.5  # of every batch, where there are unpaired images
+    gt: str = setting("", "folder or pack of clean images")
+    lq: str = setting("", "folder or pack of their degraded partners; empty degrades gt with `degrade`")
+    filename_tmpl: str = setting("{}", 'file name of lq from that of gt, without suffixes, such as "{}_noisy"')
+    meta_info: str = setting("", "BasicSR list of the files to use, one a line; empty takes the whole folder")
+    limit: int = setting(0, "use at most this many images, spread over the folder; 0 uses all", _whole(0))
+    crop: int = setting(128, "side of the square training crop of gt, pixels", _whole(1), decides=SAMPLES)
+    canvas: int = setting(0, "side of the gt square that is degraded before the crop is cut; 0 means crop", _whole(0))
+    gt_usm: bool = setting(False, "sharpen the target (unsharp mask), as Real-ESRGAN does", decides=SAMPLES)
+    batch_size: int = setting(16, "crops per step, over all devices and processes together", _whole(1))
+    per_device: bool = setting(False, "batch_size and workers are per accelerator, as in BasicSR")
+    hflip: bool = setting(True, "flip crops at random", decides=SAMPLES)
+    rot: bool = setting(True, "turn crops at random; with hflip, all eight flips and quarter turns", decides=SAMPLES)
+    workers: int = setting(0, "decoding processes; 0 decodes in threads of the main process", _whole(0))
+    cache_mb: int = setting(512, "decoded images kept in memory, MB per process", _whole(0))
+    unlabelled: str = setting("", "folder of degraded images without a clean partner (clean ones without lq)")
+    unlabelled_part: float = setting(0.5, "share of unlabelled images in every batch", _PART, decides=SAMPLES)
+    unpaired: str = setting("", "folder of clean images beside the pairs of gt and lq, degraded with `degrade`")
+    unpaired_meta_info: str = setting("", "list of those to use, as meta_info")
+    unpaired_part: float = setting(0.5, "share of unpaired images in every batch", _PART, decides=SAMPLES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Val:
-    gt: str = ""
-    lq: str = ""
-    filename_tmpl: str = "{}"
-    meta_info: str = ""
-    sigma: float = 25.0  # of the noise added to gt where there is no lq, 0..255 scale, seed 0 per image
-    degrade: dict = dataclasses.field(default_factory=dict)  # as config.degrade, instead of that noise
-    crop: int = 0  # side of a centre crop, pixels; 0 validates whole images
-    limit: int = 0  # how many images at most, spread over the folder; 0 takes all
-    every: int = 5_000  # steps
-    save_images: int = 4  # side-by-side pictures per validation
+    gt: str = setting("", "folder or pack of clean images", decides=BASELINE)
+    lq: str = setting("", "folder or pack of their degraded partners", decides=BASELINE)
+    filename_tmpl: str = setting("{}", "as data.filename_tmpl", decides=BASELINE)
+    meta_info: str = setting("", "as data.meta_info", decides=BASELINE)
+    sigma: float = setting(
+        25.0, "noise added to gt where there is no lq, on the scale of 0 to 255, seed 0 per image",
+        Allowed(lambda value: 0 <= value <= 255, "from 0 to 255"), decides=BASELINE,
+    )  # fmt: skip
+    degrade: dict = setting({}, "as config.degrade, in place of that noise", decides=BASELINE)
+    crop: int = setting(0, "side of a centre crop, pixels; 0 validates whole images", _whole(0), decides=BASELINE)
+    limit: int = setting(
+        0, "use at most this many images, spread over the folder; 0 uses all", _whole(0), decides=BASELINE
+    )
+    every: int = setting(5_000, "steps between validations", _whole(1))
+    save_images: int = setting(4, "side-by-side pictures per validation", _whole(0))
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    steps: int = 250_000
-    optimizer: str = "adam"  # "adam" (weight decay as torch's Adam, L2) or "adamw"
-    lr: ScheduleSpec = 2e-4
-    betas: tuple = (0.9, 0.99)
-    weight_decay: float = 0.0
-    grad_clip: float = 0.0  # largest norm of the gradient; 0 does not clip
-    ema_decay: float = 0.999
-    accumulate: int = 1  # parts that a batch is taken in, one after another: less memory, the same update
+    steps: int = setting(250_000, "updates", _whole(1))
+    optimizer: str = setting("adam", '"adam" (weight decay as torch\'s Adam, L2) or "adamw"')
+    lr: ScheduleSpec = setting(2e-4, "learning rate: a number or a schedule")
+    betas: tuple = setting((0.9, 0.99), "Adam's", _BETAS)
+    weight_decay: float = setting(0.0, "0 for none", _POSITIVE)
+    grad_clip: float = setting(0.0, "largest norm of the gradient; 0 does not clip", _POSITIVE)
+    ema_decay: float = setting(
+        0.999, "of the moving average of the weights, which is what is validated and saved", _DECAY
+    )
+    accumulate: int = setting(
+        1, "parts a batch is taken in, one after another: less memory, the same update", _whole(1)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    every: int = 100  # steps
-    diagnose: bool = True  # then also each term's part of the gradient: a forward pass, and a backward pass a term
-    tensorboard: bool = False  # needs the extra `tb`
-    wandb: str = ""  # a Weights & Biases project; needs the extra `wandb`
+    every: int = setting(100, "steps between lines", _whole(1))
+    diagnose: bool = setting(
+        True, "also log each term's share of the gradient: a forward pass, and a backward pass a term"
+    )
+    tensorboard: bool = setting(False, "write event files (extra `tb`)")
+    wandb: str = setting("", "report to this Weights & Biases project (extra `wandb`)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    every: int = 5_000  # steps
-    keep: int = 2  # latest ones; the best by validation PSNR is kept besides
+    every: int = setting(5_000, "steps between checkpoints", _whole(1))
+    keep: int = setting(2, "latest checkpoints kept; the best by validation PSNR is kept as well", _whole(1))
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    name: str = "run"  # the run's folder is runs/NAME unless --workdir says otherwise
-    seed: int = 0
+    name: str = setting("run", "the run's folder is runs/NAME unless --workdir says otherwise")
+    # Larger seeds would give JAX the random numbers of smaller ones.
+    seed: int = setting(0, "of initial weights, data order, crops and noise", _whole(0, 2**32 - 1), decides=SAMPLES)
     student: Student = Student()
     teacher: Teacher = Teacher()
-    terms: dict = dataclasses.field(default_factory=dict)  # loss terms, see kdjax.terms
-    degrade: dict = dataclasses.field(default_factory=dict)  # see kdjax.degradations.make_degrade
+    terms: dict = setting({}, "loss terms by name, see docs/distillation.md")
+    degrade: dict = setting({}, "how clean images are degraded, see docs/degradations.md")
     data: Data = Data()
     val: Val = Val()
     train: Train = Train()
@@ -151,46 +201,70 @@ class Config:
                     f"config.{key}.arch is empty, and a network of your own, which a YAML can only ask for, is imported"
                     f" when the command line names it: --config.{key}.arch=my_package.my_net:MyNet"
                 )
-        for path, (least, most) in _RANGES.items():
-            fits = lambda value, least=least, most=most: least <= value <= most  # noqa: E731
-            _require(self, path, fits, f"from {least} to {most:,}")
-        for path in ("train.weight_decay", "train.grad_clip"):
-            _require(self, path, lambda value: 0 <= value <= _LARGEST_FLOAT, "0 or more, and finite")
+        for path, field, value in keys(self):
+            if not field.metadata["allowed"].holds(value):
+                raise ConfigError(f"config.{path}={brief(value)} must be {field.metadata['allowed'].words}")
         try:
             make_schedule(self.train.lr)
         except ValueError as error:
             raise ConfigError(f"config.train.lr: {error}") from None
-        _require(self, "train.lr", lambda value: min(levels(value)) >= 0, "never negative")
+        if min(levels(self.train.lr)) < 0:
+            raise ConfigError(f"config.train.lr={brief(self.train.lr)} must be never negative")
         for name, spec in self.terms.items():
             if not isinstance(spec, Mapping):
                 raise ConfigError(f"config.terms.{name} is {brief(spec)}; it must be a group of keys")
-        _require(self, "train.ema_decay", lambda value: 0 <= value < 1, "from 0 up to, not including, 1")
-        for path in ("data.unlabelled_part", "data.unpaired_part"):
-            _require(self, path, lambda value: 0 < value < 1, "between 0 and 1")
-        crop, clean = self.data.crop, self.data.gt or "FOLDER"
-        _require(self, "data.canvas", lambda value: value == 0 or value >= crop, f"0, or at least data.crop={crop}")
-        _require(
-            self,
-            "data.unpaired",
-            lambda value: not value or self.data.lq,
-            f"empty where config.data.lq is: clean images alone are config.data.gt; for pairs beside them set"
-            f" config.data.lq to the partners of config.data.gt={clean!r}",
-        )
-        _require(
-            self,
-            "data.unpaired_meta_info",
-            lambda value: not value or self.data.unpaired,
-            "empty without config.data.unpaired, the folder that its names are in",
-        )
-        _require(self, "val.sigma", lambda value: 0 <= value <= 255, "from 0 to 255")
-        _require(
-            self,
-            "train.betas",
-            lambda value: len(value) == 2 and all(type(b) in (int, float) and 0 <= np.float32(b) < 1 for b in value),
-            "two numbers from 0 up to, not including, 1",
-        )
-        for path in ("student.dtype", "teacher.dtype"):
-            _require(self, path, lambda value: value in ("float32", "bfloat16"), '"float32" or "bfloat16"')
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """What one key of `data` says of another."""
+        data = self.data
+        if 0 < data.canvas < data.crop:
+            raise ConfigError(f"config.data.canvas={data.canvas} must be 0, or at least data.crop={data.crop}")
+        if data.unpaired and not data.lq:
+            raise ConfigError(
+                f"config.data.unpaired={brief(data.unpaired)} must be empty where config.data.lq is: clean images alone"
+                " are config.data.gt; for pairs beside them set config.data.lq to the partners of"
+                f" config.data.gt={data.gt or 'FOLDER'!r}"
+            )
+        if data.unpaired_meta_info and not data.unpaired:
+            raise ConfigError(
+                f"config.data.unpaired_meta_info={brief(data.unpaired_meta_info)} must be empty without"
+                " config.data.unpaired, the folder that its names are in"
+            )
+
+
+def defaults() -> ConfigDict:
+    """The complete config, every key with its default, for config files to change.
+
+    Values may change their type (a learning rate becomes a schedule); `parse` checks the result.
+    """
+    return ConfigDict(to_dict(Config()), type_safe=False)
+
+
+def keys(config: Any) -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Path, field and value of every key of a config or of a part of it."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from ((f"{field.name}.{path}", inner, entry) for path, inner, entry in keys(value))
+        else:
+            yield field.name, field, value
+
+
+def deciding(config: Any, what: str) -> dict[str, Any]:
+    """The values of the fields of a config, or of a part of it, that decide SAMPLES or BASELINE."""
+    fields = dataclasses.fields(config)
+    return {field.name: getattr(config, field.name) for field in fields if field.metadata.get("decides") == what}
+
+
+def kind_of(path: str) -> Any:
+    """The type of a key by its path ("train.steps"); None for what has none, within a schedule or among hparams."""
+    found: Any = Config
+    for part in path.split("."):
+        if not dataclasses.is_dataclass(found):
+            return None
+        found = typing.get_type_hints(found).get(part)
+    return found
 
 
 def parse(values: Mapping[str, Any]) -> Config:
@@ -290,7 +364,7 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
         if not abs(value) <= _LARGEST_FLOAT:  # nan is not
             wanted = f"a finite number, of at most {_LARGEST_FLOAT:.3g}"
     elif isinstance(value, int):
-        if path not in _RANGES and not -_LARGEST <= value <= _LARGEST:
+        if path != "seed" and not -_LARGEST <= value <= _LARGEST:
             wanted = f"a whole number from {-_LARGEST:,} to {_LARGEST:,}"
     elif value is not None:
         wanted = "made of numbers, texts, true, false, lists and groups"
@@ -309,11 +383,3 @@ def _can_be_a_path(text: str) -> bool:
         )
     except UnicodeEncodeError:
         return False
-
-
-def _require(config: Config, path: str, holds: typing.Callable[[Any], bool], wanted: str) -> None:
-    value: Any = config
-    for part in path.split("."):
-        value = getattr(value, part)
-    if not holds(value):
-        raise ConfigError(f"config.{path}={brief(value)} must be {wanted}")

@@ -25,6 +25,7 @@ FLOORS = [
         "memory",
         "compiled",
         "macs",
+        "config_file",
     },  # the ground
     {"models"},  # networks
     {"data", "weights", "degradations"},  # the world outside; what damages images
@@ -39,7 +40,7 @@ FLOORS = [
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Modules that others of their floor may use: how names are looked up and files written, what a config and a schedule
 # may be, what every program starts with.
-FOUNDATION = {"names", "files", "config", "signals", "schedules", "compiled"}
+FOUNDATION = {"names", "files", "config", "signals", "schedules", "compiled", "config_file"}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -1,5 +1,6 @@
 """What all programs share, tried as programs: help, exit codes, what reaches the terminal, who decides the devices."""
 
+import functools
 import importlib
 import os
 import re
@@ -12,7 +13,7 @@ import pytest
 
 from kdjax import commandline
 from kdjax.__main__ import PROGRAMS
-from kdjax.config import Config
+from kdjax.config import Config, ConfigError, keys, parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,10 +80,6 @@ def test_help_is_the_first_thing_a_person_types(tmp_path: Path) -> None:
 # ---- the config ----------------------------------------------------------------------------------------------------
 
 
-# Of ml_collections, which loads config files with it.
-pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
-
-
 def read(*arguments: str) -> dict:
     parser = commandline.Parser("kdjax.train", "")
     parser.add_config()
@@ -101,14 +98,64 @@ def test_keys_are_set_in_every_way_that_flags_are_written() -> None:
     assert (values["train"]["betas"], values["val"]["lq"]) == ((0.5, 0.6), "a b")
 
 
+@pytest.mark.parametrize("name", ["denoise", "teacher", "hint", "study_denoise"])
+def test_every_key_can_be_set_whatever_the_file_left_out(name: str) -> None:
+    prefix = "base." if name.startswith("study") else ""
+    parser = commandline.Parser("kdjax.train", "")
+    parser.add_config(prefix)
+    flags, wanted = [], {}
+    for path, _, default in keys(Config()):
+        changed = default
+        if isinstance(default, bool):
+            changed = not default
+        elif isinstance(default, int | float):
+            changed = default + 1
+        elif isinstance(default, str):
+            changed = f"{default}x"
+        flags.append(f"--config.{prefix}{path}={changed}")
+        wanted[prefix + path] = changed
+    values = parser.parse(["--config", str(ROOT / "configs" / f"{name}.py"), *flags])[1]
+    for path, value in wanted.items():
+        found = functools.reduce(lambda group, part: group[part], path.split("."), values)
+        assert (type(found), found) == (type(value), value), path
+
+
+def test_groups_schedules_and_new_terms_are_set_by_flags() -> None:
+    file = ("--config", str(ROOT / "configs" / "denoise.py"))
+    assert read(*file, "--config.train.lr=1e-4")["train"]["lr"] == 1e-4
+    lr = read(*file, "--config.train.lr=dict(name='cosine', value=1e-3, steps=9)")["train"]["lr"]
+    assert lr == {"name": "cosine", "value": 1e-3, "steps": 9}
+    lr = read(*file, "--config.train.lr=1", "--config.train.lr.name=linear", "--config.train.lr.value=2")["train"]["lr"]
+    assert lr == {"name": "linear", "value": 2}
+    values = read(
+        *file, "--config.terms.fft.weight=0.1", "--config.terms.output.gate=True",
+        "--config.teacher.hparams.act_type=relu", "--config.terms.hint.pairs=(('body.9', 'body.1', 1.0),)", "--config.degrade={}", "--config.data.lq=1",
+    )  # fmt: skip
+    assert values["terms"]["fft"] == {"weight": 0.1} and values["terms"]["output"]["gate"] is True
+    assert values["teacher"]["hparams"] == {"act_type": "relu"} and values["data"]["lq"] == "1"
+    assert values["terms"]["hint"]["pairs"] == (("body.9", "body.1", 1.0),) and values["degrade"] == {}
+
+
+def test_references_follow_flags_and_files_import_their_neighbours(tmp_path: Path) -> None:
+    quick = read("--config", str(ROOT / "configs" / "denoise.py:quick"), "--config.train.steps=9")
+    assert quick["train"]["lr"]["steps"] == 9
+    (tmp_path / "base.py").write_text("from kdjax.config import defaults\n")
+    (tmp_path / "mine.py").write_text("from base import defaults\n\ndef get_config():\n    return defaults()\n")
+    assert read("--config", str(tmp_path / "mine.py"))["train"]["steps"] == 250_000
+    assert "base" not in sys.modules and str(tmp_path) not in sys.path
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--config", "nowhere.py"), "nowhere.py"),
-        (("--config", "configs/denoise.py", "--config.train.steps=many"), "many"),
-        (("--config", "configs/denoise.py", "--config.train.stpes=4"), 'Did you mean "steps"'),
-        (("--config", "configs/denoise.py", "--config.nothing.at=4"), "no such config key: --config.nothing.at"),
+        (("--config", "nowhere.py"), "there is no config file 'nowhere.py'; give the path of one"),
+        (("--config", "configs/denoise.py", "--config.train.steps=many"), "steps='many' must be a whole number"),
+        (("--config", "configs/denoise.py", "--config.train.steps"), "needs a value: --config.train.steps=VALUE"),
+        (("--config", "configs/denoise.py", "--config.train.betas=1"), "must be a tuple, such as"),
+        (("--config", "configs/denoise.py", "--config.data.hflip=perhaps"), "must be True or False"),
+        (("--config", "configs/denoise.py", "--config.data..x=1"), "has an empty name in it"),
         (("--config", "configs/denoise.py:quik"), "no variant 'quik'"),
+        (("--config", "README.md"), "its name must end in .py"),
     ],
 )
 def test_what_cannot_be_read_is_one_message(
@@ -119,6 +166,13 @@ def test_what_cannot_be_read_is_one_message(
         read(*arguments)
     printed = capsys.readouterr().err
     assert ended.value.code == 1 and printed.startswith("error: ") and message in printed
+
+
+def test_a_key_that_does_not_exist_is_refused_with_the_nearest() -> None:
+    file = str(ROOT / "configs" / "denoise.py")
+    for flag, message in (("train.stpes=4", "did you mean 'steps'"), ("nothing.at=4", "key 'nothing' does not exist")):
+        with pytest.raises(ConfigError, match=message):
+            parse(read("--config", file, f"--config.{flag}"))
 
 
 def test_shipped_configs_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,8 +277,3 @@ def test_help_through_a_pipe_that_closes() -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
     assert result.returncode in (0, 141) and "Traceback" not in result.stderr and "Broken" not in result.stderr
-
-
-def test_the_keys_in_the_help_are_those_of_the_config() -> None:
-    keys = dict(commandline._flattened(Config()))
-    assert keys["data.crop"] == 128 and keys["terms"] == {} and len(keys) > 50

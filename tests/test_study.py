@@ -21,10 +21,10 @@ from kdjax.weights import load_model
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
-import runpy
+from kdjax import config_file
 
 def get_config():
-    study = runpy.run_path({configs!r})["get_config"]("debug")
+    study = config_file.load({configs!r} + ":debug")
     for name in list(study.columns):
         if name not in {columns!r}:
             del study.columns[name]

@@ -53,17 +53,16 @@ def settings(
       side: of the squares that are loaded, pixels.
     """
     options = config.data
-    sampled = {name: getattr(options, name) for name in ("crop", "gt_usm", "hflip", "rot")}
-    sampled |= {"canvas": side, "lq": bool(options.lq)}
+    sampled = config_lib.deciding(options, config_lib.SAMPLES) | {"canvas": side, "lq": bool(options.lq)}
     for name, pairs in kinds.items():
         names = hashlib.sha256("\n".join(pair.name for pair in pairs).encode(errors="surrogatepass")).hexdigest()[:16]
         sampled[name] = f"{len(pairs)} images (names {names})" if pairs else ""
     for name in ("unlabelled", "unpaired"):
-        if kinds[name]:
-            sampled[f"{name}_part"] = getattr(options, f"{name}_part")
+        if not kinds[name]:
+            del sampled[f"{name}_part"]
     makes_lq = not options.lq or bool(options.unpaired)
     found = {
-        "seed": config.seed,
+        **config_lib.deciding(config, config_lib.SAMPLES),
         "student": {"scale": student.network.scale, "channels": student.network.channels},
         "data": sampled,
         "degrade": degradations.preset(**config.degrade) if makes_lq else {},

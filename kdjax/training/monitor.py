@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from kdjax import assets, data, models, sharding, validation
-from kdjax.config import ConfigError, Val
+from kdjax.config import BASELINE, ConfigError, Val, deciding
 from kdjax.files import read_json, write_json
 from kdjax.names import png_name
 from kdjax.teacher.load import Teacher
@@ -134,8 +134,7 @@ class Monitor:
         if "input" in self._scores:
             return
         path = workdir / "baseline.json"
-        measured = ("gt", "lq", "filename_tmpl", "meta_info", "sigma", "degrade", "crop", "limit")
-        of = json.loads(json.dumps({name: getattr(self._options, name) for name in measured}))  # as it is read back
+        of = json.loads(json.dumps(deciding(self._options, BASELINE)))  # as it is read back
         of["teacher"] = self._teacher and self._teacher.identity
         known = sharding.exchange(_read_known(path) if sharding.is_first() else {})[0]
         if known.get("of") == of:

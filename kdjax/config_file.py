@@ -1,0 +1,174 @@
+"""Config files, and the keys that a command line sets in what they return.
+
+A config file is Python with a function `get_config(variant)` that returns an `ml_collections.ConfigDict`. It can import
+other files of its folder, as configs/hint.py does denoise.py. Any key can be set, whether the file mentions it or not:
+
+    --config.train.steps=500                      a number, a text, True or False
+    --config.train.betas="(0.9, 0.999)"           a tuple
+    --config.train.lr=1e-4                        a number in place of a schedule
+    --config.train.lr="dict(name='cosine', value=1e-3, steps=1000)"     and the other way round
+    --config.terms.fft.weight=0.1                 a loss term that the file does not have
+    --config.degrade={}                           an empty group
+    --config.data.hflip, --noconfig.data.hflip    True, False
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kdjax.names import brief
+
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+_MISSING = object()
+# What a config file may raise that is its user's business; anything else keeps its traceback.
+_FAULTS = (ValueError, TypeError, AttributeError, KeyError, OSError, ImportError, SyntaxError, RecursionError)
+
+
+class ConfigFileError(ValueError):
+    """A config file that cannot be read, or a flag that cannot be set; the message is for the user."""
+
+
+def load(path: str) -> ConfigDict:
+    """What the `get_config` of a file returns.
+
+    Args:
+      path: FILE or FILE:VARIANT; a file in `configs/` that is not there is looked for beside the package.
+
+    Raises:
+      ConfigFileError: there is no such file or variant, or running the file failed.
+    """
+    name, _, variant = path.partition(":")
+    file = _found(Path(name))
+    if not file.is_file():
+        raise ConfigFileError(f"there is no config file {name!r}; give the path of one, such as configs/denoise.py")
+    try:
+        with _importing_from(file.parent):
+            spec = importlib.util.spec_from_file_location(file.stem, file)
+            if spec is None or spec.loader is None:
+                raise ConfigFileError("it is no Python file; its name must end in .py")
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            config = module.get_config(*([variant] if variant else []))
+    except _FAULTS as error:
+        what = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ConfigFileError(f"{name}: {what}{error.args[0] if error.args else error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigFileError(f"{name}: get_config() returned {brief(config)}; it must return a ConfigDict")
+    return config
+
+
+def set_key(config: ConfigDict, path: str, text: str | bool, kind_of: Callable[[str], Any]) -> None:
+    """Sets a key to what was written on a command line, making the groups that it is in.
+
+    Args:
+      path: "train.lr.value".
+      text: True and False for flags without a value.
+      kind_of: the type of a key by its path, None for one that may be anything; see `kdjax.config.kind_of`.
+
+    Raises:
+      ConfigFileError: the text is no value of the key's type.
+    """
+    *groups, name = path.split(".")
+    if not all((*groups, name)):
+        raise ConfigFileError(f"--config.{path} has an empty name in it; write --config.GROUP.KEY=VALUE")
+    node = config
+    for group in groups:
+        if not isinstance(_get(node, group), ConfigDict):
+            _put(node, group, ConfigDict(type_safe=False))
+        node = _get(node, group)
+    before = _get(node, name)
+    kind = kind_of(path)
+    if kind is None and before is not _MISSING and not isinstance(before, ConfigDict):
+        kind = type(before)
+    _put(node, name, _read(text, kind, path))
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+    """The config as a nested dict, with references in place of which their values stand."""
+    return config.copy_and_resolve_references().to_dict()
+
+
+def _read(text: str | bool, kind: Any, path: str) -> Any:
+    """A value of this kind; of an unknown one, what Python takes the text for, or the text itself."""
+    if kind is bool:
+        value = _WORDS.get(str(text).lower(), _MISSING)
+        if value is _MISSING:
+            raise ConfigFileError(f"--config.{path}={brief(text)} must be True or False")
+        return value
+    if isinstance(text, bool):
+        if kind is None:
+            return text
+        raise ConfigFileError(f"--config.{path} needs a value: --config.{path}=VALUE")
+    if kind is str:
+        return text
+    try:
+        value = _literal(ast.parse(text.strip(), mode="eval").body)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        value = text
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind in (int, float) and type(value) is not kind:
+        raise ConfigFileError(f"--config.{path}={brief(text)} must be {'a whole' if kind is int else 'a'} number")
+    if kind is tuple and not isinstance(value, tuple | list):
+        raise ConfigFileError(f'--config.{path}={brief(text)} must be a tuple, such as --config.{path}="(1, 2)"')
+    return value
+
+
+def _literal(node: ast.AST) -> Any:
+    """As `ast.literal_eval`, and dict(name=value)."""
+    match node:
+        case ast.Call(func=ast.Name("dict"), args=[], keywords=entries) if all(entry.arg for entry in entries):
+            return {entry.arg: _literal(entry.value) for entry in entries}
+        case ast.Dict(keys=names, values=values) if all(names):
+            return {_literal(name): _literal(value) for name, value in zip(names, values, strict=True)}
+        case ast.Tuple(elts=parts) | ast.List(elts=parts):
+            return tuple(map(_literal, parts))
+        case ast.Name("inf" | "nan" as name):
+            return float(name)
+        case ast.Name("true" | "false" as name):
+            return name == "true"
+    return ast.literal_eval(node)
+
+
+def _get(node: ConfigDict, name: str) -> Any:
+    return node[name] if name in node else _MISSING  # noqa: SIM401  (.get of a ConfigDict knows no references)
+
+
+def _put(node: ConfigDict, name: str, value: Any) -> None:
+    with node.unlocked(), node.ignore_type():
+        node[name] = value
+
+
+def _found(path: Path) -> Path:
+    """The file, or that of the package when there is none such: `configs/` is inside of a wheel."""
+    if not path.exists() and path.parts[:1] == ("configs",):
+        for place in (Path(__file__).parent, Path(__file__).parent.parent):  # of a wheel, of a clone
+            if (place / path).is_file():
+                return place / path
+    return path
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Lets files of a folder be imported by their names, as Python does for a script, and forgets them afterwards."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in _new(before):
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
+                del sys.modules[name]
+
+
+def _new(before: Iterable[str]) -> list[str]:
+    return [name for name in sys.modules if name not in before]
