@@ -1,35 +1,83 @@
-"""`python -m kdjax` lists the programs."""
+"""The command `kdjax`, also as `python -m kdjax`: lists the programs and starts one of them."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
 
-PROGRAMS = (
-    "kdjax.train", "kdjax.study", "kdjax.show", "kdjax.cache", "kdjax.evaluate", "kdjax.compare", "kdjax.restore",
-    "kdjax.export", "kdjax.demo", "kdjax.data.check", "kdjax.data.pack",
-)  # fmt: skip
+import kdjax
+from kdjax import commandline
+from kdjax.names import nearest
+
+PROGRAMS = {
+    "train": "kdjax.train",
+    "study": "kdjax.study",
+    "show": "kdjax.show",
+    "cache": "kdjax.cache",
+    "evaluate": "kdjax.evaluate",
+    "compare": "kdjax.compare",
+    "restore": "kdjax.restore",
+    "export": "kdjax.export",
+    "demo": "kdjax.demo",
+    "convert": "kdjax.convert",
+    "check": "kdjax.data.check",
+    "pack": "kdjax.data.pack",
+}
 
 
-def summary(program: str) -> str:
+def summary(module: str) -> str:
     """The first line of a program's docstring, which is read without importing what the program needs."""
-    origin = Path(importlib.util.find_spec(program).origin)
-    source = origin.with_name("__main__.py") if origin.name == "__init__.py" else origin
-    return ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))).splitlines()[0].rstrip(":.")
+    source = _source(module)
+    docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
+    return docstring.splitlines()[0].rstrip(":.")
+
+
+def usage() -> str:
+    lines = ["usage: kdjax PROGRAM [OPTION ...]", ""]
+    lines += [f"  {name:<9} {summary(module)}" for name, module in PROGRAMS.items()]
+    lines += [
+        "",
+        "kdjax PROGRAM --help lists its options; python -m kdjax.PROGRAM starts it as well.",
+        "For example: kdjax train --config configs/denoise.py:quick",
+    ]
+    return "\n".join(lines)
 
 
 def main() -> None:
-    lines = ["usage: python -m PROGRAM [OPTION ...]; PROGRAM --help says more", ""]
-    lines += [f"  {program:<17} {summary(program)}" for program in PROGRAMS]
-    lines += ["", "for example: python -m kdjax.train --config configs/denoise.py:quick"]
-    if sys.argv[1:] in ([], ["-h"], ["--help"]):
-        print("\n".join(lines))
-    else:
-        print("\n".join(lines), file=sys.stderr)
-        print(f"error: unexpected argument {sys.argv[1]!r}; programs are started by their own names", file=sys.stderr)
-        sys.exit(2)
+    """The entry point of the console script."""
+    commandline.run(_dispatch)
+
+
+def _dispatch() -> None:
+    match sys.argv[1:]:
+        case [] | ["-h" | "--help"]:
+            print(usage())
+        case ["--version"]:
+            print(f"kdjax {kdjax.__version__}")
+        case [name, *arguments] if name in PROGRAMS:
+            sys.argv = [f"kdjax {name}", *arguments]  # what its help calls it
+            module = PROGRAMS[name]
+            program = importlib.import_module(f"{module}.__main__" if _is_package(module) else module)
+            commandline.keep_compiled()
+            program.main()
+        case [name, *_]:
+            print(usage(), file=sys.stderr)
+            print(f"error: there is no program {name!r}{nearest(name, PROGRAMS)}", file=sys.stderr)
+            sys.exit(2)
+
+
+def _source(module: str) -> Path:
+    spec = importlib.util.find_spec(module)
+    assert spec is not None and spec.origin is not None, module
+    origin = Path(spec.origin)
+    return origin.with_name("__main__.py") if origin.name == "__init__.py" else origin
+
+
+def _is_package(module: str) -> bool:
+    return _source(module).name == "__main__.py"
 
 
 if __name__ == "__main__":

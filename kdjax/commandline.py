@@ -29,6 +29,7 @@ from kdjax.signals import Stopped
 
 log = logging.getLogger("kdjax")
 
+_OPTION = re.compile(r"--[a-z_]+(?==|$)")
 _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.")  # --config.data.crop=64, and --noconfig.log.diagnose for False
 
 
@@ -37,10 +38,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     with contextlib.suppress(OSError, AttributeError):  # no standard streams at all
         sys.stdout, sys.stderr = _Printable(1, line_buffering=True), _Printable(2, line_buffering=True)
     logging.getLogger("jax").setLevel(logging.WARNING)  # at INFO it says which accelerators it did not find
-    if "jax" in sys.modules:
-        from kdjax import compiled
-
-        compiled.keep()
+    keep_compiled()
     code = 0
     try:
         main()
@@ -57,6 +55,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
+def keep_compiled() -> None:
+    """Has JAX keep what it compiles, if the program uses JAX."""
+    if "jax" in sys.modules:
+        from kdjax import compiled
+
+        compiled.keep()
+
+
 def fail(message: str, *, alone: bool = False) -> NoReturn:
     """Ends the program with one message on standard error and exit code 1.
 
@@ -64,11 +70,11 @@ def fail(message: str, *, alone: bool = False) -> NoReturn:
       alone: end at once, without waiting for threads, nor for other processes that do not know of the error: when this
         one is gone, they end too.
     """
-    print(f"error: {message}", file=sys.stderr, flush=True)
     if alone:
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(1)
-    sys.exit(1)
+    sys.exit(f"error: {message}")
 
 
 class _Printable(io.TextIOWrapper):
@@ -139,7 +145,14 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, program: str, docstring: str | None) -> None:
-        super().__init__(prog=f"python -m {program}", description=docstring, formatter_class=_Help)
+        started_as = sys.argv[0] if sys.argv[0].startswith("kdjax ") else f"python -m {program}"
+        super().__init__(prog=started_as, description=docstring, formatter_class=_Help)
+        self._prefix = ""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Also takes --num_processes for --num-processes, as flags of ml_collections are written."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_OPTION.sub(_with_dashes, each) for each in given], namespace)
 
     def add_config(self, prefix: str = "", example: str = "configs/denoise.py") -> None:
         """Adds --config FILE[:VARIANT] and --config.KEY=VALUE.
@@ -159,12 +172,22 @@ class Parser(argparse.ArgumentParser):
             lines.append(f"  --config.{prefix}{path}={value!r}\n      {field.metadata['about']}")
         self.epilog = "\n".join(lines)
 
+    def add_weights_options(self, whose: str = "the file") -> None:
+        """Adds --key, --arch and --hparam, which `kdjax.weights.weights_options` reads.
+
+        Args:
+          whose: "the file" or "the files" that they are about.
+        """
+        add = self.add_argument
+        add("--key", default="auto", help=f"which weights of {whose} to take, such as params (default: the best)")
+        add("--arch", help=f"architecture of {whose}, if it should not be recognised")
+        add("--hparam", action="append", default=[], metavar="NAME=VALUE",
+            help=f"what {whose} cannot tell: scale=3, res_scale=0.1, act_type=relu, enc_blk_nums=1,1,1,28")  # fmt: skip
+
     def add_processes(self, what: str) -> None:
         """Adds --num-processes and --process-id."""
-        self.add_argument(
-            "--num-processes", "--num_processes", type=int, metavar="N", help=f"how many processes {what}"
-        )
-        self.add_argument("--process-id", "--process_id", type=int, metavar="N", help="which of them this is, from 0")
+        self.add_argument("--num-processes", type=int, metavar="N", help=f"how many processes {what}")
+        self.add_argument("--process-id", type=int, metavar="N", help="which of them this is, from 0")
 
     def parse(self, arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
         """The options, and the config as a nested dict with everything set that the command line says.
@@ -174,6 +197,10 @@ class Parser(argparse.ArgumentParser):
         options, overrides = _split(sys.argv[1:] if arguments is None else arguments)
         parsed = self.parse_args(options)
         return parsed, _read_config(parsed.config, overrides, self._prefix)
+
+
+def _with_dashes(option: re.Match[str]) -> str:
+    return "--" + option[0][2:].replace("_", "-")
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str | bool]]]:

@@ -126,7 +126,7 @@ def main() -> None:
         if options.output:
             write_all(comparison, text, options.output)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
-        sys.exit(f"error: {error}")
+        commandline.fail(str(error))
 
 
 def write_all(comparison: Comparison, text: str, folder: Path) -> None:

@@ -40,7 +40,7 @@ from kdjax.data.images import opened
 from kdjax.files import FolderInUse, locked
 from kdjax.names import brief, named_paths, pick
 from kdjax.tiles import restore_image
-from kdjax.weights import Loaded, load_weights, parse_hparams
+from kdjax.weights import Loaded, load_weights, weights_options
 
 if TYPE_CHECKING:
     import gradio
@@ -304,8 +304,7 @@ def make_parser() -> commandline.Parser:
     parser.add_argument("--port", type=int, default=7860, help="port on localhost; 0 takes a free one (default: 7860)")
     parser.add_argument("--tile", type=int, default=256, help="side of a tile; 0 runs images whole (default: 256)")
     parser.add_argument("--tile-pad", type=int, default=16, help="context around a tile (default: 16)")
-    parser.add_argument("--key", default="auto", help="which state dict of the files, e.g. params; default: the best")
-    parser.add_argument("--hparam", action="append", default=[], metavar="NAME=VALUE", help="what a file cannot tell")
+    parser.add_weights_options("the files")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     return parser
 
@@ -316,21 +315,18 @@ def main() -> None:
     if not 0 <= options.port <= 65535:
         parser.error(f"--port {options.port} must be from 0 to 65535")
     if importlib.util.find_spec("gradio") is None:
-        sys.exit('error: the page needs Gradio; install it with pip install "kdjax[demo]"')
+        commandline.fail('the page needs Gradio; install it with pip install "kdjax[demo]"')
     sharding.use_all_cores()
     try:
         _usable_port(options.port)  # before the wait
-        hparams = parse_hparams(options.hparam)
+        chosen = weights_options(options)
         paths = named_paths(options.model, "--model")
-        loaded = {
-            name: load_weights(assets.locate(path, assets.TEACHER), key=options.key, **hparams)
-            for name, path in paths.items()
-        }
+        loaded = {name: load_weights(assets.locate(path, assets.TEACHER), **chosen) for name, path in paths.items()}
         first = next(iter(loaded.values())).model
         restore_image(first, np.zeros((8, 8), np.float32), tile=options.tile, tile_pad=options.tile_pad)
         code = _serve(options, loaded)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
-        sys.exit(f"error: {error}")
+        commandline.fail(str(error))
     # Not sys.exit: a thread may be restoring an image, cannot be stopped, and would abort where the interpreter ends.
     os._exit(code)
 

@@ -16,7 +16,6 @@ import dataclasses
 import hashlib
 import math
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ from kdjax.report import page
 from kdjax.tiles import Restorer
 from kdjax.training.logbook import finite
 from kdjax.validation import Restore, Sample, Score, Values
-from kdjax.weights import Loaded, load_weights, parse_hparams
+from kdjax.weights import Loaded, load_weights, weights_options
 
 _NAME = r"\w[\w.+-]*"  # of a model or a set, which is also the name of a folder
 
@@ -138,8 +137,7 @@ def make_parser() -> commandline.Parser:
     add("--tile-pad", type=int, default=16, help="pixels around a tile that the network sees as well; default: 16")
     add("--x8", action="store_true", help="mean over the eight flips and rotations")
     add("--bf16", action="store_true", help="compute in bfloat16")
-    add("--key", default="auto", help="which state dict of the files, e.g. params; default: the best")
-    add("--hparam", action="append", default=[], metavar="NAME=VALUE", help="what the files cannot tell")
+    parser.add_weights_options("the files")
     add("--output", type=Path, metavar="DIR", help="writes results.json, results.md and report.html there")
     add("--report-images", type=int, default=24, metavar="N", help="pictures in the report, the worst; default: 24")
     add("--save-images", action="store_true", help="also writes every restored image, into DIR/images")
@@ -178,9 +176,9 @@ def prepare(options: argparse.Namespace) -> Request:
     Raises:
       ValueError, OSError: what cannot be used.
     """
-    hparams = parse_hparams(options.hparam)
+    chosen = weights_options(options)
     loaded = {
-        name: load_weights(assets.locate(path, assets.TEACHER), key=options.key, **hparams)
+        name: load_weights(assets.locate(path, assets.TEACHER), **chosen)
         for name, path in named_paths(options.model, "--model", reserved=(page.INPUT, page.CLEAN)).items()
     }
     channels, scale = _common_kind(loaded)
@@ -446,7 +444,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for folder in filter(None, [options.output, options.json and options.json.parent]):
             folder.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
-        sys.exit(f"error: {error}")
+        commandline.fail(str(error))
     for name, entry in request.models.items():
         one, size = entry.loaded, models.count_params(entry.loaded.model.params)
         print(f"{name}: {one.path}, {one.model.arch}, {size:,} parameters, {one.layout} layout,")
@@ -455,10 +453,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with cost.telling_out_of_memory():
             run(request, options)
     except (data.ImageError, OSError) as error:
-        sys.exit(f"error: {error}")
+        commandline.fail(str(error))
     except cost.OutOfMemory as error:
         advice = "give a smaller --tile" if options.tile else "give --tile 256: images are then restored in parts"
-        sys.exit(f"error: out of memory: {error}; {advice}")
+        commandline.fail(f"out of memory: {error}; {advice}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from kdjax.media import pictures, videos
 from kdjax.progress import Progress
 from kdjax.signals import Stopped, StopSignals
 from kdjax.tiles import restore_image
-from kdjax.weights import load_weights, parse_hparams
+from kdjax.weights import load_weights, weights_options
 
 _FORMATS = ("png", "jpg", "webp", "tif", "bmp", "ppm")
 _SUFFIXES = (*data.IMAGE_SUFFIXES, *videos.VIDEO_SUFFIXES)  # that a folder is searched for
@@ -398,8 +398,7 @@ def make_parser() -> commandline.Parser:
     )
     add("--x8", action="store_true", help="mean over the eight flips and rotations, at eight times the cost")
     add("--bf16", action="store_true", help="compute in bfloat16")
-    add("--key", default="auto", help="which state dict of the file, e.g. params; default: the best")
-    add("--hparam", action="append", default=[], metavar="NAME=VALUE", help="what the file cannot tell")
+    parser.add_weights_options()
     return parser
 
 
@@ -428,17 +427,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             failures = restore_all(options, stop)
         except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
-            sys.exit(f"error: {error}")
+            commandline.fail(str(error))
     if failures:
-        sys.exit("\n".join([f"error: {_count(failures)} could not be restored:", *shortened(failures)]))
+        commandline.fail("\n".join([f"{_count(failures)} could not be restored:", *shortened(failures)]))
 
 
 def restore_all(options: argparse.Namespace, stop: StopSignals) -> list[str]:
     """Everything that the command line asks for; returns and raises as `run`, and ValueError for what cannot be."""
     found = plan(options.inputs, options.output, suffix=options.suffix, format=options.format)
-    loaded = load_weights(
-        assets.locate(options.model, assets.TEACHER), key=options.key, **parse_hparams(options.hparam)
-    )
+    loaded = load_weights(assets.locate(options.model, assets.TEACHER), **weights_options(options))
     model, scale, channels = loaded.model, loaded.model.network.scale, loaded.model.network.channels
     if channels not in (1, 3):
         raise ValueError(f"{loaded.path} takes images of {channels} channels; pictures have 1 or 3")

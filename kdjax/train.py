@@ -256,7 +256,7 @@ def make_parser() -> commandline.Parser:
     parser.add_config()
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
     parser.add_argument(
-        "--coordinator-address", "--coordinator_address", default="", metavar="HOST:PORT",
+        "--coordinator-address", default="", metavar="HOST:PORT",
         help="of process 0, for several processes without a launcher",
     )  # fmt: skip
     parser.add_processes("the run has; 1 stays alone under any launcher")

@@ -291,7 +291,7 @@ def main() -> None:
         if options.json:
             write_json(options.json, {"clean": report.clean} | asdict(report))
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
-        sys.exit(f"error: {error}")
+        commandline.fail(str(error))
     sys.exit(0 if report.clean else 1)
 
 

@@ -304,7 +304,7 @@ def main() -> None:
     try:
         summary = pack(options.folder, options.out, shard_mb=options.shard_mb)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
-        sys.exit(f"error: {error}")
+        commandline.fail(str(error))
     except KeyboardInterrupt:
         raise Stopped("SIGINT") from None
     total = summary.images + len(summary.damaged)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from pathlib import Path
 
 import kdjax
@@ -18,7 +17,7 @@ from kdjax import assets, commandline, models
 from kdjax.export import FORMATS, Artefact, ExportError, export_model
 from kdjax.export.card import describe_checks, find_run, model_card
 from kdjax.files import write_json, write_text
-from kdjax.weights import Loaded, load_weights, parse_hparams
+from kdjax.weights import Loaded, load_weights, weights_options
 
 FORMAT_NAMES = [suffix.removeprefix(".") for suffix in FORMATS]
 
@@ -32,8 +31,7 @@ def make_parser() -> commandline.Parser:
         "--run", type=Path, help="folder of the run that trained the model; default: where the model is"
     )
     parser.add_argument("--license", default="unknown", help="what the card says, such as apache-2.0")
-    parser.add_argument("--key", default="auto", help="which state dict of the file, e.g. params; default: the best")
-    parser.add_argument("--hparam", action="append", default=[], metavar="NAME=VALUE", help="what the file cannot tell")
+    parser.add_weights_options()
     return parser
 
 
@@ -47,9 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--license {options.license!r} must be an identifier, such as apache-2.0")
     try:
         folder = options.output.parent if is_file else options.output
-        loaded = load_weights(
-            assets.locate(options.model, assets.TEACHER), **({"key": options.key} | parse_hparams(options.hparam))
-        )
+        loaded = load_weights(assets.locate(options.model, assets.TEACHER), **weights_options(options))
         run = find_run(loaded, options.run)
         folder.mkdir(parents=True, exist_ok=True)
         name = options.output.stem if is_file else Path(loaded.path).stem
@@ -59,10 +55,10 @@ def main(arguments: list[str] | None = None) -> None:
         write_text(folder / f"{name}.md", model_card(name, loaded, artefacts, run, license=options.license))
         write_json(folder / f"{name}.export.json", report(loaded, artefacts, failed))
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
-        sys.exit(f"error: {error}")
+        commandline.fail(str(error))
     print(f"{folder / name}.md, {folder / name}.export.json")
     if failed:
-        sys.exit("\n".join(f"error: {message}" for message in failed.values()))
+        commandline.fail("\nerror: ".join(failed.values()))
 
 
 def export_all(loaded: Loaded, paths: list[Path]) -> tuple[list[Artefact], dict[str, str]]:

@@ -11,6 +11,7 @@ also say their architecture and hyper-parameters, under the entry "kdjax" that o
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import logging
 import os
@@ -43,6 +44,7 @@ __all__ = [
     "load_weights",
     "parse_hparams",
     "save_model",
+    "weights_options",
 ]
 
 MAX_FILE_BYTES = 8 << 30
@@ -108,6 +110,15 @@ def load_weights(
     for note in notes:
         log.warning(f"{printable(os.fspath(path))}: {note}")
     return Loaded(model, os.fspath(path), hashlib.sha256(data).hexdigest(), layout, found_key, notes)
+
+
+def weights_options(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `load_weights` that `--key`, `--arch` and `--hparam` of a command line stand for.
+
+    Raises:
+      WeightsError: a --hparam is not NAME=VALUE.
+    """
+    return {"key": options.key, "arch": options.arch, **parse_hparams(options.hparam)}
 
 
 def load_model(
