@@ -313,6 +313,7 @@ def test_a_misspelt_key_is_refused_with_the_nearest_name(name: str) -> None:
         assert any(hint in message for hint in hints) or key == "rgb_mean", message
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "value", [None, "", "nonsense", True, -1, 0, 1e400, [], [[]], {}, {"a": 1}, float("nan")], ids=repr
@@ -687,6 +688,7 @@ def small(**values: Any) -> dict[str, Any]:
     return changed(read("guide"), **(sizes | values))
 
 
+@pytest.mark.once
 def test_the_guide_runs_as_a_program(tmp_path: Path) -> None:
     for part in ("train", "val"):
         make_pairs(tmp_path / part)
@@ -749,6 +751,7 @@ def test_bad_files_end_with_one_message(tmp_path: Path, content: str | None, mes
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.once
 def test_messages_of_the_program(tmp_path: Path) -> None:
     (tmp_path / "guide.yml").write_text((FILES / "guide.yml").read_text())
     result = start(tmp_path, "guide.yml")

@@ -276,6 +276,7 @@ def test_a_teacher_that_overflows_is_told(files: Path, tmp_path: Path) -> None:
     assert list(content(tmp_path / "cache")) == ["cache.unfinished.json"]
 
 
+@pytest.mark.once
 def test_the_program_survives_a_full_disk(tmp_path: Path) -> None:
     out = tmp_path / "cache"
     command = [sys.executable, "-m", "kdjax.cache", "--config", "configs/denoise.py:debug"]

@@ -217,6 +217,7 @@ def test_a_forbidden_file_is_damaged(tmp_path: Path) -> None:
     assert len(report.damaged) == 1 and "Permission denied" in report.damaged[0]
 
 
+@pytest.mark.once
 def test_what_cannot_be_checked_is_one_message(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "gt")
     for arguments, message in [

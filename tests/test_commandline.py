@@ -16,6 +16,8 @@ from kdjax import assets, commandline
 from kdjax.__main__ import PROGRAMS
 from kdjax.config import Config, ConfigError, keys, parse
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 
 

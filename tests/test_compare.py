@@ -48,6 +48,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *flags: object) -> None:
         jax.config.update("jax_enable_compilation_cache", caching)
 
 
+@pytest.mark.once
 def test_program(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "folder"
     flags = ["--teacher", folder / "teacher.pth", "--student", f"small={folder / 'student.pth'}", "--bf16"]

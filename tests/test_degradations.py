@@ -425,6 +425,7 @@ def one_after_another(choices: realesrgan.Choices, key: jax.Array, image: np.nda
     return np.asarray(jnp.round(clip(x) * 255) / 255).transpose(1, 2, 0)
 
 
+@pytest.mark.once
 def test_process_is_that_of_real_esrgan_step_by_step(degrade: Callable, images: np.ndarray) -> None:
     keys = jax.random.split(jax.random.key(1), len(images))
     batch = np.asarray(degrade(keys, images))

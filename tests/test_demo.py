@@ -33,6 +33,8 @@ from kdjax import demo, models
 from kdjax.data import read_image
 from kdjax.weights import save_model
 
+pytestmark = pytest.mark.once
+
 IMAGE = np.random.default_rng(0).integers(0, 256, (20, 28, 3), np.uint8)
 FETCH = """
 const done = arguments[arguments.length - 1];

@@ -31,6 +31,8 @@ from kdjax.data import read_image, write_image
 from kdjax.models import network
 from kdjax.weights import save_model
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kdjax" / "assets" / "MODEL_CARD.md"]
 LANGUAGES = {"sh", "text", "python", "yaml", "javascript"}

@@ -5,6 +5,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.once
+
 
 def test_damaged_images_are_read_or_refused(tmp_path: Path) -> None:
     program = Path(__file__).parent / "mutate_images.py"

@@ -13,6 +13,8 @@ from kdjax import train
 from kdjax.training import preparation
 from kdjax.training.monitor import Monitor
 
+pytestmark = pytest.mark.once
+
 
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("name", METHODS)

@@ -31,6 +31,7 @@ def importable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.once
 def test_the_page_runs_as_written(folder: Path) -> None:
     (command,) = re.findall(r"```sh\n(.*?)\n```", PAGE.read_text(), re.S)
     last_python = re.findall(r"```python\n(import kdjax.*?)```", PAGE.read_text(), re.S)[0]

@@ -156,6 +156,7 @@ def test_threads_share_a_pack_that_is_opened_when_it_is_read(tmp_path: Path) -> 
 # The program
 
 
+@pytest.mark.once
 def test_the_program_packs_and_is_done_when_started_again(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "gt"), tmp_path / "out"
     first = run(folder, out)
@@ -176,6 +177,7 @@ def test_the_program_packs_and_is_done_when_started_again(tmp_path: Path) -> Non
         assert other.stderr.startswith("error: ") and "Traceback" not in other.stderr and content(out) == before
 
 
+@pytest.mark.once
 def test_a_killed_program_continues_with_the_same_bytes(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "gt", count=40, height=500, width=500)
     whole = content(packed(folder, shard_mb=2))
@@ -250,6 +252,7 @@ def test_a_shard_of_other_files_is_made_again(tmp_path: Path, monkeypatch: pytes
     assert said[0] == "2 of 8 images are there already" and content(out) == content(packed(folder, shard_mb=1))
 
 
+@pytest.mark.once
 def test_two_processes_do_not_pack_into_one_folder(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "gt"), tmp_path / "out"
     out.mkdir()
@@ -259,6 +262,7 @@ def test_two_processes_do_not_pack_into_one_folder(tmp_path: Path) -> None:
     assert content(out) == {} and run(folder, out).returncode == 0
 
 
+@pytest.mark.once
 def test_damaged_images_are_told_and_stay_by_name(tmp_path: Path) -> None:
     folder, out = Path(make_folder(tmp_path / "gt")), tmp_path / "out"
     (folder / "1.png").write_bytes(b"")
@@ -289,6 +293,7 @@ def test_missing_permissions(tmp_path: Path) -> None:
     assert result.returncode == 1 and "Permission denied" in result.stderr
 
 
+@pytest.mark.once
 def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "gt", count=4, height=600, width=600), tmp_path / "out"
     result = run(folder, out, limit="2000")
@@ -298,6 +303,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
     assert run(folder, out).returncode == 0 and len(find_pairs(gt=str(out))) == 4
 
 
+@pytest.mark.once
 def test_bad_input_of_the_program(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "gt")
     (tmp_path / "empty").mkdir()

@@ -93,6 +93,7 @@ def rows(workdir: Path) -> list[dict]:
     return [{name: v for name, v in json.loads(line).items() if name != "images_per_second"} for line in lines]
 
 
+@pytest.mark.once
 def test_killed_stopped_and_continued_by_other_numbers_of_processes(tmp_path: Path, start: Start) -> None:
     """Four processes, one of which is killed; then two with two devices each, one of which is told to stop; then one:
     the numbers and the student are those of a run that was never broken.

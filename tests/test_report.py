@@ -22,6 +22,8 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from kdjax.report.page import Restored, write_report
 
+pytestmark = pytest.mark.once
+
 NASTY = "</script><img src=x onerror=attacked=1>\"'&amp;<!--"
 MINUS, TIMES = "\u2212", "\u00d7"
 HEIGHT, WIDTH = 30, 40

@@ -444,6 +444,7 @@ def test_done_files_are_skipped(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert read_picture(tmp_path / "out" / "a.png").pixels.shape == (24, 32, 3)
 
 
+@pytest.mark.once
 def test_a_killed_program_leaves_whole_files_and_continues(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.png")
     write(tmp_path / "in" / "b.png", np.zeros((3000, 3000, 1), np.uint8))

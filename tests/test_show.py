@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from PIL import Image
 from test_config import load
 
@@ -36,6 +37,7 @@ def test_writes_a_sheet(tmp_path: Path) -> None:
     assert 15 < np.std(gt - lq) < 30 and np.corrcoef(gt.ravel(), lq.ravel())[0, 1] > 0.5
 
 
+@pytest.mark.once
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
     arguments = ("--config", "configs/denoise.py:debug")
     assert "must end in one of" in start(*arguments, f"--output={tmp_path}/sheet.txt", code=2)

@@ -13,6 +13,8 @@ from test_checkpoint import make_state
 
 from kdjax.training.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.once
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 

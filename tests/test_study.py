@@ -50,6 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.once
 def test_account(finished: Path) -> None:
     report = json.loads((finished / "study" / "results.json").read_text())
     rows = {row["column"]: row for row in report["rows"]}
@@ -68,6 +69,7 @@ def test_account(finished: Path) -> None:
     assert not list((finished / "study" / "seed0").glob("checkpoints*"))
 
 
+@pytest.mark.once
 def test_finished_runs_are_not_run_again_and_seeds_can_be_added(finished: Path) -> None:
     kept = finished / "study" / "seed0" / "output" / "student.pth"
     before = kept.stat().st_mtime_ns
@@ -124,6 +126,7 @@ def test_columns_trained_together_are_what_the_training_program_makes_and_surviv
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *models)
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("one_device")
 def test_nothing_is_trained_again_when_measuring_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

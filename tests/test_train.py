@@ -113,6 +113,7 @@ def test_files_of_a_finished_run(finished: tuple[Path, str]) -> None:
     assert b"loss/total" in events and b"val/student_psnr" in events
 
 
+@pytest.mark.once
 def test_starting_a_finished_run_again_changes_nothing_and_writes_what_is_gone(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_starting_a_finished_run_again_changes_nothing_and_writes_what_is_gone(
     assert {path: path.read_bytes() for path in workdir.glob("student.*")} | {"rows": rows(workdir)} == before
 
 
+@pytest.mark.once
 def test_files_that_a_power_cut_emptied_are_written_again(finished: tuple[Path, str], tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(finished[0], workdir)
@@ -212,6 +214,7 @@ def test_without_distillation_no_teacher_is_loaded(tmp_path: Path) -> None:
     assert "weight/output" not in rows(tmp_path / "run")[0]
 
 
+@pytest.mark.once
 def test_a_diverging_run_stops_with_step_and_values_and_keeps_its_good_checkpoints(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     run(workdir)
@@ -221,6 +224,7 @@ def test_a_diverging_run_stops_with_step_and_values_and_keeps_its_good_checkpoin
     assert {path.name for path in (workdir / "checkpoints").iterdir()} <= {"2", "4", "6"}
 
 
+@pytest.mark.once
 def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
     write_json(tmp_path / "run.json", {"student": {}, "teacher": None})
     (tmp_path / "train.log").symlink_to("/dev/full")
@@ -239,6 +243,7 @@ runpy.run_module("kdjax.train", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.once
 def test_no_room_for_pictures_of_the_validation_is_one_message(tmp_path: Path) -> None:
     process = start(tmp_path, program=("-c", NO_ROOM_FOR_PICTURES))
     output, _ = process.communicate(timeout=300)
@@ -274,6 +279,7 @@ def test_refusals_are_one_message(tmp_path: Path, flags: tuple[str, ...], messag
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.once
 def test_too_little_memory_is_one_message_with_what_helps(tmp_path: Path) -> None:
     """The step takes about twice what the process may have."""
     limited = ("bash", "-c", f'ulimit -v {6 << 20} && exec "$@"', "limited")
@@ -339,6 +345,7 @@ def photographs(folder: Path, count: int) -> None:
         data.write_image(folder / f"{i}.png", rng.integers(0, 256, (40, 36, 3), dtype=np.uint8))
 
 
+@pytest.mark.once
 def test_damaged_training_images_are_named_and_counted(tmp_path: Path) -> None:
     photographs(tmp_path / "gt", 5)
     (tmp_path / "gt" / "3.png").write_bytes((tmp_path / "gt" / "3.png").read_bytes()[:200])
@@ -347,6 +354,7 @@ def test_damaged_training_images_are_named_and_counted(tmp_path: Path) -> None:
     assert rows(tmp_path / "run")[-2]["damaged_images"] == 1
 
 
+@pytest.mark.once
 def test_paired_folders_train_and_validate(tmp_path: Path) -> None:
     photographs(tmp_path / "gt", 4)
     (tmp_path / "lq").mkdir()

@@ -26,6 +26,8 @@ from kdjax.models import Model, network
 from kdjax.weights import WeightsError, load_weights, save_model
 from kdjax.weights.convert import torch_shapes
 
+pytestmark = pytest.mark.once
+
 MULTIPLE = 12  # of the file's size
 FIXED = 32 << 20  # bytes
 SECONDS = 10  # of a processor: a stopwatch against quadratic time, wide enough for a slow machine
