@@ -53,10 +53,18 @@ _TERMS_STREAM, _CROP_STREAM = 2**32 - 1, 2**32 - 2
 class Recipe:
     """Everything about a run that is not an array.
 
-    `degrade(key, image, window)` makes the lq of one (h, w, c) image where a batch has none. `crop` is the side of the
-    gt square that is learnt from, cut from larger images as if after they were degraded; 0 takes them whole. `sharpen`
-    sharpens gt first. `learning_rate` is here only to be reported; the optimizer already contains it. `accumulate` is
-    the number of parts that a batch is taken in.
+    Attributes:
+      student, teacher: pure functions `apply(params, x) -> (output, features)`, as `Network.make_apply` returns them;
+        `teacher` is None where no term needs one, or where its answers come with the batch.
+      terms: from `kdjax.terms.make_terms`, and your own.
+      optimizer: any optax transformation; `make_optimizer` has those of a config.
+      learning_rate: only to be reported; the optimizer already contains it.
+      ema_decay: of the moving average of the student's parameters, in [0, 1); 0 follows them.
+      degrade: `degrade(key, image, window)` makes the lq of one (h, w, c) image where a batch has none.
+      crop: the side of the gt square that is learnt from, cut from larger images as if after they were degraded; 0
+        takes them whole.
+      sharpen: sharpens gt first.
+      accumulate: the number of parts that a batch is taken in; it has to divide the batch.
     """
 
     student: Apply
@@ -74,10 +82,14 @@ class Recipe:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What training changes.
+    """What training changes; a pytree of arrays, so that it can be jitted, donated and checkpointed.
 
-    `params` is {"student": ..., "adapters": {term: ...}}; `params_ema` mirrors the student; `balance` has the present
-    weight of every term whose weight is a share of the gradient.
+    Attributes:
+      step: int32 scalar, the number of updates so far.
+      params: {"student": ..., "adapters": {term: ...}}, all trained; only the student is exported.
+      params_ema: the moving average of the student's parameters.
+      opt_state: of `Recipe.optimizer`, for `params`.
+      balance: the present weight of every term whose weight is a share of the gradient.
     """
 
     step: jax.Array
@@ -108,7 +120,13 @@ def make_setting(
     lq: tuple,
     key: jax.Array,
 ) -> Setting:
-    """The setting for `kdjax.terms.make_terms`: shapes of both networks' results for lq images of shape `lq`."""
+    """The setting for `kdjax.terms.make_terms`: shapes of both networks' results. Nothing is computed.
+
+    Args:
+      teacher, teacher_params: None where no term needs a teacher.
+      lq: the shape (b, h, w, c) of the degraded images of a training batch.
+      key: for the initial values of adapters.
+    """
     image = jax.ShapeDtypeStruct(lq, jnp.float32)
     shapes = [
         apply and Forward(*jax.eval_shape(apply, params, image))
@@ -118,7 +136,7 @@ def make_setting(
 
 
 def make_frozen(terms: Iterable[Term], teacher_params: Tree | None) -> Tree:
-    """The constant arrays of a step."""
+    """The constant arrays of a step: {"teacher": its parameters, "terms": {name: constants of that term}}."""
     return {"teacher": teacher_params, "terms": {term.name: term.loss.frozen for term in terms}}
 
 
@@ -138,6 +156,12 @@ def make_optimizer(
 
     Raises:
       ValueError: an unknown name.
+
+    >>> optimizer = make_optimizer("adam", lambda count: jnp.float32(0.1))
+    >>> gradient = {"kernel": jnp.array([0.5, -2.0])}
+    >>> updates, _ = optimizer.update(gradient, optimizer.init(gradient))
+    >>> [round(float(update), 3) for update in updates["kernel"]]  # the first step of Adam is the learning rate
+    [-0.1, 0.1]
     """
     b1, b2 = betas
     optimizers = {
@@ -152,7 +176,11 @@ def make_optimizer(
 
 
 def init_state(recipe: Recipe, student_params: Params) -> State:
-    """The state before the first update; the EMA starts as a copy of the student."""
+    """The state before the first update; the EMA starts as a copy of the student.
+
+    `train_step` donates the state when it is jitted as above; `student_params` are part of it and gone after the first
+    update, unless they are NumPy arrays.
+    """
     # Real copies of everything that comes from elsewhere: donating one buffer twice would fail.
     adapters = {term.name: jax.tree.map(jnp.copy, term.loss.adapters) for term in recipe.terms if term.loss.adapters}
     params = {"student": student_params, "adapters": adapters}
@@ -166,16 +194,17 @@ def init_state(recipe: Recipe, student_params: Params) -> State:
 
 
 def train_step(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
-    """One update.
+    """One update. Jit it with the recipe bound, as the module's docstring shows.
 
     Args:
       frozen: from `make_frozen`.
-      batch: see the module's docstring.
+      batch: `gt` (b, h, w, c), uint8 or float in [0, 1], with `lq` or `index`; see the module's docstring.
       key: the run's key for noise; the same at every step.
 
     Returns:
       The next state, and scalars: `loss/total`, and of every term `loss/NAME` (raw), `weight/NAME` and `weighted/NAME`;
-      `lr`, `grad_norm`, and `finite`, false when the loss or the gradient is not a finite number.
+      `lr`, `grad_norm`, and `finite`, false when the loss or the gradient is not a finite number. Nothing is raised for
+      a loss that is not finite: look at `finite` before you save.
     """
     return learn(recipe, state, frozen, observe([recipe], [state.step], frozen, batch, key))
 

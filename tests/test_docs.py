@@ -128,7 +128,7 @@ def photographs(folder: Path, count: int, suffix: str = ".png", *, name: str = "
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What every page takes for granted; each page works in a copy."""
     folder = tmp_path_factory.mktemp("clone")
-    for name in ("configs", "tools", "benchmarks"):
+    for name in ("configs", "tools", "benchmarks", "examples"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train", "val", "test", "noisy"):
         photographs(folder / "photographs" / name, 2)

@@ -73,8 +73,8 @@ class Found:
 
 def find_pairs(
     *,
-    gt: str,
-    lq: str | None = None,
+    gt: str | os.PathLike[str],
+    lq: str | os.PathLike[str] | None = None,
     filename_tmpl: str = "{}",
     meta_info: str | None = None,
     recursive: bool = True,
@@ -99,8 +99,8 @@ def find_pairs(
 
 def survey(
     *,
-    gt: str,
-    lq: str | None = None,
+    gt: str | os.PathLike[str],
+    lq: str | os.PathLike[str] | None = None,
     filename_tmpl: str = "{}",
     meta_info: str | None = None,
     recursive: bool = True,

@@ -75,14 +75,16 @@ class Term:
     """One part of the total loss: weight(step) x value.
 
     Attributes:
+      name: unique among the terms of a recipe; metrics are called `loss/NAME`.
       weight: schedule of the weight; unused where `share` is set.
       share: the part of the total gradient norm that the term is kept at; 0 for a term with a weight.
       sometimes_off: the weight can be 0, and then neither this term nor, where no other needs it, the teacher is run.
+      needs_teacher: `context.teacher` is there. A term that looks at it has to say so.
     """
 
     name: str
     loss: Loss
     weight: Schedule
-    share: float
-    sometimes_off: bool
-    needs_teacher: bool
+    share: float = 0.0
+    sometimes_off: bool = False
+    needs_teacher: bool = False
