@@ -19,7 +19,7 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -235,10 +235,11 @@ def check_room(job: Job, samples: int) -> None:
         )
 
 
-def _records(job: Job, own: list[int]) -> Iterator[bytes]:
+def _records(job: Job, own: list[int]) -> Generator[bytes]:
     """The records of these shards, one after another; the teacher is one batch ahead of the disk."""
     setup = job.setup
     mesh = setup.mesh
+    assert setup.teacher is not None  # `plan` refuses a config without
     params = sharding.replicate(setup.teacher.params, mesh)
     key = sharding.replicate(jax.random.key(setup.config.seed), mesh)
     answer = sharding.on_mesh(mesh, jax.jit(job.answer))
@@ -310,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sharding.use_all_cores(config.data.batch_size)
         setup = preparation.prepare(targets.without_cache(preparation.on_these_devices(config)))
         job = plan(setup, options.output, options.samples)
+        assert setup.teacher is not None
         log.info(f"teacher: {setup.teacher.identity}, {preparation.describe(setup.teacher.model)}")
         log.info(describe(job))
         complete = write(job, process_index=options.process_id, process_count=options.num_processes)

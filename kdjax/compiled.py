@@ -15,6 +15,7 @@ import platform
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -29,7 +30,8 @@ def keep() -> None:
 
     Nothing is kept where the folder cannot be made, or where others than the user can write: it holds machine code.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache or _is_refused_by_xla():
+    settings: Any = jax.config  # which makes its attributes at run time
+    if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache or _is_refused_by_xla():
         return
     try:
         folder = _folder()
@@ -55,7 +57,7 @@ def _folder() -> Path:
 
 def _is_refused_by_xla() -> bool:
     """Whether XLA would load nothing and print errors: on Intel CPUs (github.com/openxla/xla/issues/44565)."""
-    chosen = jax.config.jax_platforms or os.environ.get("JAX_PLATFORMS", "")
+    chosen = getattr(jax.config, "jax_platforms", "") or os.environ.get("JAX_PLATFORMS", "")
     has_accelerator = chosen != "cpu" and any(importlib.util.find_spec(name) for name in _PLUGINS)
     return _cpu_says("vendor_id") == "GenuineIntel" and not has_accelerator
 

@@ -412,7 +412,7 @@ def allocator_peak() -> int | None:
 def _timing(seconds: list[float], first: list[float] | None, batch: int, size: tuple[int, int]) -> Timing:
     milliseconds = quartiles([1000 * value for value in seconds])
     rate = 1000 * batch / milliseconds.median
-    ratios = first and quartiles([theirs / ours for theirs, ours in zip(first, seconds, strict=True)])
+    ratios = quartiles([theirs / ours for theirs, ours in zip(first, seconds, strict=True)]) if first else None
     return Timing(seconds, milliseconds, rate, rate * math.prod(size) / 1e6, ratios)
 
 

@@ -347,7 +347,7 @@ def _serve(options: argparse.Namespace, loaded: dict[str, Loaded]) -> int:
     except KeyboardInterrupt:
         return 0
     except SystemExit as ended:
-        return ended.code
+        return ended.code if isinstance(ended.code, int) else 1
 
 
 def _launch(page: gradio.Blocks, port: int, open_it: bool) -> str:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,7 @@ from kdjax.terms import Context, Forward, Setting, Term, Tree
 
 Batch = dict[str, Any]  # of arrays, and of one such dict, `teacher`
 Metrics = dict[str, jax.Array]
+T = TypeVar("T", Tree, "Scene")
 
 # A weight given as a share of the gradient is measured anew after so many steps: it costs one backward pass a term.
 SHARES_EVERY = 20
@@ -117,7 +118,7 @@ def make_setting(
     student_params: Params,
     teacher: Apply | None,
     teacher_params: Tree | None,
-    lq: tuple,
+    lq: tuple[int, ...],
     key: jax.Array,
 ) -> Setting:
     """The setting for `kdjax.terms.make_terms`: shapes of both networks' results. Nothing is computed.
@@ -128,11 +129,9 @@ def make_setting(
       key: for the initial values of adapters.
     """
     image = jax.ShapeDtypeStruct(lq, jnp.float32)
-    shapes = [
-        apply and Forward(*jax.eval_shape(apply, params, image))
-        for apply, params in ((student, student_params), (teacher, teacher_params))
-    ]
-    return Setting(*shapes, lq, key)
+    run = lambda apply, params: Forward(*jax.eval_shape(apply, params, image))  # noqa: E731
+    theirs: Any = teacher and run(teacher, teacher_params)
+    return Setting(run(student, student_params), theirs, lq, key)
 
 
 def make_frozen(terms: Iterable[Term], teacher_params: Tree | None) -> Tree:
@@ -255,12 +254,13 @@ def learn(recipe: Recipe, state: State, frozen: Tree, scene: Scene) -> tuple[Sta
 
     def total_loss(params: Params, part: Scene) -> tuple[jax.Array, Metrics]:
         values = values_of(params, part)
-        return sum(weights[name] * value for name, value in values.items()), values
+        return jnp.asarray(sum(weights[name] * value for name, value in values.items())), values
 
     gradient = functools.partial(jax.value_and_grad(total_loss, has_aux=True), state.params)
     (total, values), grads = _mean_over_parts(gradient, scene, recipe.accumulate)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params: Any = optax.apply_updates(state.params, updates)
+    params_ema: Any = optax.incremental_update(params["student"], state.params_ema, 1 - recipe.ema_decay)
     grad_norm = optax.tree.norm(grads)
     metrics = {
         "loss/total": total,
@@ -274,7 +274,7 @@ def learn(recipe: Recipe, state: State, frozen: Tree, scene: Scene) -> tuple[Sta
     next_state = State(
         step=state.step + 1,
         params=params,
-        params_ema=optax.incremental_update(params["student"], state.params_ema, 1 - recipe.ema_decay),
+        params_ema=params_ema,
         opt_state=opt_state,
         balance=balance,
     )
@@ -283,9 +283,11 @@ def learn(recipe: Recipe, state: State, frozen: Tree, scene: Scene) -> tuple[Sta
 
 def term_values(recipe: Recipe, step: jax.Array, frozen: Tree, params: Params, scene: Scene) -> Metrics:
     """The raw value of every term; 0, and no work, for one whose weight is 0 at this step."""
-    ask_teacher = recipe.teacher and (lambda images: Forward(*recipe.teacher(frozen["teacher"], images)))
+    teacher = recipe.teacher
+    ask_teacher: Any = teacher and (lambda images: Forward(*teacher(frozen["teacher"], images)))
     student = Forward(*recipe.student(params["student"], scene.lq))
-    context = Context(student, scene.teacher, scene.gt, scene.lq, scene.labelled, ask_teacher, scene.keys)
+    theirs: Any = scene.teacher
+    context = Context(student, theirs, scene.gt, scene.lq, scene.labelled, ask_teacher, scene.keys)
     values = {}
     for term in recipe.terms:
         adapters, constants = params["adapters"].get(term.name, {}), frozen["terms"][term.name]
@@ -360,6 +362,7 @@ def diagnose(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.
         return metrics
 
     def compare(part: Scene) -> Metrics:
+        assert part.teacher is not None
         output = recipe.student(state.params["student"], part.lq)[0]
         better = losses.teacher_is_better(output, part.teacher.output, part.gt)
         return {
@@ -378,13 +381,14 @@ def make_pair(recipe: Recipe, batch: Batch, key: jax.Array) -> tuple[jax.Array, 
 
 def _pair_of(recipe: Recipe, key: jax.Array, index: jax.Array, sample: Batch) -> tuple[jax.Array, jax.Array]:
     """`make_pair` of one sample."""
+    degrade: Any = recipe.degrade  # there, where it is needed
     whole_gt = gt = ops.to_float(sample["gt"])
     if recipe.sharpen:
         whole_gt = gt = usm_sharpen(gt)
     lq, window = ops.to_float(sample["lq"]) if "lq" in sample else None, None
     degrade_key = jax.random.fold_in(key, index)
     if recipe.crop and recipe.crop < gt.shape[0]:
-        small = jax.eval_shape(recipe.degrade, degrade_key, gt) if lq is None else lq
+        small = jax.eval_shape(degrade, degrade_key, gt) if lq is None else lq
         scale = gt.shape[0] // small.shape[0]
         crop_key = jax.random.fold_in(jax.random.fold_in(key, _CROP_STREAM), index)
         corner = jax.random.randint(crop_key, (2,), 0, (gt.shape[0] - recipe.crop) // scale + 1)
@@ -392,9 +396,9 @@ def _pair_of(recipe: Recipe, key: jax.Array, index: jax.Array, sample: Batch) ->
         gt = cut(gt, Window(scale * corner, (recipe.crop,) * 2))
         lq = None if lq is None else cut(lq, window)
     if lq is None:
-        lq = recipe.degrade(degrade_key, whole_gt, window)
+        lq = degrade(degrade_key, whole_gt, window)
     elif "is_paired" in sample:
-        lq = jnp.where(sample["is_paired"], lq, recipe.degrade(degrade_key, whole_gt, window))
+        lq = jnp.where(sample["is_paired"], lq, degrade(degrade_key, whole_gt, window))
     return gt, lq
 
 
@@ -407,7 +411,7 @@ def _sample_numbers(batch: Batch) -> jax.Array:
     return batch.get("index", jnp.arange(len(batch["gt"])))
 
 
-def _in_parts(batch: Tree | Scene, parts: int) -> Tree | Scene:
+def _in_parts(batch: T, parts: int) -> T:
     """Every array (b, ...) as (parts, b / parts, ...).
 
     Sample i is in part i % parts. A device has its samples side by side, so it has as many in every part, and no image

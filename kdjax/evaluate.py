@@ -72,7 +72,9 @@ def make_restore(
     """
     if tile:
         restorer = Restorer(model, tile=tile, tile_pad=tile_pad, x8=x8, dtype=dtype)
-        return lambda images: ((i, np.asarray(to_uint8(restorer(image)))) for i, image in enumerate(images))
+        return lambda images: (
+            (i, np.asarray(to_uint8(jnp.asarray(restorer(image))))) for i, image in enumerate(images)
+        )
     apply = model.network.make_apply(dtype=dtype)
     apply = self_ensemble(apply) if x8 else apply
     return lambda images: validation.restore(apply, model.params, images)
@@ -269,7 +271,7 @@ def _read_pristine(path: Path) -> niqe.Pristine:
         raise ValueError(f"{path}: not a file with mu_pris_param and cov_pris_param: {error}") from None
     if mean.shape != (niqe.NUM_FEATURES,) or covariance.shape != 2 * mean.shape:
         raise ValueError(f"{path}: mean {mean.shape} and covariance {covariance.shape}; wanted (36,) and (36, 36)")
-    return niqe.Pristine(np.float64(mean), np.float64(covariance))
+    return niqe.Pristine(mean.astype(np.float64), covariance.astype(np.float64))
 
 
 def _sha256(path: str | Path) -> str:

@@ -26,7 +26,7 @@ import optax
 
 from kdjax.names import brief, pick
 
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[Any], jax.Array]  # of a whole number, an array or not; as optax has it
 
 _LAST_UPDATE, _LARGEST = 2**31 - 1, float(np.finfo(np.float32).max)
 _MOST_PHASES = 1_000  # each is an operation in the compiled step
@@ -43,7 +43,8 @@ def multistep(value: float, milestones: Sequence[int], gamma: float = 0.5) -> Sc
     factors: dict[int, float] = {}
     for milestone in milestones:  # a milestone named twice decays twice, as in BasicSR
         factors[milestone] = factors.get(milestone, 1.0) * gamma
-    return optax.piecewise_constant_schedule(value, factors)
+    schedule = optax.piecewise_constant_schedule(value, factors)
+    return lambda count: jnp.asarray(schedule(count))
 
 
 def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:

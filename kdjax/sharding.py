@@ -204,7 +204,7 @@ def use_all_cores(batch_size: int = 0) -> None:
     Args:
       batch_size: what the number of devices must divide; 0 for nothing.
     """
-    if jax.config.jax_num_cpu_devices > 0:
+    if getattr(jax.config, "jax_num_cpu_devices", -1) > 0:
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     most = min(cores, _MOST_CPU_DEVICES)

@@ -33,7 +33,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,8 @@ class Restorer:
             if not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
         self.scale, self.channels = model.network.scale, model.network.channels
-        self._multiple, self._pad_mode = model.network.multiple, model.network.pad_mode
+        self._multiple = model.network.multiple
+        self._pad_mode: Any = model.network.pad_mode
         self._tile, self._tile_pad = (ops.round_up(int(size), self._multiple) for size in (tile, tile_pad))
         self._step = _compiled_step(model.network, x8, jnp.dtype(dtype))
         devices = list(jax.local_devices() if devices is None else devices)
@@ -111,9 +112,9 @@ class Restorer:
         Raises:
           ValueError: an image of another shape or type, or with nan or inf.
         """
-        output = None
+        output = np.empty((0, 0, 0), np.float32)  # its width and channels are those of the first rows
         for top, rows in self.bands(image, progress=progress):
-            if output is None:
+            if not output.size:
                 output = np.empty((image.shape[0] * self.scale, *rows.shape[1:]), np.float32)
             output[top : top + len(rows)] = rows
         return output
@@ -138,17 +139,17 @@ class Restorer:
     def _bands(self, image: np.ndarray, progress: Progress | None) -> Iterator[tuple[int, np.ndarray]]:
         height, width = (self._divide(size) for size in image.shape[:2])
         outputs = self._run(image, height, width, progress)
-        scale, unfinished = self.scale, None
+        scale, unfinished = self.scale, np.zeros((0, 0, 0), np.float32)
         for i, top in enumerate(height.starts):
-            band = None
+            band = np.zeros((0, 0, 0), np.float32)
             for j, left in enumerate(width.starts):
                 output = next(outputs)
-                if band is None:
+                if not band.size:
                     columns = width.starts[-1] + width.window
                     band = np.zeros((height.window * scale, columns * scale, output.shape[-1]), np.float32)
                 weights = height.weights[i][:, None, None] * width.weights[j][:, None]
                 band[:, left * scale : (left + width.window) * scale] += weights * output
-            if unfinished is not None:
+            if unfinished.size:
                 band[: len(unfinished)] += unfinished
             end = image.shape[0] if i + 1 == len(height.starts) else height.starts[i + 1]
             finished = (end - top) * scale
@@ -161,7 +162,9 @@ class Restorer:
         dispatched = self._dispatch(image, places, (height.window, width.window))
         done = 0
         # pairwise asks for the next batch before it gives this one: the host cuts tiles while the devices compute.
-        for (output, count), _ in itertools.pairwise(itertools.chain(dispatched, [None])):
+        for batch, _ in itertools.pairwise(itertools.chain(dispatched, [None])):
+            assert batch is not None  # only the last one is, which is never the first of a pair
+            output, count = batch
             tiles = np.asarray(output)[:count]
             if not np.isfinite(tiles).all():  # it would become a white or black picture
                 raise ValueError("the model makes nan or inf of this image; in bfloat16, try float32")
@@ -228,9 +231,8 @@ class Restorer:
         parts = [slice(start * self.scale, (start + window) * self.scale) for start in starts]
         for part, weight in zip(parts, weights, strict=True):
             total[part] += weight
-        return _Side(
-            window, starts, np.float32([weight / total[part] for part, weight in zip(parts, weights, strict=True)])
-        )
+        shares = [weight / total[part] for part, weight in zip(parts, weights, strict=True)]
+        return _Side(window, starts, np.array(shares, np.float32))
 
 
 class _Side(NamedTuple):

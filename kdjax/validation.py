@@ -52,7 +52,7 @@ def add_noise(gt: np.ndarray, sigma: float) -> np.ndarray:
 
 def make_sample(name: str, gt: np.ndarray, lq: np.ndarray | None, sigma: float) -> Sample:
     """A sample from a uint8 `gt` and its uint8 `lq`, or with the benchmark's noise where there is no `lq`."""
-    return Sample(name, add_noise(gt, sigma) if lq is None else np.float32(lq) / 255, gt)
+    return Sample(name, add_noise(gt, sigma) if lq is None else np.asarray(lq, np.float32) / 255, gt)
 
 
 def degraded_samples(

@@ -92,7 +92,8 @@ class _Loader(yaml.SafeLoader):
 
     def resolve(self, kind: type[yaml.Node], value: str | None, implicit: tuple[bool, bool]) -> str:
         tag = super().resolve(kind, value, implicit)
-        is_text = kind is yaml.ScalarNode and (tag not in _PLAIN_TAGS | {_MERGE} or (":" in value and tag in _NUMBERS))
+        is_sexagesimal = ":" in (value or "") and tag in _NUMBERS
+        is_text = kind is yaml.ScalarNode and (tag not in _PLAIN_TAGS | {_MERGE} or is_sexagesimal)
         return self.DEFAULT_SCALAR_TAG if is_text else tag
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -121,14 +122,14 @@ class _Loader(yaml.SafeLoader):
 class _Refused(yaml.MarkedYAMLError):
     """What this reader does not take."""
 
-    def __init__(self, problem: str, mark: yaml.Mark) -> None:
+    def __init__(self, problem: str, mark: yaml.Mark | None) -> None:
         super().__init__(problem=problem, problem_mark=mark)
 
 
 def _told(error: yaml.YAMLError) -> str:
     """One line, without the lines of the file that PyYAML shows."""
-    mark = getattr(error, "problem_mark", None)
-    if mark is None:
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
         return " ".join(str(error).split())
     text = ", ".join(filter(None, (error.context, error.problem)))
     return f"{text} (line {mark.line + 1}, column {mark.column + 1})"

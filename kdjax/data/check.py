@@ -25,7 +25,7 @@ import os
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -168,7 +168,7 @@ def check(
     return report
 
 
-def _read_all(paths: Sequence[str], threads: int) -> Iterator[tuple[str, Facts | str]]:
+def _read_all(paths: Sequence[str], threads: int) -> Generator[tuple[str, Facts | str]]:
     """Every path in order, with what is known of it or the message why it cannot be read."""
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(paths), _AHEAD):
@@ -182,7 +182,7 @@ def _facts(path: str) -> Facts | str:
     except ImageError as error:
         return str(error)
     digest = hashlib.blake2b(repr(pixels.shape).encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return Facts(pixels.shape[0], pixels.shape[1], mode, digest.digest())
 
 

@@ -11,8 +11,8 @@ import contextlib
 import itertools
 import re
 import struct
-from collections.abc import Callable, Collection, Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, BinaryIO
 
 EXIF = b"Exif\0\0"
 _HIDDEN = b"hidden"  # in its place
@@ -161,10 +161,9 @@ def _orientations(block: bytes) -> Iterator[tuple[int, int, str]]:
             yield kind, place, tiff.order
 
 
-def is_camera_raw(image_tags: object) -> bool:
+def is_camera_raw(image_tags: Mapping[int, Any]) -> bool:
     """Whether the tags of a TIFF image are those of a camera's raw file, whose first picture is a small preview."""
-    has = image_tags.__contains__
-    return has(_DNG_VERSION) or (has(_SUBDIRECTORIES) and bool(image_tags.get(_SUBFILE, 0) & 1))
+    return _DNG_VERSION in image_tags or (_SUBDIRECTORIES in image_tags and bool(image_tags.get(_SUBFILE, 0) & 1))
 
 
 def hide_exif(data: bytes) -> bytes:

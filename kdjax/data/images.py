@@ -30,10 +30,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 from kdjax.data import containers, shards
 from kdjax.files import printable, whole_file
@@ -83,7 +83,7 @@ _DECODING = {"WEBP": 14, "AVIF": 12}
 _UNKNOWN_MEMORY = 16 << 30  # of a machine that does not tell
 
 _JPEG = {"quality": 95, "subsampling": 0}
-_SAVE_OPTIONS = {
+_SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), _JPEG),
     ".webp": {"lossless": True},
 }  # by suffix
@@ -129,7 +129,7 @@ def inspect_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
         return pixels, "L" if pixels.shape[2] == 1 else "RGB"
     with opened(path, _check_training_image) as image:
         mode = f"16-bit {image.mode}" if is_deep_colour(image) else image.mode
-        if mode.startswith("16-bit") and image.format == "TIFF" and image.tag_v2.get(_TIFF_PLANAR) == 2:
+        if mode.startswith("16-bit") and image.format == "TIFF" and tiff_tags(image).get(_TIFF_PLANAR) == 2:
             raise ImageError("16-bit colour in separate planes cannot be read; save it interleaved or with 8 bits")
         image.load()
         upright = UPRIGHT.get(orientation_of(image))
@@ -169,6 +169,7 @@ def _said(error: Exception) -> str:
     return printable(" ".join(str(error).split())[:300])  # what a file says of itself may be in it
 
 
+_png: Any = PngImagePlugin  # whose type says that its limits are constants
 _pillow = threading.Lock()
 _readers, _limits, _quiet = 0, (0, 0), None
 
@@ -187,7 +188,7 @@ def _pillow_without_limit() -> Iterator[None]:
             _quiet = warnings.filters[0]
         if _readers == 0:
             _limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
-            Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, _MOST_TEXT
+            Image.MAX_IMAGE_PIXELS, _png.MAX_TEXT_CHUNK = None, _MOST_TEXT
         _readers += 1
     try:
         yield
@@ -195,7 +196,13 @@ def _pillow_without_limit() -> Iterator[None]:
         with _pillow:
             _readers -= 1
             if _readers == 0:
-                Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = _limits
+                Image.MAX_IMAGE_PIXELS, _png.MAX_TEXT_CHUNK = _limits
+
+
+def tiff_tags(image: Image.Image) -> TiffImagePlugin.ImageFileDirectory_v2:
+    """The tags of a TIFF image."""
+    assert isinstance(image, TiffImagePlugin.TiffImageFile), image.format
+    return image.tag_v2
 
 
 def _identified(file: BinaryIO) -> Image.Image:
@@ -214,19 +221,19 @@ def _identified(file: BinaryIO) -> Image.Image:
     if start[:2] in (b"II", b"MM") and containers.tiff_claims_too_much(file):
         raise ImageError("is damaged: its tags claim more than there is of the file")
     image = Image.open(file, formats=_FORMATS)
-    if image.format == "TIFF" and (start[8:10] == b"CR" or containers.is_camera_raw(image.tag_v2)):
+    if image.format == "TIFF" and (start[8:10] == b"CR" or containers.is_camera_raw(tiff_tags(image))):
         raise ImageError(f"is the raw file of a camera; {_RAW}")
     image.info["is_animated"] = getattr(image, "is_animated", False)
     if image.format == "TIFF":
-        image.info["is_animated"] &= image.tag_v2.next < os.fstat(file.fileno()).st_size
+        image.info["is_animated"] &= tiff_tags(image).next < os.fstat(file.fileno()).st_size
         # Then Pillow leaves the EXIF in TIFF files alone, which nobody asks for and which may be damaged.
-        image.is_animated = True
+        image.is_animated = True  # ty: ignore[missing-attribute] (for Pillow to read)
     return image
 
 
 def _identified_jpeg(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(containers.hide_exif(data)), formats=_FORMATS)
-    if (exif := containers.hidden_exif(image.applist)) is not None:
+    if (exif := containers.hidden_exif(getattr(image, "applist", []))) is not None:
         image.info["exif"] = exif
     if image.info.get("progressive") and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
         raise ImageError(f"has {scans} scans, each of which costs time; save it again as an ordinary JPEG")
@@ -238,12 +245,16 @@ def _identified_avif(data: bytes) -> Image.Image:
     if not containers.holds_claims(data):
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            image.info |= {"is_animated": image.is_animated, "is_deep": containers.is_deep_avif(data)}
-            return image
+            return _described_avif(image, data)
         except Exception:  # of which EXIF may be the cause
             pass
     image = Image.open(io.BytesIO(containers.without_exif(data)), formats=_FORMATS)
-    image.info |= {"is_animated": image.is_animated, "is_deep": containers.is_deep_avif(data), "exif": b"damaged"}
+    image.info["exif"] = b"damaged"
+    return _described_avif(image, data)
+
+
+def _described_avif(image: Image.Image, data: bytes) -> Image.Image:
+    image.info |= {"is_animated": getattr(image, "is_animated", False), "is_deep": containers.is_deep_avif(data)}
     return image
 
 
@@ -268,9 +279,9 @@ def pixels_of(image: Image.Image) -> int:
     """How many pixels an image that is not decoded yet claims to have; a tile of a TIFF counts whole."""
     pixels = image.width * image.height
     if image.format == "TIFF":
-        sides = [image.tag_v2.get(tag) for tag in (_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH)]
-        if all(isinstance(side, int) for side in sides):
-            pixels = max(pixels, sides[0] * sides[1])
+        width, height = (tiff_tags(image).get(tag) for tag in (_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH))
+        if isinstance(width, int) and isinstance(height, int):
+            pixels = max(pixels, width * height)
     return pixels
 
 
@@ -357,9 +368,9 @@ def is_deep_colour(image: Image.Image) -> bool:
     if image.mode.startswith("I"):
         return False
     if image.format == "TIFF":
-        return image.mode != "F" and max(image.tag_v2.get(_TIFF_BITS, (1,))) > 8
+        return image.mode != "F" and max(tiff_tags(image).get(_TIFF_BITS, (1,))) > 8
     if image.format == "PPM":  # args: mode and the largest value
-        return any(isinstance(value, int) and value > 255 for tile in image.tile for value in tile[3])
+        return any(isinstance(value, int) and value > 255 for tile in getattr(image, "tile", ()) for value in tile[3])
     return image.info.get("is_deep", False) or ";16" in str(getattr(image, "tile", ""))
 
 
@@ -377,9 +388,9 @@ def deep_grey(image: Image.Image) -> np.ndarray | None:
         return None
     samples = np.asarray(image).astype(np.uint16, copy=False)
     if image.format == "TIFF":
-        if image.tag_v2.get(_TIFF_BITS) == (12,):
+        if tiff_tags(image).get(_TIFF_BITS) == (12,):
             samples = samples << 4 | samples >> 8
-        if image.tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits only
+        if tiff_tags(image).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits only
             samples = 65535 - samples
     return samples
 

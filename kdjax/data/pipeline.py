@@ -103,7 +103,7 @@ def training_batches(
     `cache_mb` megabytes of decoded images; neither changes the batches.
     """
     read = ImageCache(channels, cache_mb * 2**20)
-    options = dict(crop=crop, seed=seed, scale=scale, hflip=hflip, rot=rot, read=read)
+    options: dict[str, Any] = dict(crop=crop, seed=seed, scale=scale, hflip=hflip, rot=rot, read=read)
     beside = []
     if unlabelled:
         count = round(batch_size * unlabelled_part)
@@ -172,7 +172,8 @@ class TrainingData(Iterator[dict[str, Any]]):
             num_threads=1 if workers else min(_THREADS, os.cpu_count() or 1),
             prefetch_buffer_size=2 if workers else 4,
         )
-        batches = grain.MapDataset.source(stream)[start_step:].to_iter_dataset(reading)
+        source: Any = stream  # it has __len__ and __getitem__, which is all that Grain asks for
+        batches = grain.MapDataset.source(source)[start_step:].to_iter_dataset(reading)
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which fails outside an absl program
                 flags.FLAGS.mark_as_parsed()

@@ -12,6 +12,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,7 @@ class Samples:
         self._read = read
         self._blank_lq = blank_lq
 
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, number: int) -> dict[str, Any]:
         epoch, position = divmod(number, len(self.pairs))
         chosen = int(epoch_order(len(self.pairs), self._seed, self._order, epoch)[position])
         random = generator(self._seed, self._sample, number)
@@ -89,7 +90,7 @@ class Samples:
         top = int(row * max(1, gt.shape[0] // grid - size + 1))
         left = int(column * max(1, gt.shape[1] // grid - size + 1))
         flips = self._hflip and coins[0] < 0.5, self._rot and coins[1] < 0.5, self._rot and coins[2] < 0.5
-        element = {"gt": _flip(window(gt, top * grid, left * grid, self._crop, grid), *flips)}
+        element: dict[str, Any] = {"gt": _flip(window(gt, top * grid, left * grid, self._crop, grid), *flips)}
         if lq is not None:
             element["lq"] = _flip(window(lq, top, left, size, grid), *flips)
         elif self._blank_lq:
@@ -152,7 +153,7 @@ class Batches:
         rows = [self._row(step, position) for position in self._block]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
-    def _row(self, step: int, position: int) -> dict[str, np.ndarray]:
+    def _row(self, step: int, position: int) -> dict[str, Any]:
         """The sample at a position of the whole batch."""
         index = np.int32((step * self._batch_size + position) % 2**31)
         number, place = self._place(position)

@@ -391,7 +391,7 @@ def array_record() -> ModuleType:
       PackError: it is not installed.
     """
     try:
-        from array_record.python import array_record_module
+        from array_record.python import array_record_module  # ty: ignore[missing-module-member] (an extension)
     except ImportError as error:
         raise PackError(
             f"packs and caches need the package array-record, which cannot be imported ({error}): pip install"

@@ -472,20 +472,21 @@ def _told_apart(found: Found, what: str) -> Found:
     return replace(found, message="\n".join(filter(None, [found.message, *lines])))
 
 
-def is_one_file(gt: str, lq: str) -> bool:
+def is_one_file(gt: str, lq: str | None) -> bool:
     """Whether two paths lead to one image: through links, by another spelling, or to one record of a pack."""
-    return gt == lq or ((one := identity(gt)) is not None and one == identity(lq))
+    return lq is not None and (gt == lq or ((one := identity(gt)) is not None and one == identity(lq)))
 
 
 def _is_packed(pairs: Sequence[ImagePair]) -> bool:
     """Whether some are in a pack: there, two copies of one image are not one file."""
-    return bool(pairs) and any(split_path(path) for path in (pairs[0].gt, pairs[0].lq))
+    return bool(pairs) and any(path and split_path(path) for path in (pairs[0].gt, pairs[0].lq))
 
 
 def _has_the_same_pixels(pairs: Sequence[ImagePair]) -> bool:
     """Whether no pair that can be read shows two images."""
 
     def is_alike(pair: ImagePair) -> bool | None:
+        assert pair.lq is not None
         try:
             gt, lq = inspect_image(pair.gt)[0], inspect_image(pair.lq)[0]
         except ImageError:

@@ -204,7 +204,7 @@ def draw_choices(spec: Mapping[str, Any], key: jax.Array) -> Any:
 def _settings(spec: Mapping[str, Any]) -> Any:
     """The checked settings of a degradation."""
     name = spec.get("name")
-    cls = pick(DEGRADATIONS, name, "degradation").settings
+    cls: Any = pick(DEGRADATIONS, name, "degradation").settings
     fields = {field.name: field for field in dataclasses.fields(cls)}
     values = {}
     for key, value in spec.items():

@@ -11,17 +11,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-Size = tuple[jax.Array | int, jax.Array | int]
+# (height, width), drawn or static. The length is not in the types: they are made by `tuple(... for ...)`.
+Size = tuple[jax.Array | int, ...]
+Shape = tuple[int, ...]
 
 
 class Window(NamedTuple):
     """A part of an image: `shape` rows and columns from `start`."""
 
     start: jax.Array  # int (2,)
-    shape: tuple[int, int]
+    shape: Shape
 
 
-def whole(shape: tuple[int, int]) -> Window:
+def whole(shape: Shape) -> Window:
     """The window that shows everything."""
     return Window(jnp.zeros(2, jnp.int32), shape)
 
@@ -44,7 +46,7 @@ def is_valid(image: jax.Array, valid: Size) -> jax.Array:
     return rows[:, None] & columns[None, :]
 
 
-def resized_to(image: jax.Array, shape: tuple[int, int]) -> jax.Array:
+def resized_to(image: jax.Array, shape: Shape) -> jax.Array:
     """The canvas cut, or filled with zeros at the bottom and right."""
     image = image[:, : shape[0], : shape[1]]
     return jnp.pad(image, ((0, 0), (0, shape[0] - image.shape[1]), (0, shape[1] - image.shape[2])))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kdjax.degradations.canvas import reflected
+from kdjax.degradations.canvas import Size, reflected
 
 # How a kernel falls off with the quadratic form q; and the names in configs: the same with one sigma, or with two.
 SHAPES = ("gaussian", "generalized", "plateau")
@@ -55,7 +55,7 @@ def sinc_kernel(side: int, size: jax.Array | int, cutoff: jax.Array | float) -> 
     return _normalised(cutoff * values, size)
 
 
-def filter2d(image: jax.Array, kernel: jax.Array, valid: tuple[jax.Array | int, jax.Array | int]) -> jax.Array:
+def filter2d(image: jax.Array, kernel: jax.Array, valid: Size) -> jax.Array:
     """Correlates the valid part of a (c, h, w) canvas with a kernel; its border is reflected (not repeating the edge).
 
     By Fourier transform: a 21 x 21 filter costs the same on every kind of device, whatever differs between samples.

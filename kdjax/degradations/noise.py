@@ -17,7 +17,7 @@ _COUNTED_MEAN, _COUNTS = 10.0, 36
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-def uniform(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A (c, h, w) field of numbers between 0 and 1, both excluded, in steps of 2^-23.
 
     Threefry-2x32 as `jax.random` has it (Salmon et al., SC 2011), written out: it becomes one loop with what uses it,
@@ -31,7 +31,7 @@ def uniform(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
 
 
-def normal(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A (c, h, w) field of standard normal numbers."""
     return _normal_quantile(uniform(key, shape))
 

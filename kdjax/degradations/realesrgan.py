@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from kdjax.degradations import kernels
-from kdjax.degradations.canvas import Size, Window, resized_to, whole
+from kdjax.degradations.canvas import Shape, Size, Window, resized_to, whole
 from kdjax.degradations.jpeg import jpeg
 from kdjax.degradations.noise import gaussian_noise, poisson_noise
 from kdjax.degradations.resize import MODES, Taps, num_taps, resize, resize_taps
 from kdjax.names import nearest
 
 Range = tuple[float, float]
-Shape = tuple[int, int]
+Factor = tuple[jax.Array | float, ...]
 
 # Canvases of the two rounds, as parts of the largest. More of them compute less and compile longer; with the default
 # ranges 0.67 and 0.84 are where the image keeps its size.
@@ -199,7 +199,7 @@ def apply_on(
     spans = [_blocks(*axis) for axis in zip(window.start, window.shape, out, strict=True)]
     starts, extents = tuple(start for start, _ in spans), tuple(extent for _, extent in spans)
     places = [kernels.places_to_filter(*span, len(choices.sinc), size) for span, size in zip(spans, out, strict=True)]
-    back = tuple(taps[place] for taps, place in zip(back, places, strict=True))
+    back = tuple(taps.at(place) for taps, place in zip(back, places, strict=True))
 
     def compress(x: jax.Array, valid: Size) -> jax.Array:
         return jpeg(jnp.clip(x, 0, 1), second.quality, valid)
@@ -255,16 +255,21 @@ def _noisy(stage: Stage, key: jax.Array, image: jax.Array, valid: Size) -> jax.A
 
 
 def _taps(
-    mode: jax.Array, valid: Size, new_canvas: Shape, new_valid: Size, counts: Iterable[int], factor: Size | None = None
-) -> tuple[Taps, Taps]:
+    mode: jax.Array,
+    valid: Size,
+    new_canvas: Shape,
+    new_valid: Size,
+    counts: Iterable[int],
+    factor: Factor | None = None,
+) -> tuple[Taps, ...]:
     """Those of rows and columns."""
     factor = factor or tuple(new / old for new, old in zip(new_valid, valid, strict=True))
     axes = zip(valid, new_canvas, new_valid, factor, counts, strict=True)
     return tuple(resize_taps(mode, *axis) for axis in axes)
 
 
-def _resize(image: jax.Array, taps: tuple[Taps, Taps], canvas: Shape) -> jax.Array:
-    return resize(image, *(axis[:extent] for axis, extent in zip(taps, canvas, strict=True)))
+def _resize(image: jax.Array, taps: tuple[Taps, ...], canvas: Shape) -> jax.Array:
+    return resize(image, *(axis.at(slice(extent)) for axis, extent in zip(taps, canvas, strict=True)))
 
 
 def _canvases(shape: Shape, resize_range: Range, parts: tuple[float, ...]) -> list[Shape]:
@@ -381,7 +386,7 @@ def _one_of(number: jax.Array, count: int) -> jax.Array:
 
 def _choice(number: jax.Array, probabilities: tuple[float, ...]) -> jax.Array:
     """The place of one of them."""
-    return sum((number >= limit).astype(jnp.int32) for limit in itertools.accumulate(probabilities[:-1]))
+    return jnp.asarray(sum((number >= limit).astype(jnp.int32) for limit in itertools.accumulate(probabilities[:-1])))
 
 
 # What the ranges must lie between; JPEG quality 0 has no table.

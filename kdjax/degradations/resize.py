@@ -22,7 +22,7 @@ class Taps(NamedTuple):
     index: jax.Array
     weight: jax.Array
 
-    def __getitem__(self, pixels: jax.Array | slice) -> Taps:
+    def at(self, pixels: jax.Array | slice) -> Taps:
         """Those of some pixels."""
         return Taps(self.index[pixels], self.weight[pixels])
 
@@ -66,7 +66,7 @@ def resize_taps(
 def _weighted_rows(plane: jax.Array, taps: Taps) -> jax.Array:
     """(H, W) -> (H2, W)."""
     parts = (plane.at[taps.index[:, i]].get(mode="clip") * taps.weight[:, i, None] for i in range(taps.index.shape[1]))
-    return sum(parts)
+    return jnp.asarray(sum(parts))
 
 
 def _area(

@@ -127,7 +127,11 @@ def verify_onnx(model: models.Model, path: Path) -> dict[str, Any]:
     try:
         onnx.checker.check_model(path, full_check=True)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        run = lambda x: session.run(["output"], {"input": x.transpose(0, 3, 1, 2)})[0].transpose(0, 2, 3, 1)  # noqa: E731
+
+        def run(x: np.ndarray) -> np.ndarray:
+            (output,) = session.run(["output"], {"input": x.transpose(0, 3, 1, 2)})
+            return np.asarray(output).transpose(0, 2, 3, 1)
+
         return _compare(model, run)
     except ExportError:
         raise
@@ -145,7 +149,7 @@ def _write_stablehlo(model: models.Model, path: Path, about: dict[str, str]) -> 
         return apply(model.params, x)[0]
 
     image = _any_image(model)
-    before = jax.config.jax_traceback_in_locations_limit
+    before = jax.config.jax_traceback_in_locations_limit  # ty: ignore[missing-attribute]
     jax.config.update("jax_traceback_in_locations_limit", 0)  # else the file names the source files of this machine
     try:
         exported = export.export(jax.jit(restore), platforms=PLATFORMS)(image)
@@ -189,7 +193,7 @@ def _compare(model: models.Model, run: Callable[[np.ndarray], Any]) -> dict[str,
     with jax.default_device(jax.devices("cpu")[0]):
         for batch, height, width in CHECKED_SIZES:
             image = rng.random((batch, height, width, model.network.channels), np.float32)
-            wanted, found = np.asarray(model(image)[0]), np.asarray(run(image))
+            wanted, found = np.asarray(model(jnp.asarray(image))[0]), np.asarray(run(image))
             if found.shape != wanted.shape:
                 raise ExportError(f"of an image {image.shape} it makes {found.shape}, the model {wanted.shape}")
             differences.append(float(np.abs(found - wanted).max()))

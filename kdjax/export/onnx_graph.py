@@ -177,10 +177,11 @@ class Graph:
             inner = params.get("jaxpr", params.get("call_jaxpr"))
             return self.run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
         sizes = [size for atom in equation.outvars for size in atom.aval.shape]
-        if inputs and all(isinstance(value, Constant) for value in inputs) and all(type(size) is int for size in sizes):
-            results = equation.primitive.bind(*(value.array for value in inputs), **params)
+        known = [value for value in inputs if isinstance(value, Constant)]
+        if known and len(known) == len(inputs) and all(type(size) is int for size in sizes):
+            results = equation.primitive.bind(*(value.array for value in known), **params)
             results = results if equation.primitive.multiple_results else [results]
-            name = inputs[0].name if len(inputs) == 1 else ""  # a parameter in another shape
+            name = known[0].name if len(known) == 1 else ""  # a parameter in another shape
             return [Constant(np.asarray(result), name) for result in results]
         if name == "scan":
             return self._unroll(equation, inputs)
@@ -199,12 +200,12 @@ class Graph:
         stacked = any(map(longer, equation.outvars, body.out_avals))
         carried = len(inputs) - sliced
         constants = carried - len(equation.outvars)
-        known = all(isinstance(value, Constant) for value in inputs[carried:])
-        if stacked or not known or equation.params["reverse"]:
+        known = [value for value in inputs[carried:] if isinstance(value, Constant)]
+        if stacked or len(known) < sliced or equation.params["reverse"]:
             raise UnsupportedOperation("a scan is supported forwards over weights, and without a result of each step")
         state = inputs[constants:carried]
         for i in range(length):
-            given = [Constant(value.array[i]) for value in inputs[carried:]]
+            given = [Constant(value.array[i]) for value in known]
             state = self.run(body.jaxpr, body.consts, [*inputs[:constants], *state, *given])
         return state
 
@@ -220,7 +221,7 @@ class Graph:
                 case ast.UnaryOp(ast.USub(), operand):
                     found = self.node("Neg", self._evaluate(operand))
                 case ast.BinOp(left, ast.Add() | ast.Sub() | ast.Mult() as operator, right):
-                    word = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul"}[type(operator)]
+                    word = "Add" if isinstance(operator, ast.Add) else "Sub" if isinstance(operator, ast.Sub) else "Mul"
                     found = self.node(word, self._evaluate(left), self._evaluate(right))
                 case ast.Call(ast.Name("mod"), [left, right]):
                     found = self.node("Mod", self._evaluate(left), self._evaluate(right))

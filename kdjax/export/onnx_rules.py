@@ -45,7 +45,7 @@ def _integer_pow(graph: Graph, equation: Any, x: Value) -> Tensor:
     power = equation.params["y"]
     if power == 2:
         return _square(graph, equation, x)
-    return _elementwise("Pow")(graph, equation, x, Constant(np.float32(power)))
+    return _elementwise("Pow")(graph, equation, x, Constant(np.array(power, np.float32)))
 
 
 def _rsqrt(graph: Graph, equation: Any, x: Value) -> Tensor:
@@ -57,7 +57,9 @@ def _not_equal(graph: Graph, equation: Any, x: Value, y: Value) -> Tensor:
 
 
 def _log1p(graph: Graph, equation: Any, x: Value) -> Tensor:
-    return _elementwise("Log")(graph, equation, _elementwise("Add")(graph, equation, x, Constant(np.float32(1))))
+    return _elementwise("Log")(
+        graph, equation, _elementwise("Add")(graph, equation, x, Constant(np.array(1, np.float32)))
+    )
 
 
 def _select_n(graph: Graph, equation: Any, which: Value, if_false: Value, if_true: Value) -> Tensor:
@@ -76,7 +78,7 @@ def _convert(graph: Graph, equation: Any, x: Value) -> Value:
     wanted, given = equation.params["new_dtype"], equation.invars[0].aval.dtype
     if wanted != jnp.float32:
         raise UnsupportedOperation(f"a conversion from {given} to {wanted} is not supported")
-    if given == jnp.float32 or isinstance(x, Size):
+    if given == jnp.float32 or not isinstance(x, Tensor):
         return x
     return Tensor(graph.node("Cast", graph.operand(x, x.axes), to=onnx.TensorProto.FLOAT), x.axes)
 

@@ -64,7 +64,7 @@ def make_criterion(name: str, **options: float) -> Criterion:
     [0.0, 0.75]
     """
     criterion = pick(CRITERIA, name, "criterion")
-    known = criterion.__kwdefaults__ or {}
+    known = getattr(criterion, "__kwdefaults__", None) or {}
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"criterion {name!r} has no option {option!r} (it has: {', '.join(known) or 'none'})")

@@ -98,7 +98,7 @@ def perceptual(ours: Features, theirs: Features, *, layer_weights: Mapping[str, 
       ValueError: an unknown criterion.
     """
     compare = pick(CRITERIA, criterion, "criterion of a perceptual loss")
-    return sum(weight * compare(ours[layer] - theirs[layer]) for layer, weight in layer_weights.items())
+    return jnp.asarray(sum(weight * compare(ours[layer] - theirs[layer]) for layer, weight in layer_weights.items()))
 
 
 def style(ours: Features, theirs: Features, *, layer_weights: Mapping[str, float], criterion: str) -> jax.Array:

@@ -41,6 +41,7 @@ from kdjax.data.images import (
     is_deep_colour,
     opened,
     orientation_of,
+    tiff_tags,
     to_8_bits,
 )
 from kdjax.files import printable, whole_file
@@ -281,7 +282,7 @@ def _save_with_exif(
             pass
         image.save(path, **options)
         return [_DAMAGED_EXIF]
-    image.save(path, **({"exif": exif} if exif else {}), **options)
+    image.save(path, **options, **(dict[str, Any](exif=exif) if exif else {}))
     return []
 
 
@@ -314,7 +315,8 @@ def _needs_vips(picture: Picture) -> bool:
 
 
 def _read_with_pillow(image: Image.Image) -> Picture:
-    raw_mode = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+    tile = getattr(image, "tile", None)
+    raw_mode = str(tile[0][3]) if image.format == "PNG" and tile else ""
     image.load()
     icc, notes = image.info.get("icc_profile"), []
     if (samples := deep_grey(image)) is not None:
@@ -337,7 +339,7 @@ def _read_with_pillow(image: Image.Image) -> Picture:
 
 def _extra_channels(image: Image.Image) -> int:
     """How many channels of a TIFF file Pillow drops."""
-    return max(0, len(image.tag_v2.get(_TIFF_EXTRA_SAMPLES, ())) - image.mode.endswith("A"))
+    return max(0, len(tiff_tags(image).get(_TIFF_EXTRA_SAMPLES, ())) - image.mode.endswith("A"))
 
 
 def _without_palette(image: Image.Image) -> Image.Image:
@@ -352,7 +354,8 @@ def _to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
         return image.convert("RGB")
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return converted or image.convert("RGB")  # None only for a conversion in place
     except (OSError, ImageCms.PyCMSError):  # a damaged profile
         return image.convert("RGB")
 
@@ -418,8 +421,9 @@ def _read_deep(image: Image.Image) -> Picture:
     if image.format == "PPM":
         raise ImageError("16-bit PPM cannot be read; convert it to PNG or TIFF")
     vips = _import_vips()
-    exif = containers.png_exif(image.fp) if image.format == "PNG" else image.info.get("exif")
-    return _picture_of(vips, _decoded(vips, image.fp), image.info.get("icc_profile"), exif)
+    file: Any = getattr(image, "fp", None)  # still open, for the image is not loaded
+    exif = containers.png_exif(file) if image.format == "PNG" else image.info.get("exif")
+    return _picture_of(vips, _decoded(vips, file), image.info.get("icc_profile"), exif)
 
 
 def _write_deep(path: Path, pixels: np.ndarray, icc: bytes | None, exif: bytes | None) -> list[str]:

@@ -126,6 +126,7 @@ def frames(video: Video) -> Iterator[np.ndarray]:
     # PPM, because it says how large a frame is after it has been rotated.
     output = ["-map", "0:V:0", "-vf", filters, "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
     with _ffmpeg([*_input(video.path), *output], video.path, "cannot be decoded", stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
         number = 0
         while (frame := _read_ppm(process.stdout)) is not None:
             number += 1
@@ -172,6 +173,7 @@ def write_video(path: str | os.PathLike[str], video: Video, frames: Iterable[np.
         # Without -xerror it ends with 0 when the disk is full.
         arguments += ["-movflags", "+faststart", "-xerror", _url(temporary)]
         with _ffmpeg(arguments, path, "cannot be written", stdin=subprocess.PIPE) as process:
+            assert process.stdin is not None
             number = 0
             for frame in itertools.chain([first], frames):
                 little_endian = frame.astype(frame.dtype.newbyteorder("<"), order="C", copy=False)
@@ -197,13 +199,13 @@ def _scaling(video: Video) -> str:
 
 @contextlib.contextmanager
 def _ffmpeg(
-    arguments: Sequence[str], path: str | os.PathLike[str], failure: str, **pipes: int
+    arguments: Sequence[str], path: str | os.PathLike[str], failure: str, **pipes: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
     """ffmpeg while the block runs, which ends it; an error of it becomes a `VideoError`."""
     command = [_program("ffmpeg", path), "-v", "error", "-nostdin", "-y", *arguments]
     with tempfile.TemporaryFile() as messages:
         # A session of its own: Ctrl-C is for this program, which may finish something first.
-        process = subprocess.Popen(command, stderr=messages, start_new_session=True, **pipes)
+        process = subprocess.Popen[bytes](command, stderr=messages, start_new_session=True, **pipes)
         try:
             try:
                 yield process

@@ -20,7 +20,7 @@ from kdjax.losses.perceptual import Params, vgg_features
 from kdjax.metrics.psnr_ssim import TooSmallError, check, crop
 
 # ImageNet's mean and deviation for images in [-1, 1], with the digits that the package `lpips` has.
-_SHIFT, _SCALE = np.float32([-0.030, -0.088, -0.188]), np.float32([0.458, 0.448, 0.450])
+_SHIFT, _SCALE = np.array([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]], np.float32)
 # The layers that are compared, and their channels.
 VGG_LAYERS = {"relu1_2": 64, "relu2_2": 128, "relu3_3": 256, "relu4_3": 512, "relu5_3": 512}
 ALEX_LAYERS = {"conv1": 64, "conv2": 192, "conv3": 384, "conv4": 256, "conv5": 256}

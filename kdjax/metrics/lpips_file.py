@@ -44,8 +44,8 @@ def lpips_network(state: Mapping[str, Any]) -> Network:
     first = found.get("net.slice1.0.weight")
     kind = {(64, 3, 11, 11): "alex", (64, 3, 3, 3): "vgg"}.get(first.shape if first is not None else ())
     channels = (ALEX_LAYERS if kind == "alex" else VGG_LAYERS).values()
-    lins = [found.get(f"lin{i}.model.1.weight") for i in range(5)]
-    if kind is None or any(lin is None or lin.shape != (1, c, 1, 1) for lin, c in zip(lins, channels, strict=True)):
+    lins = [lin for i in range(5) if (lin := found.get(f"lin{i}.model.1.weight")) is not None]
+    if kind is None or [lin.shape for lin in lins] != [(1, c, 1, 1) for c in channels]:
         raise WeightsError(
             "it is not the state dict of lpips.LPIPS with net='alex' or 'vgg', which has net.slice1.0.weight,"
             f" lin0.model.1.weight and so on (found: {', '.join(list(found)[:6]) or 'no tensors'});"
@@ -59,4 +59,4 @@ def lpips_network(state: Mapping[str, Any]) -> Network:
     weights = tuple(np.ascontiguousarray(lin.array().reshape(-1), np.float32) for lin in lins)
     if not all(np.isfinite(array).all() for array in weights):
         raise WeightsError("its channel weights (lin0 to lin4) have NaN or infinite values; the file is damaged")
-    return Network(kind, params, weights)
+    return Network(kind, params, weights)  # ty: ignore[invalid-argument-type] (NumPy arrays until they are used)

@@ -43,13 +43,23 @@ class Metric(NamedTuple):
         return "-" if math.isnan(value) else f"{value:.{self.digits}f}"
 
 
+def _niqe(output: np.ndarray, _: np.ndarray, context: Context) -> float:
+    assert context.pristine is not None
+    return niqe.distance(output, context.pristine, crop_border=context.crop_border)
+
+
+def _lpips(output: np.ndarray, gt: np.ndarray, context: Context) -> float:
+    assert context.network is not None
+    return lpips.distance(output, gt, context.network, crop_border=context.crop_border)
+
+
 METRICS: dict[str, Metric] = {
     "psnr": Metric("PSNR", "dB", 2, True, lambda a, b, c: psnr(a, b, crop_border=c.crop_border)),
     "ssim": Metric("SSIM", "", 4, True, lambda a, b, c: ssim(a, b, crop_border=c.crop_border)),
     "psnr_y": Metric("PSNR-Y", "dB", 2, True, lambda a, b, c: psnr(a, b, crop_border=c.crop_border, y_channel=True)),
     "ssim_y": Metric("SSIM-Y", "", 4, True, lambda a, b, c: ssim(a, b, crop_border=c.crop_border, y_channel=True)),
-    "niqe": Metric("NIQE", "", 3, False, lambda a, _, c: niqe.distance(a, c.pristine, crop_border=c.crop_border)),
-    "lpips": Metric("LPIPS", "", 4, False, lambda a, b, c: lpips.distance(a, b, c.network, crop_border=c.crop_border)),
+    "niqe": Metric("NIQE", "", 3, False, _niqe),
+    "lpips": Metric("LPIPS", "", 4, False, _lpips),
 }
 
 

@@ -155,8 +155,8 @@ def _fold_batch_norm(state: State) -> tuple[dict[str, np.ndarray], str] | None:
         kernel = weight.array().astype(np.float64)
         bias = conv["bias"].array().astype(np.float64) if "bias" in conv else np.zeros(shape)
         if norm is not None:
-            parts = [norm.get(part) for part in ("weight", "bias", "running_mean", "running_var")]
-            if any(part is None or part.shape != shape for part in parts) or (parts[3].array() < 0).any():
+            parts = [norm[part] for part in ("weight", "bias", "running_mean", "running_var") if part in norm]
+            if [part.shape for part in parts] != [shape] * 4 or (parts[3].array() < 0).any():
                 raise WeightsError(
                     f"the BatchNorm {name}.{index + 1} needs weight, bias, running_mean and a running_var that is not"
                     f" negative, each of shape {shape}"

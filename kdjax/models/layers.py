@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from kdjax.ops.convolution import convolve
 from kdjax.ops.winograd import narrow_conv3x3
@@ -21,7 +22,7 @@ def _compiled_quickly(draw: Init) -> Init:
     compiled = jax.jit(draw, static_argnums=(1, 2), compiler_options={"xla_backend_optimization_level": 1})
 
     def call(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        traced = isinstance(key, jax.core.Tracer)  # for shapes alone, where nothing is compiled
+        traced = isinstance(key, Tracer)  # for shapes alone, where nothing is compiled
         return (draw if traced else compiled)(key, shape, dtype)
 
     return call

@@ -63,10 +63,11 @@ class Architecture:
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
         """The hyper-parameters and their defaults, in order; `inspect.Parameter.empty` for those without."""
-        if issubclass(self.module, linen.Module):
+        module: Any = self.module
+        if issubclass(module, linen.Module):
             return {
                 field.name: field.default if field.default is not dataclasses.MISSING else inspect.Parameter.empty
-                for field in dataclasses.fields(self.module)
+                for field in dataclasses.fields(module)
                 if field.init and field.name not in ("parent", "name")
             }
         return {
@@ -222,12 +223,12 @@ class Network:
         return issubclass(self.architecture.module, linen.Module)
 
     def _build(self, *, rngs: nnx.Rngs, remat: bool = False) -> nnx.Module:
-        module = self.architecture.module
+        module: Any = self.architecture.module
         takes_remat = "remat" in inspect.signature(module.__init__).parameters
         return module(**self.hparams, **({"remat": remat} if takes_remat else {}), rngs=rngs)
 
     @functools.cached_property
-    def _module(self) -> nnx.Module | linen.Module:
+    def _module(self) -> Any:
         """The module without values. It takes half a second for the 351 convolutions of an RRDBNet.
 
         Raises:
@@ -252,7 +253,7 @@ class Network:
     def _shapes_only(self, *, remat: bool) -> nnx.Module:
         def build() -> nnx.Module:
             rngs = nnx.Rngs(0)
-            rngs.default = _OneKey(0, tag="default")
+            rngs.default = _OneKey(0, tag="default")  # ty: ignore[missing-attribute] (made at run time)
             return self._build(rngs=rngs, remat=remat)
 
         return nnx.eval_shape(build)
@@ -345,6 +346,6 @@ class _OneKey(nnx.RngStream):
         return self.key[...]
 
 
-def _pure_dict(variables: Iterable[tuple[tuple[str | int, ...], nnx.Variable]]) -> Params:
+def _pure_dict(variables: Iterable[tuple[Any, Any]]) -> Params:
     """The parameters as a nested dict with string keys (NNX has integers for list positions)."""
     return traverse_util.unflatten_dict({tuple(map(str, path)): leaf.get_value() for path, leaf in variables})

@@ -33,7 +33,8 @@ class WeightsError(ValueError):
 class StoredTensor(Protocol):
     """A tensor of a file, which is copied out of it only when asked for (`kdjax.weights.tensors.Tensor`)."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     @property
     def ndim(self) -> int: ...

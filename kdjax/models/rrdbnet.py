@@ -55,10 +55,11 @@ class ResidualDenseBlock(nnx.Module):
             setattr(self, f"conv{i}", conv)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        *growing, last = (getattr(self, f"conv{i}") for i in range(1, 6))
         dense = x
-        for conv in (self.conv1, self.conv2, self.conv3, self.conv4):
+        for conv in growing:
             dense = jnp.concatenate([dense, _lrelu(conv(dense))], axis=-1)
-        return x + 0.2 * self.conv5(dense)
+        return x + 0.2 * last(dense)
 
 
 class RRDB(nnx.Module):

@@ -22,7 +22,7 @@ from kdjax.ops import convolution
 
 # Lavin & Gray, equation 11, for the points 0, 1, -1, 2, -2 and infinity: output x ((kernel x g) * (input x d)).
 _TILE = 4
-_INPUT = np.float32(
+_INPUT = np.array(
     [
         [4, 0, -5, 0, 1, 0],
         [0, -4, -4, 1, 1, 0],
@@ -30,9 +30,10 @@ _INPUT = np.float32(
         [0, -2, -1, 2, 1, 0],
         [0, 2, -1, -2, 1, 0],
         [0, 4, 0, -5, 0, 1],
-    ]
+    ],
+    np.float32,
 )
-_KERNEL = np.float32(
+_KERNEL = np.array(
     [
         [1 / 4, 0, 0],
         [-1 / 6, -1 / 6, -1 / 6],
@@ -40,9 +41,10 @@ _KERNEL = np.float32(
         [1 / 24, 1 / 12, 1 / 6],
         [1 / 24, -1 / 12, 1 / 6],
         [0, 0, 1],
-    ]
+    ],
+    np.float32,
 )
-_OUTPUT = np.float32([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+_OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32)
 
 _LARGEST_MAP = 128 * 128  # pixels of one image; beyond, what lies between the products no longer fits into the cache
 
@@ -96,11 +98,12 @@ def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     for product in products:
         taps = product.reshape(b, height, tiles, 3, num_out)
         taps = jnp.pad(taps, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-        columns.append(sum(taps[:, i : i + height, :, i] for i in range(3)))
+        columns.append(jnp.asarray(sum(taps[:, i : i + height, :, i] for i in range(3))))
     outputs = jnp.stack(_combine(_OUTPUT, columns), axis=3)
     return outputs.reshape(b, height, tiles * _TILE, num_out)[:, :, :width]
 
 
 def _combine(matrix: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array]:
     """matrix x arrays, without the products by zero."""
-    return [sum(number * array for number, array in zip(row, arrays, strict=True) if number) for row in matrix]
+    rows = ([number * array for number, array in zip(row, arrays, strict=True) if number] for row in matrix)
+    return [jnp.asarray(sum(row)) for row in rows]

@@ -203,7 +203,7 @@ def _draw_quality(pyplot: Any, comparison: Comparison, groups: dict[str, list[Co
     for number, row in enumerate(rows):
         role, marker = ("teacher", "s") if row.model in teachers else ("student", "o")
         style = dict(color=f"C{number % 10}", fmt=marker, markersize=8, alpha=0.8, capsize=3, label=role)
-        left.errorbar([row.timing.milliseconds.median], [psnr[row.model]], xerr=_bars([row]), **style)
+        left.errorbar([_latency(row).median], [psnr[row.model]], xerr=_bars([row]), **style)
         right.errorbar([row.macs / 1e9], [psnr[row.model]], **style)
     left.set_xlabel(f"latency, ms: median and quartiles ({name})")
     right.set_xlabel(f"GMAC of one image of {rows[0].height}x{rows[0].width}")
@@ -214,7 +214,7 @@ def _draw_quality(pyplot: Any, comparison: Comparison, groups: dict[str, list[Co
         axes.margins(x=0.15, y=0.2)
         axes.grid(axis="y", alpha=0.3)
         _use_log_axis(axes)
-    _label_points(left, [(row.timing.milliseconds.median, psnr[row.model], row.model) for row in rows])
+    _label_points(left, [(_latency(row).median, psnr[row.model], row.model) for row in rows])
     _label_points(right, [(row.macs / 1e9, psnr[row.model], row.model) for row in rows])
     figure.suptitle(printable(comparison.images), fontsize=10)
     return figure
@@ -225,7 +225,7 @@ def _draw_latency(pyplot: Any, comparison: Comparison, groups: dict[str, list[Co
     place = {subject.name: -number for number, subject in enumerate(comparison.subjects)}
     figure, axes = pyplot.subplots(figsize=(10, 1.8 + 0.12 * len(place) * (len(groups) + 2)), layout="constrained")
     for number, (name, rows) in enumerate(groups.items()):
-        medians = [row.timing.milliseconds.median for row in rows]
+        medians = [_latency(row).median for row in rows]
         lane = 0.25 - 0.5 * (number + 0.5) / len(groups)  # so that equal latencies are all seen
         style = dict(color=f"C{number % 10}", fmt="o", capsize=3, label=name)
         axes.errorbar(medians, [place[row.model] + lane for row in rows], xerr=_bars(rows), **style)
@@ -237,9 +237,15 @@ def _draw_latency(pyplot: Any, comparison: Comparison, groups: dict[str, list[Co
     return figure
 
 
+def _latency(row: Cost) -> cost.Quartiles:
+    """Of a row that was timed, as all that are drawn were."""
+    assert row.timing is not None, row.model
+    return row.timing.milliseconds
+
+
 def _bars(rows: Sequence[Cost]) -> list[list[float]]:
     """How far the quartiles lie to the left and to the right of the medians, in ms."""
-    spreads = [row.timing.milliseconds for row in rows]
+    spreads = [_latency(row) for row in rows]
     return [[each.median - each.low for each in spreads], [each.high - each.median for each in spreads]]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import final
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from kdjax.models.ensemble import self_ensemble
 from kdjax.weights import Loaded, load_weights
 
 
+@final
 @dataclasses.dataclass(frozen=True)
 class Teacher:
     """A teacher that is ready to be run.
@@ -94,6 +96,7 @@ def average(applies: Sequence[Apply], mix: Sequence[float]) -> Apply:
 
     def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         results = [each(params[str(i)], x) for i, each in enumerate(applies)]
-        return sum(part * output for part, (output, _) in zip(parts, results, strict=True)), results[0][1]
+        mean = sum(part * output for part, (output, _) in zip(parts, results, strict=True))
+        return jnp.asarray(mean), results[0][1]
 
     return apply

@@ -28,34 +28,38 @@ class Pair:
 
     names: tuple[str, str]
     weight: float
-    resize: tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]
-    shapes: tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]
+    resize: tuple[Callable[[jax.Array], jax.Array], ...]
+    shapes: tuple[jax.ShapeDtypeStruct, ...]
 
     def aligned(self, student: Forward, teacher: Forward) -> tuple[jax.Array, jax.Array]:
         """The two features as float32 (b, h, w, c) with equal h and w."""
         features = student.features[self.names[0]], teacher.features[self.names[1]]
-        return tuple(resize(x.astype(jnp.float32)) for resize, x in zip(self.resize, features, strict=True))
+        ours, theirs = (resize(x.astype(jnp.float32)) for resize, x in zip(self.resize, features, strict=True))
+        return ours, theirs
 
-    def aligned_shapes(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    def aligned_shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shapes of `aligned`."""
         return tuple(jax.eval_shape(resize, shape) for resize, shape in zip(self.resize, self.shapes, strict=True))
 
 
-def feature_of(network: Forward, name: str | None = None, whose: str = "") -> jax.ShapeDtypeStruct | str:
-    """The feature called `name`; without a name, all names and shapes as text.
+def listed_features(network: Forward) -> str:
+    """All names and shapes as text."""
+    return ", ".join(f"{key} {'x'.join(map(str, shape.shape[1:]))}" for key, shape in network.features.items())
+
+
+def feature_of(network: Forward, name: str, whose: str) -> jax.ShapeDtypeStruct:
+    """The shape of the feature called `name`.
 
     Raises:
       ValueError: there is no such feature; the message lists the available ones with their shapes.
     """
-    listed = ", ".join(f"{key} {'x'.join(map(str, shape.shape[1:]))}" for key, shape in network.features.items())
-    if name is None:
-        return listed
     if name not in network.features:
         raise ValueError(
             f"the {whose} has no feature {name!r}{nearest(name, network.features)} (available, height x width x"
-            f" channels for a training crop: {listed})"
+            f" channels for a training crop: {listed_features(network)})"
         )
-    return network.features[name]
+    shape = network.features[name]
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype)
 
 
 def as_pairs(setting: Setting, pairs: Pairs, *, resample: str = "pool") -> list[Pair]:
@@ -68,7 +72,7 @@ def as_pairs(setting: Setting, pairs: Pairs, *, resample: str = "pool") -> list[
     if not pairs:
         raise ValueError(
             "pairs is empty; give (student feature, teacher feature, weight). Student:"
-            f" {feature_of(setting.student)}. Teacher: {feature_of(setting.teacher)}"
+            f" {listed_features(setting.student)}. Teacher: {listed_features(setting.teacher)}"
         )
     checked = []
     for pair in pairs:
@@ -152,12 +156,12 @@ def attention(setting: Setting, *, pairs: Pairs, mode: str = "paper", resample: 
     """
     checked = as_pairs(setting, pairs, resample=resample)
     compare = lambda ours, theirs: losses.attention(ours, theirs, mode=mode)  # noqa: E731
-    return _over_pairs(checked, compare)
+    return over_pairs(checked, compare)
 
 
 def affinity(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
     """Which pixels resemble which: affinity matrices of the features (FAKD, ICIP 2020), any two channel counts."""
-    return _over_pairs(as_pairs(setting, pairs, resample=resample), losses.affinity)
+    return over_pairs(as_pairs(setting, pairs, resample=resample), losses.affinity)
 
 
 def laplace(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
@@ -199,19 +203,20 @@ def adapt(adapter: Tree, x: jax.Array) -> jax.Array:
     return jnp.einsum("bhwi,io->bhwo", x, adapter["kernel"][0, 0]) + adapter["bias"]
 
 
-def _over_pairs(pairs: list[Pair], compare: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
+def over_pairs(pairs: list[Pair], compare: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
     """The weighted sum of a comparison without parameters."""
     for pair in pairs:
         jax.eval_shape(compare, *pair.aligned_shapes())  # refuses what cannot be compared now, not in the step
-    return Loss(
-        lambda context, *_: sum(
-            pair.weight * compare(*pair.aligned(context.student, context.teacher)) for pair in pairs
-        ),
-        reads=teacher_features(pairs),
-    )
+
+    def value(context: Context, *_: Tree) -> jax.Array:
+        return jnp.asarray(
+            sum(pair.weight * compare(*pair.aligned(context.student, context.teacher)) for pair in pairs)
+        )
+
+    return Loss(value, reads=teacher_features(pairs))
 
 
-def _factors(ours: tuple[int, int], theirs: tuple[int, int]) -> tuple[int, int] | None:
+def _factors(ours: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, int] | None:
     """How many times each map has to shrink, (n, 1) or (1, n). A network that pads has rounded its size up."""
     n = math.ceil(max(ours[0] / theirs[0], theirs[0] / ours[0]))
     for factors in ((n, 1), (1, n)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from kdjax import losses
 from kdjax.losses import perceptual
 from kdjax.losses.vgg_file import load_vgg
 from kdjax.names import pick
-from kdjax.terms.features import Pairs, as_pairs, feature_of, teacher_features
+from kdjax.terms.features import Pairs, as_pairs, feature_of, listed_features, over_pairs
 from kdjax.terms.term import Context, Forward, Loss, Setting
 
 log = logging.getLogger("kdjax")
@@ -57,23 +58,14 @@ def soft_target(
             'soft_target with space="rgb" only sees differences between colours: at any temperature it is close to half'
             ' their MSE, and an error of brightness costs nothing. It is here for comparison; use "output" instead'
         )
-        options = dict(temperature=temperature, reduction=reduction)
-        compare = lambda s, t: losses.soft_target_rgb(s, t, **options)  # noqa: E731
+        compare = lambda s, t: losses.soft_target_rgb(s, t, temperature=temperature, reduction=reduction)  # noqa: E731
         jax.eval_shape(compare, setting.student.output, setting.teacher.output)  # refuses an unknown reduction now
         return Loss(lambda context, *_: compare(context.student.output, context.teacher.output))
     pick({"spatial": None}, space, "space of soft_target")
     compare = lambda s, t: losses.soft_target_spatial(s, t, temperature=temperature)  # noqa: E731
     if not pairs:
         return Loss(lambda context, *_: compare(context.student.output, context.teacher.output))
-    pairs = as_pairs(setting, pairs)
-    for pair in pairs:  # refuses channels that differ now, not in the compiled step
-        jax.eval_shape(compare, *pair.aligned_shapes())
-    return Loss(
-        lambda context, *_: sum(
-            pair.weight * compare(*pair.aligned(context.student, context.teacher)) for pair in pairs
-        ),
-        reads=teacher_features(pairs),
-    )
+    return over_pairs(as_pairs(setting, pairs), compare)
 
 
 def wavelet(
@@ -130,7 +122,9 @@ def contrastive(setting: Setting, *, layers: Sequence[tuple[str, float]]) -> Los
     if setting.student.output.shape[1:3] != setting.lq[1:3]:
         raise ValueError("contrastive puts restored images into the teacher, so it needs a scale of 1")
     if not layers:
-        raise ValueError(f"layers is empty; give features of the teacher with weights: {feature_of(setting.teacher)}")
+        raise ValueError(
+            f"layers is empty; give features of the teacher with weights: {listed_features(setting.teacher)}"
+        )
     names, weights = zip(*layers, strict=True)
     for name in names:
         feature_of(setting.teacher, name, "teacher")
@@ -169,7 +163,7 @@ def _vgg_term(
     layer_weights: Mapping[str, float],
     criterion: str,
     compare: Callable[..., jax.Array],
-    options: dict[str, object],
+    options: dict[str, Any],
 ) -> Loss:
     options = dict(options)
     target_name = options.pop("target", "gt")

@@ -24,30 +24,32 @@ class Context(NamedTuple):
     """What a term may look at in one step; images are float (b, h, w, c).
 
     Attributes:
-      student, teacher: what they returned for `lq`; the teacher is a constant, and None where no term needs it.
+      student, teacher: what they returned for `lq`; the teacher is a constant, and None where no term needs it. The
+        type leaves that out: a term that looks at the teacher has said `needs_teacher`, and then it is there.
       gt, lq: the clean and the degraded images.
       labelled: (b, 1, 1, 1), 0 where only the teacher knows what the clean image is, and elsewhere the weight that
         makes a mean over the whole batch, however it is taken apart, one over the samples with a clean image; None
         where all have one.
-      ask_teacher: what the teacher returns for other images; gradients flow to the images.
+      ask_teacher: what the teacher returns for other images; gradients flow to the images. None as `teacher` is.
       keys: (b,) random keys, which depend on the run and the number of the sample only.
     """
 
     student: Forward
-    teacher: Forward | None
+    teacher: Forward
     gt: jax.Array
     lq: jax.Array
     labelled: jax.Array | None
-    ask_teacher: Callable[[jax.Array], Forward] | None
+    ask_teacher: Callable[[jax.Array], Forward]
     keys: jax.Array
 
 
 class Setting(NamedTuple):
     """What a term is built for: `jax.ShapeDtypeStruct`s of what the networks return for a training batch, the shape
-    of its lq, and a key for the initial values of adapters. `teacher` is None where no term needs one."""
+    of its lq, and a key for the initial values of adapters. `teacher` is None where no term needs one, which the type
+    leaves out as `Context` does."""
 
     student: Forward
-    teacher: Forward | None
+    teacher: Forward
     lq: tuple[int, ...]
     key: jax.Array
 

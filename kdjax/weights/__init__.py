@@ -102,7 +102,7 @@ def load_weights(
     with _blaming(path):
         content, about = _parse(data)
         said_by_file, said = _said(about, chosen)
-        if None not in (chosen, said_by_file) and chosen is not said_by_file:
+        if chosen and said_by_file and chosen is not said_by_file:
             raise WeightsError(f"it says it is {said_by_file.name}, not {chosen.name}")
         chosen = chosen or said_by_file
         state, found_key = _one_network(content, key, chosen, len(data))

@@ -52,7 +52,7 @@ def to_model(
     if files:
         told |= infer(found, {name: tensor.shape for name, tensor in tensors.items()}, stated)
     _refuse_contradictions(found, told=told, stated=stated, said=said, given=given)
-    net = _network(found, (files.guess if files else {}) | stated | told)
+    net = _network(found, {**(files.guess if files else {}), **stated, **told})
     _check(net, layout.name, tensors, fit.unused)
     notes: list[str] = []
     if said is None and files:

@@ -41,6 +41,7 @@ def infer(architecture: Architecture, shapes: Shapes, stated: Mapping[str, Any])
       WeightsError: it is a network of a known kind that is not supported, or one far larger than its tensors: numbers
         in keys are not trusted.
     """
+    assert architecture.files is not None, architecture.name
     hparams = architecture.files.infer(shapes, stated)
     wanted = architecture.files.num_tensors(hparams)
     # Beyond a thousand tensors, a network has far more than 250 scalars for each of them.
@@ -59,7 +60,7 @@ def infer(architecture: Architecture, shapes: Shapes, stated: Mapping[str, Any])
 Hparam = bool | int | float | str | tuple
 
 
-def parse_hparams(pairs: Iterable[str]) -> dict[str, Hparam]:
+def parse_hparams(pairs: Iterable[str]) -> dict[str, Any]:
     """Hyper-parameters from NAME=VALUE: numbers, true and false, lists of numbers, and anything else as text.
 
     >>> parse_hparams(["act_type=relu", "res_scale=1e-1", "enc_blk_nums=1,1,1,28", "enc_blk_nums=[2]"][:3])

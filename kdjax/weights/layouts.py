@@ -83,13 +83,15 @@ def known_part(state: Mapping[str, Tensor]) -> float:
     some = keys[:: -(-len(keys) // 200) or 1]
     parts = []
     for architecture in MODELS.values():
-        own = [key for key in some if not architecture.files.is_extra(key)]
+        files = architecture.files
+        own = [key for key in some if not (files and files.is_extra(key))]
         parts += [_fit(architecture, layout, own).part for layout in _layouts(architecture, keys)]
     return max(parts)
 
 
 def _layouts(architecture: Architecture, keys: Collection[str]) -> tuple[Layout, ...]:
-    return *architecture.files.layouts, *architecture.files.layouts_of(keys)
+    files = architecture.files
+    return () if files is None else (*files.layouts, *files.layouts_of(keys))
 
 
 def _fit(architecture: Architecture, layout: Layout, keys: list[str]) -> Fit:

@@ -91,7 +91,7 @@ class Tensor:
     def of(cls, array: np.ndarray) -> Tensor:
         """An array as if it came from a file."""
         array = np.asarray(array, order="C")
-        content = memoryview(array.reshape(-1).view(np.uint8))
+        content = array.reshape(-1).view(np.uint8).data
         storage = Storage(array.dtype, array.size, lambda: content, sys.byteorder)
         return cls(storage, 0, array.shape, row_major_strides(array.shape))
 
