@@ -124,7 +124,7 @@ def make_setting(
     """The setting for `kdjax.terms.make_terms`: shapes of both networks' results. Nothing is computed.
 
     Args:
-      teacher, teacher_params: None where no term needs a teacher.
+      teacher: None where no term needs one, and then so are `teacher_params`.
       lq: the shape (b, h, w, c) of the degraded images of a training batch.
       key: for the initial values of adapters.
     """
@@ -156,11 +156,12 @@ def make_optimizer(
     Raises:
       ValueError: an unknown name.
 
-    >>> optimizer = make_optimizer("adam", lambda count: jnp.float32(0.1))
-    >>> gradient = {"kernel": jnp.array([0.5, -2.0])}
-    >>> updates, _ = optimizer.update(gradient, optimizer.init(gradient))
-    >>> [round(float(update), 3) for update in updates["kernel"]]  # the first step of Adam is the learning rate
-    [-0.1, 0.1]
+    Examples:
+      >>> optimizer = make_optimizer("adam", lambda count: jnp.float32(0.1))
+      >>> gradient = {"kernel": jnp.array([0.5, -2.0])}
+      >>> updates, _ = optimizer.update(gradient, optimizer.init(gradient))
+      >>> [round(float(update), 3) for update in updates["kernel"]]  # the first step of Adam is the learning rate
+      [-0.1, 0.1]
     """
     b1, b2 = betas
     optimizers = {

@@ -136,8 +136,9 @@ def printable(text: str) -> str:
 
     Names from weight files and folders can hold any character. Tabs and newlines stay.
 
-    >>> printable("a\\x1b[2Jb")
-    'a\\\\x1b[2Jb'
+    Examples:
+      >>> printable("a\\x1b[2Jb")
+      'a\\\\x1b[2Jb'
     """
     if text.isascii() and text.isprintable():
         return text

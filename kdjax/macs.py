@@ -19,8 +19,9 @@ def count(function: Callable[..., Any], *arguments: Any) -> int:
     Args:
       arguments: arrays or ShapeDtypeStructs; nothing is computed.
 
-    >>> count(lambda a, b: a @ b, jax.ShapeDtypeStruct((2, 3), "float32"), jax.ShapeDtypeStruct((3, 4), "float32"))
-    24
+    Examples:
+      >>> count(lambda a, b: a @ b, jax.ShapeDtypeStruct((2, 3), "float32"), jax.ShapeDtypeStruct((3, 4), "float32"))
+      24
     """
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     used, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))

@@ -61,8 +61,9 @@ def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
 def linear(value: float, steps: int, final: float = 0.0) -> Schedule:
     """A straight line from `value` at update 0 to `final` at update `steps`, and `final` from then on.
 
-    >>> [float(linear(1.0, 4)(count)) for count in (0, 1, 4, 9)]
-    [1.0, 0.75, 0.0, 0.0]
+    Examples:
+      >>> [float(linear(1.0, 4)(count)) for count in (0, 1, 4, 9)]
+      [1.0, 0.75, 0.0, 0.0]
     """
     progress = _progress(steps)
     return lambda count: value + (final - value) * progress(count)

@@ -260,10 +260,11 @@ def restore_image(
 
     Arguments that are not here are those of `Restorer`, which is better for many images.
 
-    >>> noisy = np.random.default_rng(0).normal(128, 25, (24, 32, 3)).astype(np.uint8)  # a grey wall
-    >>> restored = restore_image("embedded", noisy)
-    >>> restored.shape, restored.dtype, bool(restored.std() < noisy.std() / 4)
-    ((24, 32, 3), dtype('uint8'), True)
+    Examples:
+      >>> noisy = np.random.default_rng(0).normal(128, 25, (24, 32, 3)).astype(np.uint8)  # a grey wall
+      >>> restored = restore_image("embedded", noisy)
+      >>> restored.shape, restored.dtype, bool(restored.std() < noisy.std() / 4)
+      ((24, 32, 3), dtype('uint8'), True)
 
     Args:
       model: a model, or a weight file that `kdjax.load_model` reads; "embedded" is the teacher of the package.

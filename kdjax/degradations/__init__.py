@@ -167,10 +167,11 @@ def make_degrade(spec: Mapping[str, Any], *, scale: int = 1) -> Degrade:
     Raises:
       ValueError: an unknown name or setting, a value out of range, or a degradation that cannot change the size.
 
-    >>> degrade = make_degrade({"name": "awgn", "sigma": 25.0})
-    >>> lq = degrade(jax.random.key(0), jnp.full((64, 64, 3), 0.5))
-    >>> lq.shape, round(float(lq.std()) * 255)
-    ((64, 64, 3), 25)
+    Examples:
+      >>> degrade = make_degrade({"name": "awgn", "sigma": 25.0})
+      >>> lq = degrade(jax.random.key(0), jnp.full((64, 64, 3), 0.5))
+      >>> lq.shape, round(float(lq.std()) * 255)
+      ((64, 64, 3), 25)
     """
     settings, chosen = _settings(spec), DEGRADATIONS[spec["name"]]
     if scale != 1 and not chosen.resizes:

@@ -60,8 +60,9 @@ def make_criterion(name: str, **options: float) -> Criterion:
     Raises:
       ValueError: an unknown criterion, an option it does not have, or an option that is not positive.
 
-    >>> make_criterion("smooth_l1", beta=0.5)(jnp.array([0.0, 1.0]), jnp.zeros(2)).tolist()
-    [0.0, 0.75]
+    Examples:
+      >>> make_criterion("smooth_l1", beta=0.5)(jnp.array([0.0, 1.0]), jnp.zeros(2)).tolist()
+      [0.0, 0.75]
     """
     criterion = pick(CRITERIA, name, "criterion")
     known = getattr(criterion, "__kwdefaults__", None) or {}

@@ -19,14 +19,16 @@ class TooSmallError(ValueError):
 def psnr(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool = False) -> float:
     """Peak signal-to-noise ratio in dB: 10 log10(255^2 / MSE); infinite for equal images.
 
-    >>> grey, lighter = np.full((16, 16, 3), 100, np.uint8), np.full((16, 16, 3), 105, np.uint8)
-    >>> round(psnr(grey, lighter), 2)  # 10 log10(255^2 / 5^2)
-    34.15
-    >>> psnr(grey, grey)
-    inf
+    Examples:
+      >>> grey, lighter = np.full((16, 16, 3), 100, np.uint8), np.full((16, 16, 3), 105, np.uint8)
+      >>> round(psnr(grey, lighter), 2)  # 10 log10(255^2 / 5^2)
+      34.15
+      >>> psnr(grey, grey)
+      inf
 
     Args:
-      a, b: uint8 (h, w, c), the same shape.
+      a: uint8 (h, w, c).
+      b: another of the same type and shape.
       crop_border: pixels left out at each side.
       y_channel: compare the BT.601 luma of RGB images instead of their channels.
 
@@ -44,11 +46,12 @@ def ssim(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool 
 
     Mean over pixels and channels; at most 1. Arguments and errors as `psnr`, and the image must hold the window.
 
-    >>> waves = np.uint8(np.indices((16, 16, 1))[1] % 4 * 60)
-    >>> ssim(waves, waves)
-    1.0
-    >>> round(ssim(waves, waves // 2), 2)  # half the contrast
-    0.64
+    Examples:
+      >>> waves = np.uint8(np.indices((16, 16, 1))[1] % 4 * 60)
+      >>> ssim(waves, waves)
+      1.0
+      >>> round(ssim(waves, waves // 2), 2)  # half the contrast
+      0.64
     """
     a, b = _prepare(a, b, crop_border, y_channel)
     if min(a.shape[:2]) < 11:

@@ -65,9 +65,10 @@ def network(arch: str, hparams: Mapping[str, Any] | None = None) -> Network:
     Raises:
       ValueError: an unknown architecture or hyper-parameter, or an impossible value.
 
-    >>> student = network("srvggnetcompact", {"num_feat": 16, "num_conv": 4, "upscale": 1})
-    >>> student.scale, student.channels, count_params(student.abstract_params)
-    (1, 3, 10243)
+    Examples:
+      >>> student = network("srvggnetcompact", {"num_feat": 16, "num_conv": 4, "upscale": 1})
+      >>> student.scale, student.channels, count_params(student.abstract_params)
+      (1, 3, 10243)
     """
     found = architecture(arch)
     return _network(found, tuple(found.complete(hparams or {}).items()))

@@ -64,11 +64,12 @@ def make_terms(specs: Mapping[str, Mapping[str, Any]], setting: Setting) -> tupl
         for the terms with weights.
       OSError: a file of weights that a term names cannot be read.
 
-    >>> image = Forward(jax.ShapeDtypeStruct((4, 32, 32, 3), "float32"), {})
-    >>> setting = Setting(student=image, teacher=image, lq=(4, 32, 32, 3), key=jax.random.key(0))
-    >>> specs = {"task": {"criterion": "l1", "weight": 1.0}, "output": {"criterion": "mse", "weight": 0.0}}
-    >>> [term.name for term in make_terms(specs, setting)]
-    ['task']
+    Examples:
+      >>> image = Forward(jax.ShapeDtypeStruct((4, 32, 32, 3), "float32"), {})
+      >>> setting = Setting(student=image, teacher=image, lq=(4, 32, 32, 3), key=jax.random.key(0))
+      >>> specs = {"task": {"criterion": "l1", "weight": 1.0}, "output": {"criterion": "mse", "weight": 0.0}}
+      >>> [term.name for term in make_terms(specs, setting)]
+      ['task']
     """
     terms = []
     for name, spec in specs.items():

@@ -126,10 +126,11 @@ def load_model(
 ) -> Model:
     """The model in a weight file; see `load_weights`.
 
-    >>> from kdjax import assets
-    >>> model = load_model(assets.TEACHER)
-    >>> model.arch, model.hparams["num_block"]
-    ('rrdbnet', 2)
+    Examples:
+      >>> from kdjax import assets
+      >>> model = load_model(assets.TEACHER)
+      >>> model.arch, model.hparams["num_block"]
+      ('rrdbnet', 2)
     """
     return load_weights(path, key=key, arch=arch, **hparams_overrides).model
 
@@ -153,12 +154,13 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> None:
     The same weights always give the same bytes. The file appears whole or not at all: on any failure an existing file
     of that name stays as it was.
 
-    >>> import tempfile
-    >>> from kdjax import assets
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     save_model(load_model(assets.TEACHER), f"{folder}/copy.safetensors")
-    ...     load_model(f"{folder}/copy.safetensors").hparams["num_block"]
-    2
+    Examples:
+      >>> import tempfile
+      >>> from kdjax import assets
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_model(load_model(assets.TEACHER), f"{folder}/copy.safetensors")
+      ...     load_model(f"{folder}/copy.safetensors").hparams["num_block"]
+      2
 
     Raises:
       WeightsError: unknown suffix, parameters that do not fit the architecture or are not finite, or no such folder.

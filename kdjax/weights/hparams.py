@@ -63,8 +63,9 @@ Hparam = bool | int | float | str | tuple
 def parse_hparams(pairs: Iterable[str]) -> dict[str, Any]:
     """Hyper-parameters from NAME=VALUE: numbers, true and false, lists of numbers, and anything else as text.
 
-    >>> parse_hparams(["act_type=relu", "res_scale=1e-1", "enc_blk_nums=1,1,1,28", "enc_blk_nums=[2]"][:3])
-    {'act_type': 'relu', 'res_scale': 0.1, 'enc_blk_nums': (1, 1, 1, 28)}
+    Examples:
+      >>> parse_hparams(["act_type=relu", "res_scale=1e-1", "enc_blk_nums=1,1,1,28", "enc_blk_nums=[2]"][:3])
+      {'act_type': 'relu', 'res_scale': 0.1, 'enc_blk_nums': (1, 1, 1, 28)}
 
     Raises:
       WeightsError: a pair is not NAME=VALUE.
