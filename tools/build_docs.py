@@ -19,34 +19,39 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "build" / "docs"
 FROM_THE_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
-LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)#\s]+)")
+# Code, which has no links; or the file that a link leads to.
+LINK = re.compile(r"^```.*?^```|`[^`\n]*`|(?<=\]\()(?![a-z]+:|#)([^)#\s]+)", re.MULTILINE | re.DOTALL)
 
 
 def lay_out() -> None:
     """Puts pages, and whatever they link to in the repository, into one folder, and adapts the links."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.copytree(ROOT / "docs", PAGES)
-    for source, page in FROM_THE_ROOT.items():
-        shutil.copy(ROOT / source, PAGES / page)
-    for page in list(PAGES.glob("*.md")):
-        source = ROOT if page.name in FROM_THE_ROOT.values() else ROOT / "docs"
-        text = page.read_text(encoding="utf-8")
-        page.write_text(LINK.sub(lambda link, source=source: _placed(source, link[1]), text), encoding="utf-8")
+    for name, page in FROM_THE_ROOT.items():
+        shutil.copy(ROOT / name, PAGES / page)
+    for path in [ROOT / name for name in FROM_THE_ROOT] + sorted((ROOT / "docs").glob("*.md")):
+        adapted = LINK.sub(
+            lambda link, path=path: _placed(path, link[1]) if link[1] else link[0], path.read_text("utf-8")
+        )
+        (PAGES / FROM_THE_ROOT.get(path.name, path.name)).write_text(adapted, "utf-8")
 
 
-def _placed(source: Path, link: str) -> str:
-    """The link as it is in the site, for one in a page of the folder `source`."""
-    target = Path(os.path.normpath(source / link))
+def _placed(page: Path, link: str) -> str:
+    """What a link of this page is in the site.
+
+    Raises:
+      SystemExit: it leads to no file of the repository.
+    """
+    target = Path(os.path.normpath(page.parent / link))
     if not target.is_file() or not target.is_relative_to(ROOT):
-        return link  # the build says that it is broken
+        sys.exit(f"error: {page.relative_to(ROOT)} links to {link}, which is no file of the repository")
     if target.is_relative_to(ROOT / "docs"):
         return str(target.relative_to(ROOT / "docs"))
-    inside = target.relative_to(ROOT)
-    page = FROM_THE_ROOT.get(str(inside))
-    if page is None and not (PAGES / inside).exists():
+    inside = str(target.relative_to(ROOT))
+    if inside not in FROM_THE_ROOT:
         (PAGES / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(target, PAGES / inside)
-    return page or str(inside)
+    return FROM_THE_ROOT.get(inside, inside)
 
 
 def main() -> None:
