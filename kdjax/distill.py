@@ -55,8 +55,8 @@ class Recipe:
     """Everything about a run that is not an array.
 
     Attributes:
-      student, teacher: pure functions `apply(params, x) -> (output, features)`, as `Network.make_apply` returns them;
-        `teacher` is None where no term needs one, or where its answers come with the batch.
+      student: a pure function `apply(params, x) -> (output, features)`, as `Network.make_apply` returns it.
+      teacher: the same; None where no term needs one, or where its answers come with the batch.
       terms: from `kdjax.terms.make_terms`, and your own.
       optimizer: any optax transformation; `make_optimizer` has those of a config.
       learning_rate: only to be reported; the optimizer already contains it.

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
@@ -26,6 +27,7 @@ import yaml
 from PIL import Image
 from test_metrics import lpips_state, write_lpips
 
+import kdjax
 from kdjax import assets
 from kdjax.data import read_image, write_image
 from kdjax.models import network
@@ -34,7 +36,12 @@ from kdjax.weights import save_model
 pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kdjax" / "assets" / "MODEL_CARD.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "kdjax" / "assets" / "MODEL_CARD.md",
+]
 LANGUAGES = {"sh", "text", "python", "yaml", "javascript"}
 MARKS = re.compile(r"<!-- (not run|only parsed): (\S.*) -->|<!-- (needs torch) -->")
 
@@ -289,14 +296,45 @@ def make_clip(path: Path) -> None:
 # ---- the wheel -----------------------------------------------------------------------------------------------------
 
 
-def test_a_wheel_runs_from_another_folder(clone: Path, tmp_path: Path) -> None:
-    """Installed, without the repository, in a path with spaces and umlauts, under LC_ALL=C."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel and the sdist of this tree, and the wheel that is made from the sdist, as pip does."""
     pytest.importorskip("hatchling")
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path], cwd=ROOT, check=True)
+    folder = tmp_path_factory.mktemp("built")
+    build = [sys.executable, "-m", "hatchling", "build", "-d", folder]
+    subprocess.run([*build, "-t", "wheel", "-t", "sdist"], cwd=ROOT, check=True)
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, folder / "unpacked", filter="data")
+    (source,) = (folder / "unpacked").iterdir()
+    again = folder / "again"
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", again, "-t", "wheel"], cwd=source, check=True)
+    return {"wheel": wheel, "sdist": sdist, "source": source, "again": next(again.iterdir())}
+
+
+def test_a_wheel_has_all_that_the_package_needs_and_nothing_else(built: dict[str, Path]) -> None:
+    contents = {name: set(zipfile.ZipFile(built[name]).namelist()) for name in ("wheel", "again")}
+    assert contents["wheel"] == contents["again"]
+    of_package = {name for name in contents["wheel"] if name.startswith("kdjax/")}
+    about = {name for name in contents["wheel"] if f"kdjax-{kdjax.__version__}.dist-info/" in name}
+    assert contents["wheel"] == of_package | about
+    here = {str(path.relative_to(ROOT)) for path in (ROOT / "kdjax").rglob("*") if path.is_file()}
+    configs = {f"kdjax/{path.relative_to(ROOT)}" for path in (ROOT / "configs").glob("*.py")}
+    assert of_package == {name for name in here if "__pycache__" not in name} | configs
+    assert "kdjax/py.typed" in of_package and str(assets.TEACHER.relative_to(ROOT)) in of_package
+
+
+def test_an_sdist_has_what_builds_and_tests_it(built: dict[str, Path]) -> None:
+    for name in ("LICENSE", "README.md", "pyproject.toml", "configs/denoise.py", "tests/test_docs.py", "docs/data.md"):
+        assert (built["source"] / name).is_file(), name
+    assert not [path for path in built["source"].rglob("*") if path.name in ("__pycache__", "build", ".venv", "runs")]
+
+
+def test_a_wheel_runs_from_another_folder(clone: Path, built: dict[str, Path], tmp_path: Path) -> None:
+    """Installed, without the repository, in a path with spaces and umlauts, under LC_ALL=C."""
     folder = tmp_path / "Bilder aus der Küche"
     site = folder / "venv" / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder / "venv"], check=True)
-    shutil.unpack_archive(next(tmp_path.glob("*.whl")), site, "zip")
+    shutil.unpack_archive(built["again"], site, "zip")
     # The packages that kdjax needs are those of this environment; a path in a .pth brings no editable install along.
     (site / "needed.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     work = folder / "Größe"

@@ -55,6 +55,9 @@ def _placed(page: Path, link: str) -> str:
 
 
 def main() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text("utf-8").split()
+    if missing := [page.name for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in navigation]:
+        sys.exit(f"error: mkdocs.yml has no {', '.join(missing)} in its nav; add it there")
     lay_out()
     build = [sys.executable, "-m", "zensical", "build", "--strict", "--clean"]
     result = subprocess.run(build, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

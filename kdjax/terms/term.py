@@ -24,9 +24,11 @@ class Context(NamedTuple):
     """What a term may look at in one step; images are float (b, h, w, c).
 
     Attributes:
-      student, teacher: what they returned for `lq`; the teacher is a constant, and None where no term needs it. The
-        type leaves that out: a term that looks at the teacher has said `needs_teacher`, and then it is there.
-      gt, lq: the clean and the degraded images.
+      student: what it returned for `lq`.
+      teacher: what it returned for `lq`, a constant; None where no term needs it. The type leaves that out: a term that
+        looks at the teacher has said `needs_teacher`, and then it is there.
+      gt: the clean images.
+      lq: the degraded images.
       labelled: (b, 1, 1, 1), 0 where only the teacher knows what the clean image is, and elsewhere the weight that
         makes a mean over the whole batch, however it is taken apart, one over the samples with a clean image; None
         where all have one.
