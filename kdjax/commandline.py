@@ -149,6 +149,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=started_as, description=docstring, formatter_class=_Help)
         self._prefix = ""
 
+    # ty: ignore[incompatible-method-override] (argparse declares overloads by the type of `namespace`)
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """Also takes --num_processes for --num-processes, as flags of ml_collections are written."""
         given = sys.argv[1:] if args is None else args

@@ -75,7 +75,7 @@ def setting(default: Any, about: str, allowed: Allowed = _ANY, *, decides: str =
       allowed: what values there are, beyond their type.
       decides: SAMPLES or BASELINE, if the key does: what is kept from an earlier run is then of no use to this one.
     """
-    factory = {"default": default} if default.__hash__ else {"default_factory": type(default)}
+    factory: dict[str, Any] = {"default": default} if default.__hash__ else {"default_factory": type(default)}
     return dataclasses.field(**factory, metadata={"about": about, "allowed": allowed, "decides": decides})
 
 
@@ -311,7 +311,7 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _parse(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+def _parse(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     arguments = {}

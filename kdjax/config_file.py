@@ -128,7 +128,7 @@ def _literal(node: ast.AST) -> Any:
         case ast.Call(func=ast.Name("dict"), args=[], keywords=entries) if all(entry.arg for entry in entries):
             return {entry.arg: _literal(entry.value) for entry in entries}
         case ast.Dict(keys=names, values=values) if all(names):
-            return {_literal(name): _literal(value) for name, value in zip(names, values, strict=True)}
+            return {_literal(name): _literal(value) for name, value in zip(names, values, strict=True) if name}
         case ast.Tuple(elts=parts) | ast.List(elts=parts):
             return tuple(map(_literal, parts))
         case ast.Name("inf" | "nan" as name):

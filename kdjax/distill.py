@@ -41,7 +41,7 @@ from kdjax.terms import Context, Forward, Setting, Term, Tree
 
 Batch = dict[str, Any]  # of arrays, and of one such dict, `teacher`
 Metrics = dict[str, jax.Array]
-T = TypeVar("T", Tree, "Scene")
+T = TypeVar("T")
 
 # A weight given as a share of the gradient is measured anew after so many steps: it costs one backward pass a term.
 SHARES_EVERY = 20

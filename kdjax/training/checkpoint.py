@@ -169,11 +169,11 @@ def _stop_leaks() -> None:
 
     # Other versions may have neither, or not let go of it; it is only about memory.
     with contextlib.suppress(AttributeError, TypeError):
-        spec_type.to_json = to_json
+        spec_type.to_json = to_json  # ty: ignore[invalid-assignment] (it has fewer options)
     with contextlib.suppress(ImportError):
         orbax = importlib.import_module("orbax.checkpoint._src.serialization.tensorstore_utils")
         if hasattr(orbax, "get_tensorstore_raw_bytes"):
-            orbax.get_tensorstore_raw_bytes = lambda *_, **__: 0
+            orbax.get_tensorstore_raw_bytes = lambda *_, **__: 0  # ty: ignore[invalid-assignment] (and its own type)
 
 
 def _as_dict(state: Any) -> dict[str, Any]:

@@ -42,7 +42,6 @@ class Monitor:
         self._options, self._teacher = options, teacher
         self._scale = student.network.scale
         self._student_apply = student.network.make_apply()
-        self._teacher_apply = teacher and teacher.apply_float32
         self._scores: dict[str, Score] = {}
         if self._scale != 1 and not (options.lq or options.degrade):
             raise ConfigError(
@@ -80,7 +79,9 @@ class Monitor:
         if not self._teacher:
             return
         crops = [_centre(sample, _CHECK_CROP, self._scale) for sample in self.samples[:_CHECK_IMAGES]]
-        outputs = dict(validation.restore(self._teacher_apply, self._teacher.params, [crop.lq for crop in crops]))
+        outputs = dict(
+            validation.restore(self._teacher.apply_float32, self._teacher.params, [crop.lq for crop in crops])
+        )
         teacher = validation.mean_score([validation.score(outputs[i], crop.gt) for i, crop in enumerate(crops)])
         before = validation.input_score(crops)
         log.info(f"teacher on {len(crops)} validation crops: {teacher.psnr:.2f} dB, its input {before.psnr:.2f} dB")
@@ -142,7 +143,7 @@ class Monitor:
             return
         scores = {}
         if self._teacher:
-            teacher = self._measure(self._teacher_apply, self._teacher.params, keep_going)
+            teacher = self._measure(self._teacher.apply_float32, self._teacher.params, keep_going)
             if teacher is None:
                 return
             scores["teacher"] = teacher[0]
@@ -176,7 +177,7 @@ class Monitor:
         teacher_outputs = {}
         if self._teacher:
             images = [self.samples[position].lq for position in outputs]
-            restored = dict(validation.restore(self._teacher_apply, self._teacher.params, images))
+            restored = dict(validation.restore(self._teacher.apply_float32, self._teacher.params, images))
             teacher_outputs = {position: restored[i] for i, position in enumerate(outputs)}
         for position, output in outputs.items():
             sample = self.samples[position]

@@ -170,6 +170,7 @@ def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
     is_slice = config.student.weights == "teacher"
     teacher = load_teacher(config.teacher, student) if is_slice or needs_teacher(config.terms) else None
     if is_slice:
+        assert teacher is not None
         student = slice_model(teacher.model, network.hparams)
         if not needs_teacher(config.terms):
             teacher = None
