@@ -208,7 +208,7 @@ def over_pairs(pairs: list[Pair], compare: Callable[[jax.Array, jax.Array], jax.
     for pair in pairs:
         jax.eval_shape(compare, *pair.aligned_shapes())  # refuses what cannot be compared now, not in the step
 
-    def value(context: Context, *_: Tree) -> jax.Array:
+    def value(context: Context, *_: object) -> jax.Array:
         return jnp.asarray(
             sum(pair.weight * compare(*pair.aligned(context.student, context.teacher)) for pair in pairs)
         )
