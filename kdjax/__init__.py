@@ -17,7 +17,7 @@ and the modules from which a training loop can be built (`examples/own_loop.py`)
     kdjax.schedules     learning rates and weights over time
     kdjax.distill       `Recipe`, `State` and `train_step`
 
-Programs: `python -m kdjax.NAME` with train, study, show, cache; evaluate, compare, restore, export, demo.
+`kdjax --help` lists the programs.
 """
 
 from __future__ import annotations
