@@ -15,7 +15,7 @@ number only, not on devices, processes or workers. It may have `labelled` (b,), 
 what the clean image is, and with `lq` also `is_paired` (b,), false where lq is made from gt all the same. One from a
 cache has `teacher`, {"output": ..., "features": {name: ...}}: what the teacher says of lq, which then is not asked.
 
-`train_step` is `observe` and then `learn`, so that several students can learn from one teacher's forward pass.
+`train_step` is `observe` and then `learn`; `joint_step` lets several students learn from one teacher's forward pass.
 
 Both can take a batch in `accumulate` parts, one after another: every loss is a mean over samples, so that the mean over
 parts of equal size is that of the batch, and so is its gradient, while activations take the memory of one part.
@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -178,6 +178,23 @@ def train_step(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: ja
       `lr`, `grad_norm`, and `finite`, false when the loss or the gradient is not a finite number.
     """
     return learn(recipe, state, frozen, observe([recipe], [state.step], frozen, batch, key))
+
+
+def joint_step(
+    recipes: Mapping[str, Recipe], states: Mapping[str, State], frozen: Tree, batch: Batch, key: jax.Array
+) -> tuple[dict[str, State], dict[str, Metrics]]:
+    """`train_step` of several students, by name, with one forward pass of the teacher for all of them.
+
+    Args:
+      recipes: which have the same data.
+      frozen: {"teacher": its parameters, "terms": {student: {term: its constants}}}.
+    """
+    scene = observe(recipes.values(), [states[name].step for name in recipes], frozen, batch, key)
+    updated, metrics = {}, {}
+    for name, recipe in recipes.items():
+        own = {"teacher": frozen["teacher"], "terms": frozen["terms"][name]}
+        updated[name], metrics[name] = learn(recipe, states[name], own, scene)
+    return updated, metrics
 
 
 def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
