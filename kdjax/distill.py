@@ -37,6 +37,7 @@ from kdjax.degradations import Degrade, Window, cut, usm_sharpen
 from kdjax.models import Apply, Params
 from kdjax.names import pick
 from kdjax.schedules import Schedule
+from kdjax.streams import Stream
 from kdjax.terms import Context, Forward, Setting, Term, Tree
 
 Batch = dict[str, Any]  # of arrays, and of one such dict, `teacher`
@@ -44,9 +45,6 @@ Metrics = dict[str, jax.Array]
 
 # A weight given as a share of the gradient is measured anew after so many steps: it costs one backward pass a term.
 SHARES_EVERY = 20
-
-# What is folded into the run's key for other random choices than degradations: numbers that no sample has.
-_TERMS_STREAM, _CROP_STREAM = 2**32 - 1, 2**32 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +212,7 @@ def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree,
 def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
     """`observe` of one part, whose `labelled` are weights."""
     gt, lq = make_pair(recipes[0], batch, key)
-    keys = sample_keys(jax.random.fold_in(key, _TERMS_STREAM), batch["index"])
+    keys = sample_keys(jax.random.fold_in(key, Stream.TERMS), batch["index"])
     labelled = batch.get("labelled")
     users = [(t, step) for recipe, step in zip(recipes, steps, strict=True) for t in recipe.terms if t.needs_teacher]
     if not users:
@@ -374,7 +372,7 @@ def _pair_of(recipe: Recipe, key: jax.Array, index: jax.Array, sample: Batch) ->
     if recipe.crop and recipe.crop < gt.shape[0]:
         small = jax.eval_shape(recipe.degrade, degrade_key, gt) if lq is None else lq
         scale = gt.shape[0] // small.shape[0]
-        crop_key = jax.random.fold_in(jax.random.fold_in(key, _CROP_STREAM), index)
+        crop_key = jax.random.fold_in(jax.random.fold_in(key, Stream.CROP), index)
         corner = jax.random.randint(crop_key, (2,), 0, (gt.shape[0] - recipe.crop) // scale + 1)
         window = Window(corner, (recipe.crop // scale,) * 2)
         gt = cut(gt, Window(scale * corner, (recipe.crop,) * 2))

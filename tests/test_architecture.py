@@ -22,6 +22,7 @@ FLOORS = [
         "ops",
         "schedules",
         "sharding",
+        "streams",
         "memory",
         "compiled",
         "macs",

@@ -26,9 +26,10 @@ import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16)
 import numpy as np
 
 from kdjax.data import shards
-from kdjax.data.samples import CACHED, DRAWS, ENDLESS, block_of_process, epoch_order, generator
+from kdjax.data.samples import DRAWS, ENDLESS, block_of_process, epoch_order
 from kdjax.data.sources import DataError
 from kdjax.names import brief
+from kdjax.streams import SAMPLES, Kind, generator
 
 CACHE = shards.Kind("cache", "cache.json", "kdjax cache", 1, "python -m kdjax.cache")
 PLAN = "cache.unfinished.json"  # of a cache in the making: its index without the shards
@@ -174,8 +175,8 @@ class CachedBatches:
     def _row(self, number: int) -> dict[str, Any]:
         turn, chosen = divmod(number, self._cache.samples)
         if turn:
-            chosen = int(epoch_order(self._cache.samples, self._seed, CACHED, turn)[chosen])
-        random = generator(self._seed, CACHED + 1, number)
+            chosen = int(epoch_order(self._cache.samples, self._seed, Kind.CACHED.order, turn)[chosen])
+        random = generator(self._seed, Kind.CACHED.sample, number)
         damaged, reason = -1, ""
         for _ in range(DRAWS):
             try:
@@ -185,7 +186,7 @@ class CachedBatches:
                 reason = str(error)
                 chosen = int(random.random() * self._cache.samples)
             else:
-                return row | {"index": np.int32(chosen % 2**31), "damaged": np.int64(damaged)}
+                return row | {"index": np.int32(chosen % SAMPLES), "damaged": np.int64(damaged)}
         raise DataError(
             f"{DRAWS} records in a row of the cache {self._cache.folder!r} cannot be read; the last one: {reason};"
             f" {CACHE.make_again}"

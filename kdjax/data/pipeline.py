@@ -44,9 +44,6 @@ from absl import flags
 from kdjax.data.cached import Cache, CachedBatches
 from kdjax.data.images import ImageError, read_image
 from kdjax.data.samples import (
-    LABELLED,
-    UNLABELLED,
-    UNPAIRED,
     Batches,
     ImageCache,
     Part,
@@ -57,6 +54,7 @@ from kdjax.data.samples import (
     window,
 )
 from kdjax.data.sources import DataError, ImagePair, one_line
+from kdjax.streams import Kind
 
 _logger = logging.getLogger("kdjax")
 
@@ -107,15 +105,15 @@ def training_batches(
     beside = []
     if unlabelled:
         count = round(batch_size * unlabelled_part)
-        beside.append(Part("unlabelled", Samples(unlabelled, UNLABELLED, **options), count, {"labelled": False}))
+        beside.append(Part("unlabelled", Samples(unlabelled, Kind.UNLABELLED, **options), count, {"labelled": False}))
     if unpaired:
         count = round(batch_size * unpaired_part)
-        samples = Samples(unpaired, UNPAIRED, **options, blank_lq=True)
+        samples = Samples(unpaired, Kind.UNPAIRED, **options, blank_lq=True)
         beside.append(Part("unpaired", samples, count, {"is_paired": False}))
     all_true = {key: True for part in beside for key in part.flags}
     beside = [dataclasses.replace(part, flags=all_true | part.flags) for part in beside]
     rest = batch_size - sum(part.count for part in beside)
-    main = Part("main", Samples(pairs, LABELLED, **options), rest, all_true)
+    main = Part("main", Samples(pairs, Kind.LABELLED, **options), rest, all_true)
     has_lq = main.samples.pairs[0].lq is not None
     if unlabelled and (unlabelled[0].lq is not None) != has_lq:
         raise DataError("unlabelled images must be degraded where the labelled ones have lq files, and only there")

@@ -17,6 +17,7 @@ from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade
 from kdjax.models.slicing import slice_model
 from kdjax.schedules import make_schedule
+from kdjax.streams import Stream
 from kdjax.teacher import targets
 from kdjax.teacher.load import Teacher, load_teacher
 from kdjax.terms import make_terms, needs_teacher
@@ -78,7 +79,7 @@ def prepare(config: Config) -> Setup:
         teacher and teacher.apply,
         teacher and teacher.params,
         (config.data.batch_size, lq_side, lq_side, student.network.channels),
-        jax.random.fold_in(jax.random.key(config.seed), 2),
+        jax.random.fold_in(jax.random.key(config.seed), Stream.ADAPTERS),
     )
     learning_rate = make_schedule(config.train.lr)
     makes_lq = not config.data.lq or bool(config.data.unpaired)
@@ -163,7 +164,7 @@ def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
     """
     network = models.network(config.student.arch, config.student.hparams)
     cost.check_network_fits(network)
-    student = network.init(jax.random.fold_in(jax.random.key(config.seed), 1))
+    student = network.init(jax.random.fold_in(jax.random.key(config.seed), Stream.STUDENT))
     is_slice = config.student.weights == "teacher"
     teacher = load_teacher(config.teacher, student) if is_slice or needs_teacher(config.terms) else None
     if is_slice:
