@@ -9,11 +9,8 @@ argument of the step, and never in the state, the optimizer or a checkpoint. The
     step = jax.jit(functools.partial(train_step, recipe), donate_argnums=0)
     state, metrics = step(state, frozen, batch, key)
 
-A batch has `gt` (b, h, w, c), uint8 or float in [0, 1], and `lq` (the same, h and w over the scale) or `index` (b,),
-the global numbers of its samples, from which the noise is drawn: the noise of a sample depends on the key and its
-number only, not on devices, processes or workers. It may have `labelled` (b,), false where only the teacher knows
-what the clean image is, and with `lq` also `is_paired` (b,), false where lq is made from gt all the same. One from a
-cache has `teacher`, {"output": ..., "features": {name: ...}}: what the teacher says of lq, which then is not asked.
+`kdjax.batch.Batch` says what a batch has. The noise of a sample depends on the key and its number only, not on devices,
+processes or workers.
 
 `train_step` is `observe` and then `learn`; `joint_step` lets several students learn from one teacher's forward pass.
 
@@ -33,14 +30,14 @@ import jax.numpy as jnp
 import optax
 
 from kdjax import losses, ops, sharding
+from kdjax.batch import Batch
 from kdjax.degradations import Degrade, Window, cut, usm_sharpen
 from kdjax.models import Apply, Params
 from kdjax.names import pick
 from kdjax.schedules import Schedule
 from kdjax.streams import Stream
-from kdjax.terms import Context, Forward, Setting, Term, Tree
+from kdjax.terms import Context, Forward, Setting, Term
 
-Batch = dict[str, Any]  # of arrays, and of one such dict, `teacher`
 Metrics = dict[str, jax.Array]
 
 # A weight given as a share of the gradient is measured anew after so many steps: it costs one backward pass a term.
@@ -102,7 +99,7 @@ def make_setting(
     student: Apply,
     student_params: Params,
     teacher: Apply | None,
-    teacher_params: Tree | None,
+    teacher_params: Params | None,
     lq: tuple,
     key: jax.Array,
 ) -> Setting:
@@ -115,7 +112,7 @@ def make_setting(
     return Setting(*shapes, lq, key)
 
 
-def make_frozen(terms: Iterable[Term], teacher_params: Tree | None) -> Tree:
+def make_frozen(terms: Iterable[Term], teacher_params: Params | None) -> Params:
     """The constant arrays of a step."""
     return {"teacher": teacher_params, "terms": {term.name: term.loss.frozen for term in terms}}
 
@@ -163,12 +160,12 @@ def init_state(recipe: Recipe, student_params: Params) -> State:
     )
 
 
-def train_step(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+def train_step(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
     """One update.
 
     Args:
       frozen: from `make_frozen`.
-      batch: see the module's docstring.
+      batch: see `kdjax.batch`.
       key: the run's key for noise; the same at every step.
 
     Returns:
@@ -179,7 +176,7 @@ def train_step(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: ja
 
 
 def joint_step(
-    recipes: Mapping[str, Recipe], states: Mapping[str, State], frozen: Tree, batch: Batch, key: jax.Array
+    recipes: Mapping[str, Recipe], states: Mapping[str, State], frozen: Params, batch: Batch, key: jax.Array
 ) -> tuple[dict[str, State], dict[str, Metrics]]:
     """`train_step` of several students, by name, with one forward pass of the teacher for all of them.
 
@@ -195,7 +192,9 @@ def joint_step(
     return updated, metrics
 
 
-def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
+def observe(
+    recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Params, batch: Batch, key: jax.Array
+) -> Scene:
     """Degrades the batch, and runs the teacher if one of the `recipes`, at its step, has use for it and its answers did
     not come with the batch.
 
@@ -209,7 +208,7 @@ def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree,
     return _map_parts(lambda part: _observe(recipes, steps, frozen, part, key), batch, recipes[0].accumulate)
 
 
-def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
+def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Params, batch: Batch, key: jax.Array) -> Scene:
     """`observe` of one part, whose `labelled` are weights."""
     gt, lq = make_pair(recipes[0], batch, key)
     keys = sample_keys(jax.random.fold_in(key, Stream.TERMS), batch["index"])
@@ -229,7 +228,7 @@ def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Tree, batch:
     return Scene(gt, lq, labelled, jax.lax.cond(wanted, run, nothing), keys)
 
 
-def learn(recipe: Recipe, state: State, frozen: Tree, scene: Scene) -> tuple[State, Metrics]:
+def learn(recipe: Recipe, state: State, frozen: Params, scene: Scene) -> tuple[State, Metrics]:
     """The student's part of `train_step`."""
     values_of = functools.partial(term_values, recipe, state.step, frozen)
     balance = state.balance
@@ -267,7 +266,7 @@ def learn(recipe: Recipe, state: State, frozen: Tree, scene: Scene) -> tuple[Sta
     return next_state, metrics
 
 
-def term_values(recipe: Recipe, step: jax.Array, frozen: Tree, params: Params, scene: Scene) -> Metrics:
+def term_values(recipe: Recipe, step: jax.Array, frozen: Params, params: Params, scene: Scene) -> Metrics:
     """The raw value of every term; 0, and no work, for one whose weight is 0 at this step."""
     ask_teacher = recipe.teacher and (lambda images: Forward(*recipe.teacher(frozen["teacher"], images)))
     student = Forward(*recipe.student(params["student"], scene.lq))
@@ -324,7 +323,7 @@ def rebalance(recipe: Recipe, step: jax.Array, norms: Metrics) -> dict[str, jax.
     }
 
 
-def diagnose(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
+def diagnose(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
     """What `train_step` does not tell because it costs more: one backward pass a term. Changes nothing.
 
     Returns:
@@ -393,7 +392,7 @@ def _sample_numbers(batch: Batch) -> jax.Array:
     return batch.get("index", jnp.arange(len(batch["gt"])))
 
 
-def _in_parts(batch: Tree | Scene, parts: int) -> Tree | Scene:
+def _in_parts(batch: Batch | Scene, parts: int) -> Batch | Scene:
     """Every array (b, ...) as (parts, b / parts, ...).
 
     Sample i is in part i % parts. A device has its samples side by side, so it has as many in every part, and no image
@@ -402,7 +401,7 @@ def _in_parts(batch: Tree | Scene, parts: int) -> Tree | Scene:
     return jax.tree.map(lambda array: array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _map_parts(function: Callable[[Tree], Scene], batch: Tree, parts: int) -> Scene:
+def _map_parts(function: Callable[[Batch], Scene], batch: Batch, parts: int) -> Scene:
     """The function of every part of a batch, one after another, put together again."""
     if parts == 1:
         return function(batch)

@@ -46,8 +46,8 @@ class Stream(enum.IntEnum):
 
 
 class _Draws(NamedTuple):
-    order: int  # the order of the images in an epoch, whose number is drawn with
-    sample: int  # the crop and the flips of a sample, and what replaces it if it is damaged
+    order: int  # of the images in an epoch; the number is that of the epoch
+    sample: int  # crop and flips, and what replaces a damaged image; the number is that of the sample
 
 
 @enum.unique

@@ -19,6 +19,7 @@ FLOORS = [
         "progress",
         "signals",
         "assets",
+        "batch",
         "ops",
         "schedules",
         "sharding",
@@ -40,8 +41,8 @@ FLOORS = [
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Modules that others of their floor may use: how names are looked up and files written, what a config and a schedule
-# may be, what every program starts with.
-FOUNDATION = {"names", "files", "config", "signals", "schedules", "compiled", "config_file"}
+# may be, what a batch holds, what every program starts with.
+FOUNDATION = {"names", "files", "config", "signals", "schedules", "compiled", "config_file", "batch"}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -25,6 +25,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16)
 import numpy as np
 
+from kdjax.batch import Batch
 from kdjax.data import shards
 from kdjax.data.samples import DRAWS, ENDLESS, block_of_process, epoch_order
 from kdjax.data.sources import DataError
@@ -78,7 +79,7 @@ class Cache:
         shard, record = divmod(number, self.shard_samples)
         return os.path.join(self.folder, shards.file_name(shard)), record
 
-    def read(self, number: int) -> dict[str, Any]:
+    def read(self, number: int) -> Batch:
         """A sample: gt, lq and labelled as far as they were kept, and teacher: {output, features: {name: array}}.
 
         Raises:
@@ -93,7 +94,7 @@ class Cache:
         return as_row(arrays)
 
 
-def as_row(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def as_row(arrays: Mapping[str, Any]) -> Batch:
     """Arrays by the names of fields -> the form that a batch has: the teacher's are a group of their own."""
     features = {name.removeprefix(FEATURE): array for name, array in arrays.items() if name.startswith(FEATURE)}
     row = {name: arrays[name] for name in ("gt", "lq", "labelled") if name in arrays}
@@ -169,10 +170,10 @@ class CachedBatches:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
+    def __getitem__(self, step: int) -> Batch:
         return _stacked([self._row(step * self._batch_size + position) for position in self._block])
 
-    def _row(self, number: int) -> dict[str, Any]:
+    def _row(self, number: int) -> Batch:
         turn, chosen = divmod(number, self._cache.samples)
         if turn:
             chosen = int(epoch_order(self._cache.samples, self._seed, Kind.CACHED.order, turn)[chosen])

@@ -41,6 +41,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from kdjax.batch import Batch
 from kdjax.data.cached import Cache, CachedBatches
 from kdjax.data.images import ImageError, read_image
 from kdjax.data.samples import (
@@ -83,12 +84,9 @@ def training_batches(
 ) -> TrainingData:
     """Endless batches of random crops, from step `start_step` on.
 
-    Every batch is a dict of NumPy arrays with b = batch_size / process_count rows:
-      gt     uint8 (b, crop, crop, channels)
-      lq     uint8 (b, crop/scale, crop/scale, channels); only if the pairs have lq files
-      index  int32 (b,), the sample numbers (modulo 2^31): the key to per-sample randomness on the device
-      labelled  bool (b,), false for samples from `unlabelled`; only if there are any
-      is_paired  bool (b,), false for samples from `unpaired`, whose lq is zeros; only if there are any
+    Every batch is a `kdjax.batch.Batch` of NumPy arrays with b = batch_size / process_count rows. gt are uint8 squares
+    of `crop` pixels; lq, uint8 as well, are there if the pairs have lq files, `labelled` if there are `unlabelled`
+    images, and `is_paired` if there are `unpaired` ones, whose lq is zeros.
 
     `unlabelled` (see `find_unlabelled`) fill round(batch_size * unlabelled_part) places of every batch, `unpaired`
     (clean images beside pairs) round(batch_size * unpaired_part), and `pairs` the others.
@@ -146,7 +144,7 @@ def cached_batches(
     return TrainingData(stream, start_step, workers)
 
 
-class TrainingData(Iterator[dict[str, Any]]):
+class TrainingData(Iterator[Batch]):
     """What `training_batches` and `cached_batches` return: an iterator.
 
     Close it, or use it in a `with` statement, to end workers.
@@ -181,7 +179,7 @@ class TrainingData(Iterator[dict[str, Any]]):
         self._open = [iter(batches)]
         self._finalizer = weakref.finalize(self, _close, self._open)
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Batch:
         if not self._open:
             raise ValueError("the training data were closed")
         try:

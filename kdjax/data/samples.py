@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kdjax.batch import Batch
 from kdjax.data.images import ImageError, read_image
 from kdjax.data.sources import DataError, ImagePair, one_line
 from kdjax.streams import SAMPLES, Kind, generator
@@ -146,7 +147,7 @@ class Batches:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, step: int) -> Batch:
         rows = [self._row(step, position) for position in self._block]
         return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 

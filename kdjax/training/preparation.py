@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import assets, cost, data, distill, models, sharding
+from kdjax.batch import Batch
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade
 from kdjax.models.slicing import slice_model
@@ -220,7 +221,7 @@ def loaded_side(setup: Setup) -> int:
     return options.canvas if options.canvas and setup.recipe.degrade else options.crop
 
 
-def batch_shapes(setup: Setup) -> distill.Batch:
+def batch_shapes(setup: Setup) -> Batch:
     """The shapes of a training batch."""
     return targets.batch_shapes(setup.config, setup.student, side=loaded_side(setup), cache=setup.cache)
 
