@@ -260,7 +260,7 @@ def test_no_room_for_pictures_of_the_validation_is_one_message(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--config.train.stpes=4",), 'Did you mean "steps"'),
+        (("--config.train.stpes=4",), "did you mean 'steps'"),
         (("--config.train.steps=many",), "many"),
         (("--config.data.batch_size=6",), "config.data.batch_size=6 does not divide by the 4 devices; use 4"),
         (
@@ -270,7 +270,7 @@ def test_no_room_for_pictures_of_the_validation_is_one_message(tmp_path: Path) -
         (("extra",), "unrecognized arguments: extra"),
         (("--config.seed=1", "extra"), "unrecognized arguments: extra"),
         (("--config.log.diagnose", "maybe"), "config.log.diagnose"),
-        (("--config", "configs/denoise.py:quik"), "error: configs/denoise.py has no variant 'quik'"),
+        (("--config", "configs/denoise.py:quik"), "error: configs/denoise.py: there is no variant 'quik'"),
     ],
 )
 def test_refusals_are_one_message(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
