@@ -32,7 +32,7 @@ from kdjax.config import ConfigError
 from kdjax.data import DataError, shards
 from kdjax.data.cached import CACHE, PLAN, Field
 from kdjax.files import FolderInUse, locked, read_json, remove_leftovers, write_json
-from kdjax.progress import clock
+from kdjax.progress import Pace
 from kdjax.signals import Stopped
 from kdjax.teacher import targets
 from kdjax.training import preparation
@@ -187,8 +187,7 @@ def _write_own(
     # Shards that follow one another, so that the stream need not be opened anew for each.
     block = range(process_index * job.shards // process_count, (process_index + 1) * job.shards // process_count)
     own = [shard for shard in missing if shard in block]
-    total, done, started = sum(job.count(shard) for shard in own), 0, time.monotonic()
-    told = started
+    pace = Pace(sum(job.count(shard) for shard in own))
     with contextlib.closing(_records(job, own)) as records:
         for shard in own:
             path = job.out / shards.file_name(shard)
@@ -197,12 +196,10 @@ def _write_own(
                 with shards.new_shard(path) as append:
                     for _ in range(job.count(shard)):
                         append(next(records))
-                        done += 1
-                        if time.monotonic() - told > tell_every:
-                            told = time.monotonic()
-                            rate = done / (told - started)
-                            left = clock((total - done) / rate)
-                            tell(f"{done:,} of {total:,} samples  {rate:.1f} samples/s  {left} left  shard {path.name}")
+                        pace.advance()
+                        if pace.is_due(tell_every):
+                            how_far = f"{pace.done:,.0f} of {pace.total:,} samples  {pace.rate:.1f} samples/s"
+                            tell(f"{how_far}  {pace.left()} left  shard {path.name}")
 
 
 @contextlib.contextmanager

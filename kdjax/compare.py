@@ -24,12 +24,11 @@ import jax
 import numpy as np
 
 from kdjax import assets, commandline, cost, data, metrics, models, validation
-from kdjax.files import whole_file, write_json, write_text
+from kdjax.files import finite, whole_file, write_json, write_text
 from kdjax.models import Model
 from kdjax.names import named_paths, pick
 from kdjax.report import tradeoff
 from kdjax.report.tradeoff import Comparison, Quality, Subject
-from kdjax.training.logbook import finite
 from kdjax.validation import Sample
 from kdjax.weights import Loaded, load_weights, parse_hparams
 

@@ -9,13 +9,10 @@ argument of the step, and never in the state, the optimizer or a checkpoint. The
     step = jax.jit(functools.partial(train_step, recipe), donate_argnums=0)
     state, metrics = step(state, frozen, batch, key)
 
-A batch has `gt` (b, h, w, c), uint8 or float in [0, 1], and `lq` (the same, h and w over the scale) or `index` (b,),
-the global numbers of its samples, from which the noise is drawn: the noise of a sample depends on the key and its
-number only, not on devices, processes or workers. It may have `labelled` (b,), false where only the teacher knows
-what the clean image is, and with `lq` also `is_paired` (b,), false where lq is made from gt all the same. One from a
-cache has `teacher`, {"output": ..., "features": {name: ...}}: what the teacher says of lq, which then is not asked.
+`kdjax.batch.Batch` says what a batch has. The noise of a sample depends on the key and its number only, not on devices,
+processes or workers.
 
-`train_step` is `observe` and then `learn`, so that several students can learn from one teacher's forward pass.
+`train_step` is `observe` and then `learn`; `joint_step` lets several students learn from one teacher's forward pass.
 
 Both can take a batch in `accumulate` parts, one after another: every loss is a mean over samples, so that the mean over
 parts of equal size is that of the batch, and so is its gradient, while activations take the memory of one part.
@@ -25,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -33,21 +30,19 @@ import jax.numpy as jnp
 import optax
 
 from kdjax import losses, ops, sharding
+from kdjax.batch import Batch
 from kdjax.degradations import Degrade, Window, cut, usm_sharpen
 from kdjax.models import Apply, Params
 from kdjax.names import pick
 from kdjax.schedules import Schedule
-from kdjax.terms import Context, Forward, Setting, Term, Tree
+from kdjax.streams import Stream
+from kdjax.terms import Context, Forward, Setting, Term
 
-Batch = dict[str, Any]  # of arrays, and of one such dict, `teacher`
 Metrics = dict[str, jax.Array]
 T = TypeVar("T")
 
 # A weight given as a share of the gradient is measured anew after so many steps: it costs one backward pass a term.
 SHARES_EVERY = 20
-
-# What is folded into the run's key for other random choices than degradations: numbers that no sample has.
-_TERMS_STREAM, _CROP_STREAM = 2**32 - 1, 2**32 - 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +112,7 @@ def make_setting(
     student: Apply,
     student_params: Params,
     teacher: Apply | None,
-    teacher_params: Tree | None,
+    teacher_params: Params | None,
     lq: tuple[int, ...],
     key: jax.Array,
 ) -> Setting:
@@ -134,7 +129,7 @@ def make_setting(
     return Setting(run(student, student_params), theirs, lq, key)
 
 
-def make_frozen(terms: Iterable[Term], teacher_params: Tree | None) -> Tree:
+def make_frozen(terms: Iterable[Term], teacher_params: Params | None) -> Params:
     """The constant arrays of a step: {"teacher": its parameters, "terms": {name: constants of that term}}."""
     return {"teacher": teacher_params, "terms": {term.name: term.loss.frozen for term in terms}}
 
@@ -193,12 +188,12 @@ def init_state(recipe: Recipe, student_params: Params) -> State:
     )
 
 
-def train_step(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
+def train_step(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
     """One update. Jit it with the recipe bound, as the module's docstring shows.
 
     Args:
       frozen: from `make_frozen`.
-      batch: `gt` (b, h, w, c), uint8 or float in [0, 1], with `lq` or `index`; see the module's docstring.
+      batch: `gt` (b, h, w, c), uint8 or float in [0, 1], with `lq` or `index`; see `kdjax.batch`.
       key: the run's key for noise; the same at every step.
 
     Returns:
@@ -209,7 +204,26 @@ def train_step(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: ja
     return learn(recipe, state, frozen, observe([recipe], [state.step], frozen, batch, key))
 
 
-def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
+def joint_step(
+    recipes: Mapping[str, Recipe], states: Mapping[str, State], frozen: Params, batch: Batch, key: jax.Array
+) -> tuple[dict[str, State], dict[str, Metrics]]:
+    """`train_step` of several students, by name, with one forward pass of the teacher for all of them.
+
+    Args:
+      recipes: which have the same data.
+      frozen: {"teacher": its parameters, "terms": {student: {term: its constants}}}.
+    """
+    scene = observe(recipes.values(), [states[name].step for name in recipes], frozen, batch, key)
+    updated, metrics = {}, {}
+    for name, recipe in recipes.items():
+        own = {"teacher": frozen["teacher"], "terms": frozen["terms"][name]}
+        updated[name], metrics[name] = learn(recipe, states[name], own, scene)
+    return updated, metrics
+
+
+def observe(
+    recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Params, batch: Batch, key: jax.Array
+) -> Scene:
     """Degrades the batch, and runs the teacher if one of the `recipes`, at its step, has use for it and its answers did
     not come with the batch.
 
@@ -223,10 +237,10 @@ def observe(recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Tree,
     return _map_parts(lambda part: _observe(recipes, steps, frozen, part, key), batch, recipes[0].accumulate)
 
 
-def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Tree, batch: Batch, key: jax.Array) -> Scene:
+def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Params, batch: Batch, key: jax.Array) -> Scene:
     """`observe` of one part, whose `labelled` are weights."""
     gt, lq = make_pair(recipes[0], batch, key)
-    keys = sample_keys(jax.random.fold_in(key, _TERMS_STREAM), batch["index"])
+    keys = sample_keys(jax.random.fold_in(key, Stream.TERMS), batch["index"])
     labelled = batch.get("labelled")
     users = [(t, step) for recipe, step in zip(recipes, steps, strict=True) for t in recipe.terms if t.needs_teacher]
     if not users:
@@ -243,7 +257,7 @@ def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Tree, batch:
     return Scene(gt, lq, labelled, jax.lax.cond(wanted, run, nothing), keys)
 
 
-def learn(recipe: Recipe, state: State, frozen: Tree, scene: Scene) -> tuple[State, Metrics]:
+def learn(recipe: Recipe, state: State, frozen: Params, scene: Scene) -> tuple[State, Metrics]:
     """The student's part of `train_step`."""
     values_of = functools.partial(term_values, recipe, state.step, frozen)
     balance = state.balance
@@ -282,7 +296,7 @@ def learn(recipe: Recipe, state: State, frozen: Tree, scene: Scene) -> tuple[Sta
     return next_state, metrics
 
 
-def term_values(recipe: Recipe, step: jax.Array, frozen: Tree, params: Params, scene: Scene) -> Metrics:
+def term_values(recipe: Recipe, step: jax.Array, frozen: Params, params: Params, scene: Scene) -> Metrics:
     """The raw value of every term; 0, and no work, for one whose weight is 0 at this step."""
     teacher = recipe.teacher
     ask_teacher: Any = teacher and (lambda images: Forward(*teacher(frozen["teacher"], images)))
@@ -341,7 +355,7 @@ def rebalance(recipe: Recipe, step: jax.Array, norms: Metrics) -> dict[str, jax.
     }
 
 
-def diagnose(recipe: Recipe, state: State, frozen: Tree, batch: Batch, key: jax.Array) -> Metrics:
+def diagnose(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
     """What `train_step` does not tell because it costs more: one backward pass a term. Changes nothing.
 
     Returns:
@@ -391,7 +405,7 @@ def _pair_of(recipe: Recipe, key: jax.Array, index: jax.Array, sample: Batch) ->
     if recipe.crop and recipe.crop < gt.shape[0]:
         small = jax.eval_shape(degrade, degrade_key, gt) if lq is None else lq
         scale = gt.shape[0] // small.shape[0]
-        crop_key = jax.random.fold_in(jax.random.fold_in(key, _CROP_STREAM), index)
+        crop_key = jax.random.fold_in(jax.random.fold_in(key, Stream.CROP), index)
         corner = jax.random.randint(crop_key, (2,), 0, (gt.shape[0] - recipe.crop) // scale + 1)
         window = Window(corner, (recipe.crop // scale,) * 2)
         gt = cut(gt, Window(scale * corner, (recipe.crop,) * 2))
@@ -421,7 +435,7 @@ def _in_parts(batch: T, parts: int) -> T:
     return jax.tree.map(lambda array: array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1), batch)
 
 
-def _map_parts(function: Callable[[Tree], Scene], batch: Tree, parts: int) -> Scene:
+def _map_parts(function: Callable[[Batch], Scene], batch: Batch, parts: int) -> Scene:
     """The function of every part of a batch, one after another, put together again."""
     if parts == 1:
         return function(batch)

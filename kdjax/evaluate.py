@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import assets, commandline, cost, data, models, sharding, validation
-from kdjax.files import write_json, write_text
+from kdjax.files import finite, write_json, write_text
 from kdjax.markdown import literal, table
 from kdjax.metrics import named, niqe
 from kdjax.metrics.lpips_file import load_lpips
@@ -37,7 +37,6 @@ from kdjax.ops import to_uint8
 from kdjax.progress import Progress
 from kdjax.report import page
 from kdjax.tiles import Restorer
-from kdjax.training.logbook import finite
 from kdjax.validation import Restore, Sample, Score, Values
 from kdjax.weights import Loaded, load_weights, weights_options
 

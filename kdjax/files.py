@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import socket
@@ -73,6 +74,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     File names that are not valid UTF-8 (lone surrogates in Python) are written with backslashes.
     """
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def finite(value: Any) -> Any:
+    """The value with None for every inf and nan inside it, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

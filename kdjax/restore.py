@@ -36,14 +36,13 @@ from kdjax.files import printable
 from kdjax.media import pictures, videos
 from kdjax.progress import Progress
 from kdjax.signals import Stopped, StopSignals
-from kdjax.tiles import restore_image
+from kdjax.tiles import Told, restore_image
 from kdjax.weights import load_weights, weights_options
 
 _FORMATS = ("png", "jpg", "webp", "tif", "bmp", "ppm")
 _SUFFIXES = (*data.IMAGE_SUFFIXES, *videos.VIDEO_SUFFIXES)  # that a folder is searched for
 _LISTED = 8  # suffixes that a message lists
 
-Told = Callable[[int, int], None]  # how many parts are done, of how many
 Restore = Callable[..., np.ndarray]  # (image, progress=Told) -> the restored image, of the same type
 
 

@@ -23,6 +23,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kdjax.batch import Batch
+
 log = logging.getLogger("kdjax")
 
 # A process that gave no sign of life for so many seconds counts as dead, and JAX ends the others.
@@ -260,7 +262,7 @@ def split_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
-def shard_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
+def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Puts this process's part of a batch onto its devices; the first axes must divide by the device count."""
     sharding = split_batch(mesh)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)

@@ -46,7 +46,7 @@ from kdjax.weights import load_model
 FEATHER = 8  # input pixels over which neighbouring tiles fade into each other, at least
 _LARGEST_FLOAT = 16.0  # of images meant to be in [0, 1]: noise reaches 2 or 3, an image in [0, 255] is beyond
 
-Progress = Callable[[int, int], None]
+Told = Callable[[int, int], None]  # is told how many tiles are done, of how many
 
 
 class Restorer:
@@ -99,7 +99,7 @@ class Restorer:
         self._every, self._first = (every, params), (first, sharding.replicate(params, first))  # the same memory
         self._tiles_per_device = int(tiles_per_device)
 
-    def __call__(self, image: np.ndarray, *, progress: Progress | None = None) -> np.ndarray:
+    def __call__(self, image: np.ndarray, *, progress: Told | None = None) -> np.ndarray:
         """Restores one image.
 
         Args:
@@ -119,7 +119,7 @@ class Restorer:
             output[top : top + len(rows)] = rows
         return output
 
-    def bands(self, image: np.ndarray, *, progress: Progress | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    def bands(self, image: np.ndarray, *, progress: Told | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Restores one image from top to bottom, holding no more of it than two rows of tiles.
 
         Args:
@@ -136,7 +136,7 @@ class Restorer:
         self._check(image)
         return self._bands(image, progress)
 
-    def _bands(self, image: np.ndarray, progress: Progress | None) -> Iterator[tuple[int, np.ndarray]]:
+    def _bands(self, image: np.ndarray, progress: Told | None) -> Iterator[tuple[int, np.ndarray]]:
         height, width = (self._divide(size) for size in image.shape[:2])
         outputs = self._run(image, height, width, progress)
         scale, unfinished = self.scale, np.zeros((0, 0, 0), np.float32)
@@ -156,7 +156,7 @@ class Restorer:
             yield top * scale, band[:finished, : image.shape[1] * scale]
             unfinished = band[finished:]
 
-    def _run(self, image: np.ndarray, height: _Side, width: _Side, progress: Progress | None) -> Iterator[np.ndarray]:
+    def _run(self, image: np.ndarray, height: _Side, width: _Side, progress: Told | None) -> Iterator[np.ndarray]:
         """What the model makes of each window, row by row."""
         places = list(itertools.product(height.starts, width.starts))
         dispatched = self._dispatch(image, places, (height.window, width.window))
@@ -254,7 +254,7 @@ def restore_image(
     tile_pad: int = 16,
     x8: bool = False,
     dtype: jnp.dtype = jnp.float32,
-    progress: Progress | None = None,
+    progress: Told | None = None,
 ) -> np.ndarray:
     """Restores an image as arrays from files usually are, and gives back the same kind.
 

@@ -21,6 +21,7 @@ from kdjax.degradations import make_degrade
 from kdjax.distill import eval_step
 from kdjax.metrics import named
 from kdjax.models import Apply, Params
+from kdjax.streams import Stream
 
 Values = dict[str, float]  # metric -> value
 # From float32 (h, w, c) images to (position, restored uint8 image), in any order.
@@ -66,7 +67,7 @@ def degraded_samples(
       ValueError: a degradation that does not exist or cannot make small images.
     """
     step = jax.jit(make_degrade(degrade, scale=scale))
-    key = jax.random.fold_in(jax.random.key(0), 2**32 - 1)  # no key of training, whatever its seed
+    key = jax.random.fold_in(jax.random.key(0), Stream.VALIDATION)
     lqs = (step(jax.random.fold_in(key, i), gt.astype(np.float32) / 255) for i, gt in enumerate(gts))
     return [Sample(name, np.asarray(lq), gt) for name, lq, gt in zip(names, lqs, gts, strict=True)]
 

@@ -19,9 +19,11 @@ FLOORS = [
         "progress",
         "signals",
         "assets",
+        "batch",
         "ops",
         "schedules",
         "sharding",
+        "streams",
         "memory",
         "compiled",
         "macs",
@@ -34,13 +36,12 @@ FLOORS = [
     {"distill", "tiles"},  # the step; a trained model over images of any size
     {"validation", "teacher"},  # measuring; the teacher of a run, and what it said, kept
     {"training", "report"},  # what a run works with; what was measured, written down
-    {"train", "evaluate", "restore", "export", "demo", "convert"},  # programs
-    {"study", "show", "compare", "cache"},  # programs over programs
+    {"train", "study", "evaluate", "restore", "export", "demo", "convert", "show", "compare", "cache"},  # programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Modules that others of their floor may use: how names are looked up and files written, what a config and a schedule
-# may be, what every program starts with.
-FOUNDATION = {"names", "files", "config", "signals", "schedules", "compiled", "config_file"}
+# may be, what a batch holds, what every program starts with.
+FOUNDATION = {"names", "files", "config", "signals", "schedules", "compiled", "config_file", "batch"}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorstore
 
-from kdjax import distill, models, train
+from kdjax import commandline, distill, models
 from kdjax.schedules import make_schedule
 from kdjax.terms import make_terms
 from kdjax.training.checkpoint import CheckpointError, Checkpoints
@@ -41,7 +41,7 @@ def test_latest_and_best_stay(tmp_path: Path) -> None:
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         assert checkpoints.latest is None and checkpoints.best is None
         for step, psnr in [(1, 20.0), (2, 30.0), (3, None), (4, 25.0), (5, None)]:
-            checkpoints.save(make_state(step), psnr=psnr)
+            checkpoints.save(step, make_state(step), psnr=psnr)
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
         assert (checkpoints.latest, checkpoints.best) == (5, 2)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4", "5"}
@@ -50,7 +50,7 @@ def test_latest_and_best_stay(tmp_path: Path) -> None:
 def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
     saved = make_state(7)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(saved)
+        checkpoints.save(7, saved)
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         restored = checkpoints.restore(make_state(0))
     assert int(restored.step) == 7
@@ -59,7 +59,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_half_written_is_not_taken(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(make_state(1))
+        checkpoints.save(1, make_state(1))
     (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         assert checkpoints.latest == 1
@@ -67,7 +67,7 @@ def test_what_a_killed_run_left_half_written_is_not_taken(tmp_path: Path) -> Non
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.save(make_state(1))
+        checkpoints.save(1, make_state(1))
     with (
         Checkpoints(tmp_path, keep=1) as checkpoints,
         pytest.raises(CheckpointError, match="does not fit this run"),
@@ -81,13 +81,13 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(
 ) -> None:
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(make_state(step), psnr=20.0)
+            checkpoints.save(step, make_state(step), psnr=20.0)
     damaged = next((tmp_path / "2").glob(file))
     os.truncate(damaged, damaged.stat().st_size // 2)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest == 1
         jax.tree.map(np.testing.assert_array_equal, make_state(1), checkpoints.restore(make_state(0)))
-        checkpoints.save(make_state(2))
+        checkpoints.save(2, make_state(2))
     assert "THE CHECKPOINT OF STEP 2 IS DAMAGED" in caplog.text and str(tmp_path / "2.damaged") in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "2.damaged"}
 
@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(
 def test_where_every_checkpoint_is_damaged_nothing_is_touched(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(make_state(step))
+            checkpoints.save(step, make_state(step))
     for step in ("1", "2"):
         shutil.rmtree(tmp_path / step / "default" / "d")
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read: .*to start anew"):
@@ -124,7 +124,7 @@ def test_checkpoints_leave_no_memory_behind(tmp_path: Path) -> None:
     def blocks_after(saves: int) -> int:
         with Checkpoints(tmp_path / next(names), keep=1) as checkpoints:
             for step in range(saves):
-                checkpoints.save(dataclasses.replace(state, step=state.step + step), psnr=20.0 + step)
+                checkpoints.save(step, dataclasses.replace(state, step=state.step + step), psnr=20.0 + step)
         gc.collect()
         return sys.getallocatedblocks()
 
@@ -155,6 +155,6 @@ def save_where_a_file_is_in_the_way(folder: Path) -> None:
         with Checkpoints(folder, keep=1) as checkpoints:
             shutil.rmtree(folder)
             folder.write_text("in the way")
-            checkpoints.save(make_state(1))
+            checkpoints.save(1, make_state(1))
     except CheckpointError as error:
-        train.fail(str(error), alone=True)
+        commandline.fail(str(error), alone=True)

@@ -43,7 +43,8 @@ from kdjax.data import (
     write_image,
 )
 from kdjax.data.pack import pack
-from kdjax.data.samples import UNLABELLED, ImageCache, Samples
+from kdjax.data.samples import ImageCache, Samples
+from kdjax.streams import Kind
 from kdjax.training import agreement
 
 
@@ -1105,7 +1106,7 @@ def test_unlabelled_images_of_a_larger_scale_stand_for_their_gt(unlabelled_sourc
 
 def test_an_unlabelled_image_of_scale_1_is_not_copied(unlabelled_sources: dict) -> None:
     options = dict(crop=8, seed=3, hflip=True, rot=True, read=ImageCache(3, 2**20))
-    samples = Samples(unlabelled_sources["degraded"], UNLABELLED, scale=1, **options)
+    samples = Samples(unlabelled_sources["degraded"], Kind.UNLABELLED, scale=1, **options)
     gt, lq = samples.load(samples.pairs[0])
     assert gt is lq
 

@@ -16,11 +16,12 @@ from flax import nnx
 from test_config import load
 
 from kdjax import config as config_lib
-from kdjax import models, ops, train
+from kdjax import models, ops
 from kdjax.export import FORMATS, ExportError, card, export_model, verify_onnx, verify_stablehlo, verify_weights
 from kdjax.export.__main__ import main
 from kdjax.files import write_json
 from kdjax.models.layers import conv3x3
+from kdjax.training import folder as run_files
 from kdjax.training import preparation
 from kdjax.training.logbook import Logbook
 from kdjax.weights import load_weights, save_model
@@ -336,14 +337,14 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     config = config_lib.parse(load("denoise", "debug").copy_and_resolve_references().to_dict())
     setup = preparation.prepare(config)
-    write_json(folder / "run.json", preparation.identity(setup))
+    write_json(folder / "run.json", run_files.identity(setup))
     write_json(folder / "config.json", config_lib.to_dict(config))
     with Logbook(folder, resume_step=0, name="run", tensorboard=False, wandb="") as logbook:
         logbook.write(2, {"val/student_psnr": 11.0})
         logbook.write(4, {"loss/total": 1.0})
         logbook.write(4, {"val/student_psnr": 17.743, "val/student_ssim": float("nan")})
     write_json(folder / "result.json", {"step": 4, "summary": ""})
-    train.export(setup.student, setup.student.params, folder)
+    run_files.export(setup.student, setup.student.params, folder)
     return folder
 
 

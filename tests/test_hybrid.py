@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdjax import train
 from kdjax.config import ConfigError, parse
 from kdjax.data import DataError, ImagePair, find_pairs, find_unlabelled, training_batches, write_image
 from kdjax.training import preparation
@@ -181,7 +180,7 @@ def test_a_run_finds_the_unpaired_images_and_loads_the_canvas(
     with preparation.open_batches(setup, start_step=0) as batches:
         batch = next(batches)
     assert batch["gt"].shape == batch["lq"].shape == (8, 12, 12, 3) and batch["is_paired"].sum() == 4
-    monkeypatch.setattr(train.log, "propagate", True)
+    monkeypatch.setattr(preparation.log, "propagate", True)
     with caplog.at_level("INFO", "kdjax"):
         preparation.report(setup)
     assert f"unpaired images: 2 from {tmp_path / 'clean'}" in caplog.text and "squares of 12" in caplog.text
@@ -230,7 +229,7 @@ def test_validation_on_another_degradation_is_warned_about(
 ) -> None:
     data = {"lq": values.pop("lq")} if "lq" in values else {}
     setup = preparation.prepare(parse(config(tmp_path, **data) | values))
-    monkeypatch.setattr(train.log, "propagate", True)
+    monkeypatch.setattr(preparation.log, "propagate", True)
     preparation.report(setup)
     assert ("WARNING: VALIDATION IS NOT ON WHAT THE RUN TRAINS ON" in caplog.text) == bool(warned)
     assert warned in caplog.text

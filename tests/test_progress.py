@@ -1,10 +1,11 @@
 """How far the work is, by a clock of its own."""
 
+import math
 from collections.abc import Callable
 
 import pytest
 
-from kdjax.progress import Progress, clock
+from kdjax.progress import Pace, Progress, clock
 
 
 @pytest.fixture
@@ -41,6 +42,20 @@ def test_can_be_silent(at: Callable[[float], None], capsys: pytest.CaptureFixtur
     at(60.0)
     progress.advance(1.0)
     assert capsys.readouterr().err == ""
+
+
+def test_pace_leaves_out_what_was_there_and_the_time_before_a_restart(at: Callable[[float], None]) -> None:
+    pace = Pace(100, done=20)
+    assert not pace.is_timed and math.isnan(pace.rate) and not pace.is_due(5)
+    at(5.0)
+    pace.advance(10)
+    assert (pace.rate, pace.left(), pace.left(begun=10)) == (2.0, "0:00:35", "0:00:15")
+    assert pace.is_due(5) and not pace.is_due(5)
+    pace.restart()
+    assert not pace.is_timed
+    at(6.0)
+    pace.advance(10)
+    assert (pace.rate, pace.left()) == (10.0, "0:00:06")
 
 
 def test_clock() -> None:

@@ -1,5 +1,6 @@
 """A study as a program and as an account: columns, seeds, sums."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,10 +13,10 @@ from PIL import Image
 from test_config import load
 
 from kdjax import config as config_lib
-from kdjax import study, train
+from kdjax import distill, study, train
 from kdjax.config import ConfigError
 from kdjax.report import ladder
-from kdjax.training import preparation
+from kdjax.training import columns, loop, preparation
 from kdjax.training.monitor import Monitor
 from kdjax.weights import load_model
 
@@ -143,7 +144,7 @@ def test_nothing_is_trained_again_when_measuring_was_interrupted(
     def retrained(*_: object) -> None:
         raise AssertionError("a column is trained again")
 
-    monkeypatch.setattr(study, "joint_step", retrained)
+    monkeypatch.setattr(distill, "joint_step", retrained)
     study.train_together(waiting, tmp_path, 1, StopAfter(100))
     assert all(study.is_finished(config, tmp_path / column) for column, config in configs.items())
     assert not list(tmp_path.glob("checkpoints*"))
@@ -151,14 +152,14 @@ def test_nothing_is_trained_again_when_measuring_was_interrupted(
 
 @pytest.mark.usefixtures("one_device")
 def test_a_column_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def diverge(recipes: dict, states: study.States, *_: object) -> tuple[study.States, dict]:
+    def diverge(recipes: dict, states: loop.States, *_: object) -> tuple[loop.States, dict]:
         metrics = {c: {"finite": jax.numpy.array(c != "hint"), "loss/total": jax.numpy.array(1.0)} for c in recipes}
-        return study.States(states.step + 1, states.by_column), metrics
+        return {c: dataclasses.replace(state, step=state.step + 1) for c, state in states.items()}, metrics
 
-    monkeypatch.setattr(study, "joint_step", diverge)
+    monkeypatch.setattr(distill, "joint_step", diverge)
     configs = {column: config for (column, _), config in small_study().runs.items()}
     for steps in (100, 1):  # also where a signal comes before the numbers are looked at
-        with pytest.raises(train.NonFiniteLoss, match="column 'hint', seed 3: step 1: the loss or its gradient"):
+        with pytest.raises(loop.NonFiniteLoss, match="column 'hint', seed 3: step 1: the loss or its gradient"):
             study.train_together(configs, tmp_path / str(steps), 1, StopAfter(steps))
 
 
@@ -166,7 +167,7 @@ def test_equal_compute_takes_the_steps_of_the_other_column_into_account(monkeypa
     values = load("study_denoise", "debug").copy_and_resolve_references().to_dict()
     values |= {"columns": {"scratch": {}, "long": {"train": {"steps": 12}}, "equal": {"compute_of": "long"}}}
     counted = []
-    monkeypatch.setattr(study, "step_macs", lambda setup, *_: counted.append(setup) or 1_000)
+    monkeypatch.setattr(columns, "step_macs", lambda setup, *_: counted.append(setup) or 1_000)
     runs = study.ready(study.parse(values)).runs
     assert {(c, seed): config.train.steps for (c, seed), config in runs.items() if c == "equal"} == {
         ("equal", 0): 12,
@@ -184,7 +185,7 @@ def test_columns_of_other_images_are_trained_apart() -> None:
     hparams = {"grey": {"num_in_ch": 1}, "small": {"num_feat": 4}}
     values |= {"columns": {"scratch": {}} | {name: {"student": {"hparams": h}} for name, h in hparams.items()}}
     configs = {column: config for (column, seed), config in study.parse(values).runs.items() if not seed}
-    assert [list(group) for group in study._groups(configs)] == [["scratch", "small"], ["grey"]]
+    assert [list(group) for group in study.groups(configs)] == [["scratch", "small"], ["grey"]]
 
 
 def test_the_learning_rate_of_the_study_follows_its_steps() -> None:

@@ -10,14 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from test_config import load
 
-from kdjax import assets, config, data, train
+from kdjax import assets, config, data, models, train
 from kdjax.files import LOCK, locked, whole_file, write_json
-from kdjax.training import preparation
+from kdjax.training import folder as run_files
+from kdjax.training import loop, preparation
 from kdjax.training.monitor import Monitor
 from kdjax.weights import load_model, load_weights, save_model
 
@@ -145,12 +147,12 @@ def test_one_run_a_folder_and_no_files_of_others(finished: tuple[Path, str], tmp
         output = run(finished[0], "--config.train.steps=12", code=1)
     assert f"{finished[0]} is being written by process {os.getpid()} on " in output.splitlines()[-1]
     setup, _ = prepared()
-    for name in preparation.RUN_FILES:
+    for name in run_files.RUN_FILES:
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text("mine")
         with pytest.raises(config.ConfigError, match=rf"{name} holds {name}, and no run of kdjax"):
-            preparation.claim(setup, folder)
+            run_files.claim(setup, folder)
         assert {path.name for path in folder.iterdir()} == {name}
 
 
@@ -258,7 +260,7 @@ def test_no_room_for_pictures_of_the_validation_is_one_message(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--config.train.stpes=4",), 'Did you mean "steps"'),
+        (("--config.train.stpes=4",), "did you mean 'steps'"),
         (("--config.train.steps=many",), "many"),
         (("--config.data.batch_size=6",), "config.data.batch_size=6 does not divide by the 4 devices; use 4"),
         (
@@ -268,7 +270,7 @@ def test_no_room_for_pictures_of_the_validation_is_one_message(tmp_path: Path) -
         (("extra",), "unrecognized arguments: extra"),
         (("--config.seed=1", "extra"), "unrecognized arguments: extra"),
         (("--config.log.diagnose", "maybe"), "config.log.diagnose"),
-        (("--config", "configs/denoise.py:quik"), "error: configs/denoise.py has no variant 'quik'"),
+        (("--config", "configs/denoise.py:quik"), "error: configs/denoise.py: there is no variant 'quik'"),
     ],
 )
 def test_refusals_are_one_message(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
@@ -325,7 +327,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(changes: dict, m
 
 
 def test_a_teacher_that_does_not_denoise_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    untrained = train.models.network("dncnn", dict(num_feat=4, depth=2)).init(train.jax.random.key(0))
+    untrained = models.network("dncnn", dict(num_feat=4, depth=2)).init(jax.random.key(0))
     save_model(untrained, tmp_path / "untrained.pth")
     _, monitor = prepared(teacher={"weights": str(tmp_path / "untrained.pth")})
     monitor.report()
@@ -335,7 +337,7 @@ def test_a_teacher_that_does_not_denoise_is_warned_about(tmp_path: Path, caplog:
 def test_another_student_or_teacher_does_not_continue_a_run(finished: tuple[Path, str]) -> None:
     setup, _ = prepared(student={"arch": "dncnn", "hparams": {"num_feat": 4, "depth": 3}})
     with pytest.raises(config.ConfigError, match=r"another student: .*srvggnetcompact.* before, .*dncnn"):
-        preparation.check_same_run(setup, finished[0])
+        run_files.check_same_run(setup, finished[0])
 
 
 def photographs(folder: Path, count: int) -> None:
@@ -370,14 +372,21 @@ def test_paired_folders_train_and_validate(tmp_path: Path) -> None:
 def test_a_run_can_start_from_a_file(tmp_path: Path, finished: tuple[Path, str]) -> None:
     setup, _ = prepared(student={"weights": str(finished[0] / "student.pth")})
     started = load_model(finished[0] / "student.pth").params
-    train.jax.tree.map(np.testing.assert_array_equal, setup.student.params, started)
+    jax.tree.map(np.testing.assert_array_equal, setup.student.params, started)
     with pytest.raises(ValueError, match="num_feat=4, the file says 8"):
         prepared(student={"weights": str(finished[0] / "student.pth"), "hparams": {"num_feat": 4, "upscale": 1}})
 
 
 def test_time_left_is_not_shown_before_a_step_was_timed() -> None:
-    progress = train.Progress(0, config.parse({"terms": {"task": {"weight": 1.0}}}))
-    progress.count(1)
+    setup, _ = prepared(train={"steps": 250_000}, terms={"output": {"weight": 0.0}})
+    timer = loop.StepTimer(setup.config, 0)
+    values = {"loss/total": 0.5, "loss/task": 0.5, "weight/task": 1.0, "lr": 1e-3}
+    timer.count()
     time.sleep(0.01)
-    line = progress.line({"loss/total": 0.5, "loss/task": 0.5, "weight/task": 1.0, "lr": 1e-3})
+    line = loop.describe(1, {"student": setup}, {"student": values}, timer.pace)
     assert line == "step 1/250,000  loss 0.50000  task 0.50000 x1  lr 1.00e-03"
+    timer.count()
+    timed = loop.describe(2, {"student": setup}, {"student": values}, timer.pace)
+    assert re.search(r"lr 1.00e-03  [\d.]+ images/s  [\d:]+ left$", timed)
+    both = loop.describe(2, {"a": setup, "b": setup}, {"a": values, "b": values}, timer.pace)
+    assert re.match(r"step 2/250,000  a: loss 0.50000  b: loss 0.50000  [\d.]+ images/s", both)

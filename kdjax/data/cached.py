@@ -20,15 +20,17 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16)
 import numpy as np
 
+from kdjax.batch import Batch
 from kdjax.data import shards
-from kdjax.data.samples import CACHED, DRAWS, ENDLESS, block_of_process, epoch_order, generator
+from kdjax.data.samples import DRAWS, ENDLESS, block_of_process, epoch_order
 from kdjax.data.sources import DataError
 from kdjax.names import brief
+from kdjax.streams import SAMPLES, Kind, generator
 
 CACHE = shards.Kind("cache", "cache.json", "kdjax cache", 1, "python -m kdjax.cache")
 PLAN = "cache.unfinished.json"  # of a cache in the making: its index without the shards
@@ -77,7 +79,7 @@ class Cache:
         shard, record = divmod(number, self.shard_samples)
         return os.path.join(self.folder, shards.file_name(shard)), record
 
-    def read(self, number: int) -> dict[str, Any]:
+    def read(self, number: int) -> Batch:
         """A sample: gt, lq and labelled as far as they were kept, and teacher: {output, features: {name: array}}.
 
         Raises:
@@ -92,11 +94,11 @@ class Cache:
         return as_row(arrays)
 
 
-def as_row(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def as_row(arrays: Mapping[str, Any]) -> Batch:
     """Arrays by the names of fields -> the form that a batch has: the teacher's are a group of their own."""
     features = {name.removeprefix(FEATURE): array for name, array in arrays.items() if name.startswith(FEATURE)}
     row = {name: arrays[name] for name in ("gt", "lq", "labelled") if name in arrays}
-    return row | {"teacher": {"output": arrays["output"], "features": features}}
+    return cast(Batch, row | {"teacher": {"output": arrays["output"], "features": features}})
 
 
 def open_cache(folder: str) -> Cache:
@@ -168,14 +170,14 @@ class CachedBatches:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
+    def __getitem__(self, step: int) -> Batch:
         return _stacked([self._row(step * self._batch_size + position) for position in self._block])
 
-    def _row(self, number: int) -> dict[str, Any]:
+    def _row(self, number: int) -> Batch:
         turn, chosen = divmod(number, self._cache.samples)
         if turn:
-            chosen = int(epoch_order(self._cache.samples, self._seed, CACHED, turn)[chosen])
-        random = generator(self._seed, CACHED + 1, number)
+            chosen = int(epoch_order(self._cache.samples, self._seed, Kind.CACHED.order, turn)[chosen])
+        random = generator(self._seed, Kind.CACHED.sample, number)
         damaged, reason = -1, ""
         for _ in range(DRAWS):
             try:
@@ -185,7 +187,7 @@ class CachedBatches:
                 reason = str(error)
                 chosen = int(random.random() * self._cache.samples)
             else:
-                return row | {"index": np.int32(chosen % 2**31), "damaged": np.int64(damaged)}
+                return row | {"index": np.int32(chosen % SAMPLES), "damaged": np.int64(damaged)}
         raise DataError(
             f"{DRAWS} records in a row of the cache {self._cache.folder!r} cannot be read; the last one: {reason};"
             f" {CACHE.make_again}"

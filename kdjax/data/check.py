@@ -36,6 +36,7 @@ from kdjax import assets, commandline
 from kdjax.data.images import ImageError, inspect_image
 from kdjax.data.sources import Found, is_one_file, left_out_line, shortened, survey, survey_unlabelled
 from kdjax.files import write_json
+from kdjax.progress import Pace
 
 _AHEAD = 64  # files that threads take at a time: what is known of a file is small, its pixels are not kept
 _PROBLEMS = ("damaged", "tiny", "duplicate", "mismatched", "identical", "missing")
@@ -122,15 +123,14 @@ def check(
     ]
     known: dict[str, Facts] = {}
     wanted = _unique([path for group in paths.values() for path in group])
-    told = time.monotonic()
+    pace = Pace(len(wanted))
     with contextlib.closing(_read_all(wanted, threads or min(8, os.cpu_count() or 1))) as read:
         for done, (path, facts) in enumerate(read, 1):
             if isinstance(facts, Facts):
                 known[path] = facts
             else:
                 report.damaged.append(facts)
-            if tell and time.monotonic() - told > 5:
-                told = time.monotonic()
+            if tell and pace.is_due(5):
                 tell(f"{done} of {len(wanted)} images")
 
     first: dict[tuple[str, bytes], str] = {}

@@ -34,6 +34,7 @@ from kdjax.data.images import ImageError, inspect_image
 from kdjax.data.sources import DataError, ImagePair, left_out_line, shortened, survey
 from kdjax.files import locked
 from kdjax.names import brief
+from kdjax.progress import Pace
 from kdjax.signals import Stopped
 
 Facts = tuple[str, int, int]  # of a file: name, bytes, time of the last change
@@ -201,8 +202,7 @@ def _new_shards(
     Raises:
       PackError: a shard cannot be written.
     """
-    started = told = time.monotonic()
-    first = done
+    pace = Pace(len(images), done)
     decoded = _decoded(images[done:], threads)
     while done < len(images):
         records: list[list[Any]] = []
@@ -221,10 +221,9 @@ def _new_shards(
                     write(pixels.tobytes())
                     records.append([image.name, len(records), *pixels.shape])
                     size += pixels.nbytes
-                if time.monotonic() - told > 5:
-                    told = time.monotonic()
-                    rate = (done - first) / (told - started)
-                    tell(f"{done} of {len(images)} images, {rate:.0f} images/s, shard {path.name}")
+                pace.advance()
+                if pace.is_due(5):
+                    tell(f"{done} of {len(images)} images, {pace.rate:.0f} images/s, shard {path.name}")
         yield {
             "file": path.name,
             "bytes": path.stat().st_size,

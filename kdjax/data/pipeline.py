@@ -35,18 +35,16 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import grain
 import numpy as np
 from absl import flags
 
+from kdjax.batch import Batch
 from kdjax.data.cached import Cache, CachedBatches
 from kdjax.data.images import ImageError, read_image
 from kdjax.data.samples import (
-    LABELLED,
-    UNLABELLED,
-    UNPAIRED,
     Batches,
     ImageCache,
     Part,
@@ -57,6 +55,7 @@ from kdjax.data.samples import (
     window,
 )
 from kdjax.data.sources import DataError, ImagePair, one_line
+from kdjax.streams import Kind
 
 _logger = logging.getLogger("kdjax")
 
@@ -85,12 +84,9 @@ def training_batches(
 ) -> TrainingData:
     """Endless batches of random crops, from step `start_step` on.
 
-    Every batch is a dict of NumPy arrays with b = batch_size / process_count rows:
-      gt     uint8 (b, crop, crop, channels)
-      lq     uint8 (b, crop/scale, crop/scale, channels); only if the pairs have lq files
-      index  int32 (b,), the sample numbers (modulo 2^31): the key to per-sample randomness on the device
-      labelled  bool (b,), false for samples from `unlabelled`; only if there are any
-      is_paired  bool (b,), false for samples from `unpaired`, whose lq is zeros; only if there are any
+    Every batch is a `kdjax.batch.Batch` of NumPy arrays with b = batch_size / process_count rows. gt are uint8 squares
+    of `crop` pixels; lq, uint8 as well, are there if the pairs have lq files, `labelled` if there are `unlabelled`
+    images, and `is_paired` if there are `unpaired` ones, whose lq is zeros.
 
     `unlabelled` (see `find_unlabelled`) fill round(batch_size * unlabelled_part) places of every batch, `unpaired`
     (clean images beside pairs) round(batch_size * unpaired_part), and `pairs` the others.
@@ -107,15 +103,15 @@ def training_batches(
     beside = []
     if unlabelled:
         count = round(batch_size * unlabelled_part)
-        beside.append(Part("unlabelled", Samples(unlabelled, UNLABELLED, **options), count, {"labelled": False}))
+        beside.append(Part("unlabelled", Samples(unlabelled, Kind.UNLABELLED, **options), count, {"labelled": False}))
     if unpaired:
         count = round(batch_size * unpaired_part)
-        samples = Samples(unpaired, UNPAIRED, **options, blank_lq=True)
+        samples = Samples(unpaired, Kind.UNPAIRED, **options, blank_lq=True)
         beside.append(Part("unpaired", samples, count, {"is_paired": False}))
     all_true = {key: True for part in beside for key in part.flags}
     beside = [dataclasses.replace(part, flags=all_true | part.flags) for part in beside]
     rest = batch_size - sum(part.count for part in beside)
-    main = Part("main", Samples(pairs, LABELLED, **options), rest, all_true)
+    main = Part("main", Samples(pairs, Kind.LABELLED, **options), rest, all_true)
     has_lq = main.samples.pairs[0].lq is not None
     if unlabelled and (unlabelled[0].lq is not None) != has_lq:
         raise DataError("unlabelled images must be degraded where the labelled ones have lq files, and only there")
@@ -148,7 +144,7 @@ def cached_batches(
     return TrainingData(stream, start_step, workers)
 
 
-class TrainingData(Iterator[dict[str, Any]]):
+class TrainingData(Iterator[Batch]):
     """What `training_batches` and `cached_batches` return: an iterator.
 
     Close it, or use it in a `with` statement, to end workers.
@@ -184,7 +180,7 @@ class TrainingData(Iterator[dict[str, Any]]):
         self._open = [iter(batches)]
         self._finalizer = weakref.finalize(self, _close, self._open)
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Batch:
         if not self._open:
             raise ValueError("the training data were closed")
         try:
@@ -201,7 +197,7 @@ class TrainingData(Iterator[dict[str, Any]]):
                 self.replaced += 1
                 self._report(number)
         # Workers hand over shared memory that ends with Grain's array; JAX may keep it longer, so copy.
-        return _copied(batch)
+        return cast(Batch, _copied(batch))
 
     def _report(self, number: int) -> None:
         if number in self._reported:

@@ -12,18 +12,17 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from kdjax.batch import Batch
 from kdjax.data.images import ImageError, read_image
 from kdjax.data.sources import DataError, ImagePair, one_line
+from kdjax.streams import SAMPLES, Kind, generator
 
 DRAWS = 64  # images that one sample tries before the data set counts as unusable
 ENDLESS = 2**31 - 1  # the length of the endless stream: Grain wants one
-# Keep the random streams apart: those of epochs and samples, and within each those of the kinds of images.
-_ORDER, _SAMPLE = 0, 1
-LABELLED, UNLABELLED, UNPAIRED, CACHED = 0, 2, 4, 6
 
 
 class Samples:
@@ -31,13 +30,13 @@ class Samples:
 
     Of several that failed it is the first, the one whose turn it was: so after one epoch each has been reported.
 
-    `stream` is one of LABELLED, UNLABELLED and UNPAIRED. With `blank_lq`, clean images get an lq of zeros.
+    `kind` chooses the random streams. With `blank_lq`, clean images get an lq of zeros.
     """
 
     def __init__(
         self,
         pairs: Sequence[ImagePair],
-        stream: int,
+        kind: Kind,
         *,
         crop: int,
         seed: int,
@@ -59,14 +58,14 @@ class Samples:
         self.pairs = list(pairs)
         self._crop, self._seed, self._scale = crop, seed, scale
         self._hflip, self._rot = hflip, rot
-        self._order, self._sample = stream + _ORDER, stream + _SAMPLE
+        self._kind = kind
         self._read = read
         self._blank_lq = blank_lq
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         epoch, position = divmod(number, len(self.pairs))
-        chosen = int(epoch_order(len(self.pairs), self._seed, self._order, epoch)[position])
-        random = generator(self._seed, self._sample, number)
+        chosen = int(epoch_order(len(self.pairs), self._seed, self._kind.order, epoch)[position])
+        random = generator(self._seed, self._kind.sample, number)
         # All draws but those for replacements come first: a damaged file leaves crop and flips as they are.
         row, column, *coins = random.random(5)
         first_damaged = -1
@@ -149,13 +148,13 @@ class Batches:
     def __len__(self) -> int:
         return ENDLESS
 
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, step: int) -> Batch:
         rows = [self._row(step, position) for position in self._block]
-        return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        return cast(Batch, {key: np.stack([row[key] for row in rows]) for key in rows[0]})
 
     def _row(self, step: int, position: int) -> dict[str, Any]:
         """The sample at a position of the whole batch."""
-        index = np.int32((step * self._batch_size + position) % 2**31)
+        index = np.int32((step * self._batch_size + position) % SAMPLES)
         number, place = self._place(position)
         part = self._parts[number]
         row = part.samples[step * part.count + place]
@@ -270,10 +269,6 @@ def _flip(image: np.ndarray, left_right: bool, top_bottom: bool, transpose: bool
     if top_bottom:
         image = image[::-1]
     return (image.swapaxes(0, 1) if transpose else image).copy()
-
-
-def generator(seed: int, stream: int, number: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64((seed, stream, number)))
 
 
 @functools.lru_cache(maxsize=8)  # three kinds of images, of each of which prefetching can straddle two epochs

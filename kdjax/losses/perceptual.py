@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 
+from kdjax.models import Params
 from kdjax.names import pick
 from kdjax.ops.convolution import convolve
 
-Params = Mapping[str, Mapping[str, jax.Array]]
 Features = Mapping[str, jax.Array]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

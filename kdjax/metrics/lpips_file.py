@@ -59,4 +59,4 @@ def lpips_network(state: Mapping[str, Any]) -> Network:
     weights = tuple(np.ascontiguousarray(lin.array().reshape(-1), np.float32) for lin in lins)
     if not all(np.isfinite(array).all() for array in weights):
         raise WeightsError("its channel weights (lin0 to lin4) have NaN or infinite values; the file is damaged")
-    return Network(kind, params, weights)  # ty: ignore[invalid-argument-type] (NumPy arrays until they are used)
+    return Network(kind, params, weights)

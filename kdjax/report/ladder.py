@@ -12,14 +12,17 @@ elsewhere, had the same initial weights; the spread is the standard deviation of
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdjax.files import printable
+from kdjax.files import finite, printable, whole_file, write_json, write_text
 from kdjax.markdown import literal, table
+
+log = logging.getLogger("kdjax")
 
 SCRATCH = "scratch"  # the column that all others are compared with
 
@@ -41,6 +44,33 @@ class Row:
     psnr_student_teacher: float
     steps: int
     gigamacs: float  # of the whole training: steps x multiply-accumulates of a step, in 1e9
+
+
+def write(name: str, results: Sequence[Result], workdir: Path) -> None:
+    """Writes `results.json`, `results.md` and, if matplotlib is installed, `results.png` of a study.
+
+    Args:
+      results: with more than above: `teacher_psnr`, `input_psnr`, `images`, and `student` and `teacher` in words.
+    """
+    teacher_psnr = statistics.fmean(result["teacher_psnr"] for result in results)
+    input_psnr = statistics.fmean(result["input_psnr"] for result in results)
+    rows = summarise(results, teacher_psnr)
+    account = {
+        "teacher_psnr": teacher_psnr,
+        "input_psnr": input_psnr,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "results": results,
+    }
+    write_json(workdir / "results.json", finite(account))
+    text = markdown(rows, teacher_psnr=teacher_psnr, input_psnr=input_psnr)
+    student, teacher = literal(results[0]["student"]), literal(results[0]["teacher"])
+    about = f"{student}; {results[0]['images']} validation images; teacher {teacher}."
+    write_text(workdir / "results.md", f"# {literal(name)}\n\n{text}\nStudent: {about}\n")
+    try:
+        with whole_file(workdir / "results.png") as temporary:
+            plot(rows, results, temporary, teacher_psnr=teacher_psnr)
+    except ImportError:
+        log.info("no picture: matplotlib is not installed (pip install 'kdjax[plot]')")
 
 
 def summarise(results: Sequence[Result], teacher_psnr: float) -> list[Row]:

@@ -28,12 +28,14 @@ import jax.numpy as jnp
 
 from kdjax import config as config_lib
 from kdjax import data, degradations, distill, models, ops
+from kdjax.batch import Batch
 from kdjax.config import Config, ConfigError
 from kdjax.data.cached import CACHE, FEATURE, Field, as_row
+from kdjax.models import Params
 from kdjax.teacher.load import Teacher
-from kdjax.terms import Term, Tree
+from kdjax.terms import Term
 
-Answer = Callable[[Tree, distill.Batch, jax.Array], dict[str, jax.Array]]
+Answer = Callable[[Params, Batch, jax.Array], dict[str, jax.Array]]
 
 
 def settings(
@@ -157,7 +159,7 @@ def make_answer(config: Config, recipe: distill.Recipe, teacher: Teacher, *, sid
     def stored(image: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return ops.to_uint8(image) if dtype == jnp.uint8 else image.astype(dtype)
 
-    def answer(params: Tree, batch: distill.Batch, key: jax.Array) -> dict[str, jax.Array]:
+    def answer(params: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         gt, lq = distill.make_pair(recipe, batch, key)
         output, features = teacher.apply(params, lq)
         # Without a canvas gt is kept as it came, and sharpened in the step.
@@ -170,13 +172,13 @@ def make_answer(config: Config, recipe: distill.Recipe, teacher: Teacher, *, sid
     return answer
 
 
-def make_fields(answer: Answer, params: Tree, batch: distill.Batch) -> tuple[Field, ...]:
+def make_fields(answer: Answer, params: Params, batch: Batch) -> tuple[Field, ...]:
     """What a record has, in its order; `batch` is one that `answer` takes, or its shapes."""
     shapes = jax.eval_shape(answer, params, batch, jax.random.key(0))
     return tuple(Field(name, str(shape.dtype), shape.shape[1:]) for name, shape in shapes.items())
 
 
-def batch_shapes(config: Config, student: models.Model, *, side: int, cache: data.Cache | None = None) -> distill.Batch:
+def batch_shapes(config: Config, student: models.Model, *, side: int, cache: data.Cache | None = None) -> Batch:
     """The shapes of a training batch, of squares of `side` pixels, or from a cache."""
     number = lambda dtype: jax.ShapeDtypeStruct((config.data.batch_size,), dtype)  # noqa: E731
     if cache:
@@ -185,7 +187,11 @@ def batch_shapes(config: Config, student: models.Model, *, side: int, cache: dat
     image = lambda side: jax.ShapeDtypeStruct(  # noqa: E731
         (config.data.batch_size, side, side, student.network.channels), jnp.uint8
     )
-    batch = {"gt": image(side), "index": number(jnp.int32)}
-    batch |= {"lq": image(side // student.network.scale)} if config.data.lq else {}
-    batch |= {"labelled": number(bool)} if config.data.unlabelled else {}
-    return batch | ({"is_paired": number(bool)} if config.data.unpaired else {})
+    batch: Batch = {"gt": image(side), "index": number(jnp.int32)}
+    if config.data.lq:
+        batch["lq"] = image(side // student.network.scale)
+    if config.data.unlabelled:
+        batch["labelled"] = number(bool)
+    if config.data.unpaired:
+        batch["is_paired"] = number(bool)
+    return batch

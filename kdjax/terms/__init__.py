@@ -24,9 +24,9 @@ import jax
 from kdjax.names import nearest, pick
 from kdjax.schedules import constant, is_zero, make_schedule, reaches_zero
 from kdjax.terms import features, images
-from kdjax.terms.term import Context, Forward, Loss, Setting, Term, Tree
+from kdjax.terms.term import Context, Forward, Loss, Setting, Term
 
-__all__ = ["TERMS", "Context", "Forward", "Loss", "Setting", "Term", "Tree", "make_terms", "needs_teacher"]
+__all__ = ["TERMS", "Context", "Forward", "Loss", "Setting", "Term", "make_terms", "needs_teacher"]
 
 # name -> (builder of the loss from the setting and the term's options, whether it needs the teacher)
 TERMS: dict[str, tuple[Callable[..., Loss], bool]] = {

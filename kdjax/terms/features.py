@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import losses, ops
+from kdjax.models import Params
 from kdjax.names import nearest, pick
-from kdjax.terms.term import Context, Forward, Loss, Setting, Tree
+from kdjax.terms.term import Context, Forward, Loss, Setting
 
 Pairs = Sequence[tuple[str, str, float]]
 
@@ -136,7 +137,7 @@ def feature(
                 f'pair {pair.names} has {ours} and {theirs} channels and adapter="never"; use adapter="auto"'
             )
 
-    def value(context: Context, adapters: Tree, frozen: Tree) -> jax.Array:
+    def value(context: Context, adapters: Params, frozen: Params) -> jax.Array:
         total = jnp.float32(0)
         for i, pair in enumerate(checked):
             ours, theirs = pair.aligned(context.student, context.teacher)
@@ -176,7 +177,7 @@ def laplace(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
             name: init_adapter(key, ours, theirs) for name, key in zip(("mean", "width"), keys, strict=True)
         }
 
-    def value(context: Context, adapters: Tree, frozen: Tree) -> jax.Array:
+    def value(context: Context, adapters: Params, frozen: Params) -> jax.Array:
         total = jnp.float32(0)
         for i, pair in enumerate(checked):
             ours, theirs = pair.aligned(context.student, context.teacher)
@@ -188,7 +189,7 @@ def laplace(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
     return Loss(value, adapters, reads=teacher_features(checked))
 
 
-def init_adapter(key: jax.Array, num_in: int, num_out: int) -> Tree:
+def init_adapter(key: jax.Array, num_in: int, num_out: int) -> Params:
     """A 1x1 convolution with torch's initial values: uniform in +-1/sqrt(num_in)."""
     bound = 1 / math.sqrt(num_in)
     for_kernel, for_bias = jax.random.split(key)
@@ -198,7 +199,7 @@ def init_adapter(key: jax.Array, num_in: int, num_out: int) -> Tree:
     }
 
 
-def adapt(adapter: Tree, x: jax.Array) -> jax.Array:
+def adapt(adapter: Params, x: jax.Array) -> jax.Array:
     """(b, h, w, num_in) -> (b, h, w, num_out)."""
     return jnp.einsum("bhwi,io->bhwo", x, adapter["kernel"][0, 0]) + adapter["bias"]
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
+from kdjax.models import Params
 from kdjax.schedules import Schedule
-
-Tree = dict[str, Any]
 
 
 class Forward(NamedTuple):
@@ -66,9 +65,9 @@ class Loss(NamedTuple):
     `is_mean` tells that the value is a mean over samples, so that a batch may be taken in parts.
     """
 
-    value: Callable[[Context, Tree, Tree], jax.Array]
-    adapters: Tree = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
-    frozen: Tree = {}  # noqa: RUF012
+    value: Callable[[Context, Params, Params], jax.Array]
+    adapters: Params = {}  # noqa: RUF012 (a NamedTuple's default, never changed)
+    frozen: Params = {}  # noqa: RUF012
     reads: tuple[str, ...] = ()
     asks: bool = False
     is_mean: bool = True

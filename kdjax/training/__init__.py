@@ -1,4 +1,5 @@
-"""What a training run is made of, beside the step: `preparation` makes it from a config, `monitor` validates it.
+"""Training, around the step: a config becomes a `preparation.Setup`, which `loop` trains and `monitor` validates.
 
-`checkpoint` and `logbook` keep it on the disk, and `agreement` keeps the processes of one run together.
+`checkpoint`, `logbook` and `folder` keep a run on the disk, `agreement` keeps the processes of one run together,
+`columns` are the configs of a study, and `advice` is what helps when memory does not suffice.
 """

@@ -21,6 +21,9 @@ import numpy as np
 from kdjax import config as config_lib
 from kdjax.files import locked
 from kdjax.sharding import AgreedError, exchange, is_first
+from kdjax.training.folder import identity
+from kdjax.training.monitor import Monitor
+from kdjax.training.preparation import Setup
 
 _PATIENCE = 30.0  # seconds until what one host wrote must be seen by the others: network file systems cache
 
@@ -49,6 +52,24 @@ def check(problem: str, facts: Callable[[], dict[str, Any]], workdir: Path) -> N
                 " versions everywhere"
             )
     _check_shared(workdir, names)
+
+
+def shared_facts(setup: Setup, monitor: Monitor) -> dict[str, object]:
+    """What must be the same on all processes of a run: options, versions, and digests of what was read from files."""
+    names: dict[str, object] = {
+        what: f"{len(found)}, digest {digest(found)}"
+        for what, found in (
+            ("training images", [pair.name for pair in setup.pairs]),
+            ("unlabelled images", [pair.name for pair in setup.unlabelled]),
+            ("unpaired images", [pair.name for pair in setup.unpaired]),
+            ("validation images", [sample.name for sample in monitor.samples]),
+        )
+    }
+    names["cached samples"] = setup.cache and setup.cache.samples
+    terms = [(term.loss.frozen, term.loss.adapters) for term in setup.recipe.terms]
+    weights = {"initial weights": digest(jax.tree.leaves((setup.student.params, terms)))}
+    versions = {"jax": jax.__version__, "device": jax.local_devices()[0].device_kind}
+    return {"config": config_lib.to_dict(setup.config)} | identity(setup) | names | weights | versions
 
 
 def _check_shared(workdir: Path, names: list[str]) -> None:

@@ -101,13 +101,15 @@ class Checkpoints:
         """The step of the checkpoint with the highest validation PSNR; None when none was validated."""
         return self._manager.best_step()
 
-    def save(self, state: Any, *, psnr: float | None = None) -> None:
-        """Writes the state in the background under its own step; a step that is already there is left alone.
+    def save(self, step: int, state: Any, *, psnr: float | None = None) -> None:
+        """Writes the state after `step` in the background; a step that is already there is left alone.
+
+        Args:
+          state: a dataclass of arrays, or a dict of such.
 
         Raises:
           CheckpointError: this one or the one before, which was still being written, failed; the disk is full.
         """
-        step = int(state.step)
         if step in self._manager.all_steps():
             return
         metrics = None if psnr is None else {BEST_METRIC: psnr}
@@ -132,7 +134,7 @@ class Checkpoints:
                 f"the checkpoint {self._manager.directory / str(self.latest)} does not fit this run; was the optimizer"
                 f" changed? Give a new --workdir, or remove that folder to continue from the one before. ({error})"
             ) from error
-        return dataclasses.replace(like, **restored)
+        return restored if isinstance(like, dict) else dataclasses.replace(like, **restored)
 
     def _not_written(self, error: Exception) -> CheckpointError:
         complete = self._manager.all_steps(read=True)
@@ -177,6 +179,8 @@ def _stop_leaks() -> None:
 
 
 def _as_dict(state: Any) -> dict[str, Any]:
+    if isinstance(state, dict):
+        return state
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 

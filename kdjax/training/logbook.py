@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from kdjax import sharding
-from kdjax.files import write_text
+from kdjax.files import finite, write_text
 
 log = logging.getLogger("kdjax")
 
@@ -31,7 +30,9 @@ class Logbook:
       wandb: also report to this Weights & Biases project (extra `wandb`); "" does not.
     """
 
-    def __init__(self, workdir: Path, *, resume_step: int, name: str, tensorboard: bool, wandb: str) -> None:
+    def __init__(
+        self, workdir: Path, *, resume_step: int, name: str, tensorboard: bool = False, wandb: str = ""
+    ) -> None:
         self._file = self._tensorboard = self._wandb = None
         self._kept: list[dict[str, Any]] = []
         if not sharding.is_first():
@@ -89,15 +90,6 @@ class Logbook:
             import wandb as wandb_module
 
             self._wandb.log({name: wandb_module.Image(image)}, step=step)
-
-
-def finite(value: Any) -> Any:
-    """The value with None for every inf and nan inside it, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

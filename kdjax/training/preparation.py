@@ -8,18 +8,17 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from kdjax import assets, cost, data, distill, models, sharding
-from kdjax import config as config_lib
+from kdjax.batch import Batch
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade
-from kdjax.files import read_json, write_json
 from kdjax.models.slicing import slice_model
 from kdjax.schedules import make_schedule
+from kdjax.streams import Stream
 from kdjax.teacher import targets
 from kdjax.teacher.load import Teacher, load_teacher
 from kdjax.terms import make_terms, needs_teacher
@@ -81,7 +80,7 @@ def prepare(config: Config) -> Setup:
         teacher and teacher.apply,
         teacher and teacher.params,
         (config.data.batch_size, lq_side, lq_side, student.network.channels),
-        jax.random.fold_in(jax.random.key(config.seed), 2),
+        jax.random.fold_in(jax.random.key(config.seed), Stream.ADAPTERS),
     )
     learning_rate = make_schedule(config.train.lr)
     makes_lq = not config.data.lq or bool(config.data.unpaired)
@@ -166,7 +165,7 @@ def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
     """
     network = models.network(config.student.arch, config.student.hparams)
     cost.check_network_fits(network)
-    student = network.init(jax.random.fold_in(jax.random.key(config.seed), 1))
+    student = network.init(jax.random.fold_in(jax.random.key(config.seed), Stream.STUDENT))
     is_slice = config.student.weights == "teacher"
     teacher = load_teacher(config.teacher, student) if is_slice or needs_teacher(config.terms) else None
     if is_slice:
@@ -223,73 +222,9 @@ def loaded_side(setup: Setup) -> int:
     return options.canvas if options.canvas and setup.recipe.degrade else options.crop
 
 
-def batch_shapes(setup: Setup) -> distill.Batch:
+def batch_shapes(setup: Setup) -> Batch:
     """The shapes of a training batch."""
     return targets.batch_shapes(setup.config, setup.student, side=loaded_side(setup), cache=setup.cache)
-
-
-def identity(setup: Setup) -> dict[str, object]:
-    """What a checkpoint depends on and does not hold."""
-    return {
-        "student": {"arch": setup.student.arch, "hparams": setup.student.hparams},
-        "teacher": setup.teacher
-        and {"files": [file.path for file in setup.teacher.files], "identity": setup.teacher.identity},
-    }
-
-
-# What a run writes into its folder; `run.json` comes first, and says that the folder is one of a run.
-RUN_FILES = (
-    "config.json", "metrics.jsonl", "train.log", "baseline.json", "result.json", "student.pth", "student.safetensors",
-    "checkpoints", "val", "tensorboard",
-)  # fmt: skip
-
-
-def claim(setup: Setup, workdir: Path) -> None:
-    """Makes a folder that of this run, or checks that it is already.
-
-    Raises:
-      ConfigError: it holds files of something else, which the run would replace.
-    """
-    path = workdir / "run.json"
-    foreign = [name for name in RUN_FILES if (workdir / name).exists()]
-    try:
-        before = read_json(path)
-    except ValueError as error:
-        if path.read_bytes().strip(b"\0\n ") and not (workdir / "checkpoints").is_dir():
-            raise ConfigError(f"{error}, so {workdir} may not be the folder of a run; give a new --workdir") from None
-        log.warning(
-            f"WARNING: {error}. It is written anew; whether student and teacher are those of before cannot be checked"
-        )
-    else:
-        if before and not before.keys() >= {"student", "teacher"}:
-            foreign = ["run.json", *foreign]
-        elif before:
-            return
-        if foreign:
-            raise ConfigError(
-                f"{workdir} holds {', '.join(foreign)}, and no run of kdjax, which would replace them; give a new"
-                " --workdir, or move these files away"
-            )
-    write_json(path, identity(setup))
-
-
-def check_same_run(setup: Setup, workdir: Path) -> None:
-    """Refuses to continue a run with another student or another teacher file."""
-    before, now = read_json(workdir / "run.json"), identity(setup)
-    changed = [
-        f"{what}: {before.get(what)} before, {now[what]} now"
-        for what, compared in (("student", lambda entry: entry), ("teacher", lambda entry: entry and entry["identity"]))
-        if compared(before.get(what)) != compared(now[what])
-    ]
-    if changed:
-        raise ConfigError(f"{workdir} holds a run with another {'; '.join(changed)}; give a new --workdir")
-    try:
-        config_before = read_json(workdir / "config.json")
-    except ValueError as error:
-        log.warning(f"WARNING: {error}. It is written anew")
-        return
-    for change in config_lib.changes(config_before, config_lib.to_dict(setup.config)):
-        log.info(f"config changed since the last start: {change}")
 
 
 def report(setup: Setup) -> None:

@@ -1,0 +1,163 @@
+"""The columns of a study: a training config for every column and seed, and which of them can be trained together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from kdjax import config as config_lib
+from kdjax import distill, macs, models
+from kdjax.config import Config, ConfigError
+from kdjax.models import Params
+from kdjax.names import nearest, pick
+from kdjax.training import preparation
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A checked study: a training config for every column and seed."""
+
+    name: str
+    seeds: tuple[int, ...]
+    curve_images: int  # on how many validation images the curve is measured; the result is measured on all
+    runs: dict[tuple[str, int], Config]  # by column and seed
+    compute_of: Mapping[str, str]  # column -> the column whose multiply-accumulates it has to get; see `ready`
+
+
+def parse(values: Mapping[str, Any]) -> Study:
+    """The study of a nested mapping with name, seeds, curve_images, base and columns.
+
+    Raises:
+      ValueError: an unknown key, no columns or seeds, or a column that is no valid training config.
+    """
+    wanted = ("name", "seeds", "curve_images", "base", "columns")
+    for key in values:
+        if key not in wanted:
+            raise ConfigError(f"study key {key!r} does not exist{nearest(key, wanted)} (keys: {', '.join(wanted)})")
+    columns, seeds = values.get("columns", {}), tuple(values.get("seeds", (0,)))
+    if not columns or not seeds:
+        raise ConfigError(f"a study needs columns and seeds, got {len(columns)} columns and seeds={seeds}")
+    if not isinstance(values.get("base"), Mapping):
+        raise ConfigError(f"study key 'base' is {values.get('base')!r}; it must be a training config, as in configs/")
+    curve_images = values.get("curve_images", 16)
+    if type(curve_images) is not int or curve_images < 1:
+        raise ConfigError(f"study key 'curve_images' is {curve_images!r}; it must be a whole number, at least 1")
+    compute_of = {column: changes["compute_of"] for column, changes in columns.items() if "compute_of" in changes}
+    settings = {}
+    for column, changes in columns.items():
+        settings[column] = _merge(values["base"], {key: changes[key] for key in changes if key != "compute_of"})
+    runs = {
+        (column, seed): _parse_column(column, settings[column] | {"seed": seed, "name": column})
+        for seed in seeds
+        for column in columns
+    }
+    for column, other in compute_of.items():
+        if other not in columns:
+            raise ConfigError(
+                f"column {column!r}: compute_of={other!r} is no column{nearest(other, columns)}"
+                f" (columns: {', '.join(columns)})"
+            )
+        if other in compute_of:
+            raise ConfigError(
+                f"column {column!r}: compute_of={other!r}, which has a compute_of itself; name that column"
+            )
+    name = values.get("name", "study")
+    config_lib.check_name(name, "study key 'name'")
+    return Study(name, seeds, curve_images, runs, compute_of)
+
+
+def ready(study: Study, columns: Sequence[str] | None = None) -> Study:
+    """The study with every column's batch and steps as they are on these devices.
+
+    A column with a `compute_of` gets as many steps as make its multiply-accumulates those of the other column.
+
+    Args:
+      columns: that will be trained; None for all.
+
+    Raises:
+      ValueError: there is no such column.
+    """
+    known = dict.fromkeys(column for column, _ in study.runs)
+    for column in columns or ():
+        pick(known, column, "column")
+    runs = {key: preparation.on_these_devices(config) for key, config in study.runs.items()}
+    first = study.seeds[0]
+    for column, other in study.compute_of.items():
+        if columns and column not in columns:
+            continue
+        factor = _compute(runs[other, first]) / _compute(runs[column, first])
+        for seed in study.seeds:
+            runs[column, seed] = _stretch(runs[column, seed], factor)
+    return dataclasses.replace(study, runs=runs, compute_of={})
+
+
+def groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:
+    """The columns that can be trained in one step: all but the student, its losses and its learning is the same."""
+    groups: dict[str, dict[str, Config]] = {}
+    for column, config in configs.items():
+        values = config_lib.to_dict(config)
+        student = models.network(config.student.arch, config.student.hparams)
+        shared = {key: values[key] for key in ("seed", "teacher", "degrade", "data", "val")}
+        shared |= {"steps": config.train.steps, "log": values["log"], "every": values["checkpoint"]}
+        shared |= {"channels": student.channels, "scale": student.scale}
+        groups.setdefault(json.dumps(shared, sort_keys=True), {})[column] = config
+    return groups.values()
+
+
+def step_macs(setup: preparation.Setup, teacher_params: Params | None) -> int:
+    """Multiply-accumulates of one step of this run on its own, with the measuring of shares spread over the steps."""
+    state = jax.eval_shape(functools.partial(distill.init_state, setup.recipe), setup.student.params)
+    frozen = distill.make_frozen(setup.recipe.terms, teacher_params)
+    batch, key = preparation.batch_shapes(setup), jax.random.key(0)
+
+    def count(recipe: distill.Recipe, state: distill.State) -> int:
+        return macs.count(functools.partial(distill.train_step, recipe), state, frozen, batch, key)
+
+    terms = tuple(dataclasses.replace(term, share=0.0) for term in setup.recipe.terms)
+    plain = count(dataclasses.replace(setup.recipe, terms=terms), dataclasses.replace(state, balance={}))
+    if not state.balance:
+        return plain
+    return plain + (count(setup.recipe, state) - plain) // distill.SHARES_EVERY
+
+
+def _compute(config: Config) -> int:
+    """Multiply-accumulates of the whole training."""
+    setup = preparation.prepare(config)
+    return config.train.steps * step_macs(setup, setup.teacher and setup.teacher.params)
+
+
+def _parse_column(column: str, settings: Mapping[str, Any]) -> Config:
+    """As `kdjax.config.parse`, whose errors then name the column."""
+    try:
+        return config_lib.parse(settings)
+    except ConfigError as error:
+        raise ConfigError(f"column {column!r}: {error}") from None
+
+
+def _stretch(config: Config, factor: float) -> Config:
+    """The config with `factor` times the steps, and its learning rate's schedule stretched as well."""
+    rate = config.train.lr
+    if isinstance(rate, dict):
+        rate = dict(rate)
+        if "steps" in rate:
+            rate["steps"] = round(rate["steps"] * factor)
+        for key in ("milestones", "boundaries"):
+            if key in rate:
+                rate[key] = tuple(round(step * factor) for step in rate[key])
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=round(config.train.steps * factor), lr=rate)
+    )
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the `changes`, group by group."""
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged

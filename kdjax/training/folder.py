@@ -1,0 +1,100 @@
+"""The folder of a run: whose it is, whether a run may be continued in it, and the files of the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+
+from kdjax import config as config_lib
+from kdjax import models
+from kdjax.config import ConfigError
+from kdjax.files import read_json, write_json
+from kdjax.training.preparation import Setup
+from kdjax.weights import save_model
+
+log = logging.getLogger("kdjax")
+
+_STUDENT_SUFFIXES = (".pth", ".safetensors")
+# What a run writes into its folder; `run.json` comes first, and says that the folder is one of a run.
+RUN_FILES = (
+    "config.json", "metrics.jsonl", "train.log", "baseline.json", "result.json", "student.pth", "student.safetensors",
+    "checkpoints", "val", "tensorboard",
+)  # fmt: skip
+
+
+def identity(setup: Setup) -> dict[str, object]:
+    """What a checkpoint depends on and does not hold."""
+    return {
+        "student": {"arch": setup.student.arch, "hparams": setup.student.hparams},
+        "teacher": setup.teacher
+        and {"files": [file.path for file in setup.teacher.files], "identity": setup.teacher.identity},
+    }
+
+
+def claim(setup: Setup, workdir: Path) -> None:
+    """Makes a folder that of this run, or checks that it is already.
+
+    Raises:
+      ConfigError: it holds files of something else, which the run would replace.
+    """
+    path = workdir / "run.json"
+    foreign = [name for name in RUN_FILES if (workdir / name).exists()]
+    try:
+        before = read_json(path)
+    except ValueError as error:
+        if path.read_bytes().strip(b"\0\n ") and not (workdir / "checkpoints").is_dir():
+            raise ConfigError(f"{error}, so {workdir} may not be the folder of a run; give a new --workdir") from None
+        log.warning(
+            f"WARNING: {error}. It is written anew; whether student and teacher are those of before cannot be checked"
+        )
+    else:
+        if before and not before.keys() >= {"student", "teacher"}:
+            foreign = ["run.json", *foreign]
+        elif before:
+            return
+        if foreign:
+            raise ConfigError(
+                f"{workdir} holds {', '.join(foreign)}, and no run of kdjax, which would replace them; give a new"
+                " --workdir, or move these files away"
+            )
+    write_json(path, identity(setup))
+
+
+def check_same_run(setup: Setup, workdir: Path) -> None:
+    """Refuses to continue a run with another student or another teacher file."""
+    before, now = read_json(workdir / "run.json"), identity(setup)
+    changed = [
+        f"{what}: {before.get(what)} before, {now[what]} now"
+        for what, compared in (("student", lambda entry: entry), ("teacher", lambda entry: entry and entry["identity"]))
+        if compared(before.get(what)) != compared(now[what])
+    ]
+    if changed:
+        raise ConfigError(f"{workdir} holds a run with another {'; '.join(changed)}; give a new --workdir")
+    try:
+        config_before = read_json(workdir / "config.json")
+    except ValueError as error:
+        log.warning(f"WARNING: {error}. It is written anew")
+        return
+    for change in config_lib.changes(config_before, config_lib.to_dict(setup.config)):
+        log.info(f"config changed since the last start: {change}")
+
+
+def export(student: models.Model, params: models.Params, workdir: Path) -> None:
+    """Writes the student with these parameters as `student.pth` and `student.safetensors`."""
+    trained = dataclasses.replace(student, params=jax.device_get(params))
+    for suffix in _STUDENT_SUFFIXES:
+        save_model(trained, workdir / f"student{suffix}")
+
+
+def finished_result(workdir: Path, step: int) -> dict[str, object]:
+    """What `result.json` says of a run that ended at this step; empty where a file of the result is missing."""
+    try:
+        result = read_json(workdir / "result.json")
+    except ValueError as error:  # emptied by a power cut, for example; it is written again
+        log.warning(f"WARNING: {error}")
+        return {}
+    whole = all((workdir / f"student{suffix}").is_file() for suffix in _STUDENT_SUFFIXES)
+    return result if whole and result.get("step") == step else {}
