@@ -193,7 +193,7 @@ def train_step(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: 
 
     Args:
       frozen: from `make_frozen`.
-      batch: `gt` (b, h, w, c), uint8 or float in [0, 1], with `lq` or `index`; see `kdjax.batch`.
+      batch: `gt` (b, h, w, c), uint8 or float in [0, 1], with `lq` or `index`; see `kdjax.batch.Batch`.
       key: the run's key for noise; the same at every step.
 
     Returns:

@@ -11,13 +11,15 @@ _SECONDS = 10  # between two lines
 class Pace:
     """The speed of some work, and the time that the rest of it takes at this speed.
 
-    >>> pace = Pace(total=1000)  # images, bytes, whatever is counted
-    >>> pace.advance(10)
-    >>> pace.rate, pace.left()
-
     Args:
       total: how much work there is, in any unit.
       done: how much of it was there before.
+
+    Examples:
+      >>> pace = Pace(total=1000)  # images, bytes, whatever is counted
+      >>> pace.advance(10)
+      >>> pace.is_timed, pace.rate > 0
+      (True, True)
     """
 
     def __init__(self, total: float, done: float = 0.0) -> None:
