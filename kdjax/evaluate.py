@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import math
 import re
 import time
@@ -28,8 +27,7 @@ import numpy as np
 from kdjax import assets, commandline, cost, data, models, sharding, validation
 from kdjax.files import finite, write_json, write_text
 from kdjax.markdown import literal, table
-from kdjax.metrics import named, niqe
-from kdjax.metrics.lpips_file import load_lpips
+from kdjax.metrics import named
 from kdjax.metrics.named import METRICS
 from kdjax.models.ensemble import self_ensemble
 from kdjax.names import named_paths, png_name
@@ -132,8 +130,9 @@ def make_parser() -> commandline.Parser:
     add("--limit", type=int, default=0, help="images at most, spread over each folder; 0 takes all")
     add("--metrics", nargs="+", default=["psnr", "ssim"], choices=list(METRICS), help="what to measure")
     add("--crop-border", type=int, default=0, metavar="N", help="pixels that metrics leave out at each side")
-    add("--niqe", metavar="FILE|DIR", help="for niqe: BasicSR's niqe_pris_params.npz, or a folder of clean photographs")
-    add("--lpips", metavar="FILE", help="for lpips: the state dict of lpips.LPIPS")
+    for name, metric in METRICS.items():
+        if metric.source:
+            add(f"--{name}", metavar=metric.source.metavar, help=f"for {name}: {metric.source.about}")
     add("--tile", type=int, default=0, help="side of the tiles to restore images in; 0, the default, takes them whole")
     add("--tile-pad", type=int, default=16, help="pixels around a tile that the network sees as well; default: 16")
     add("--x8", action="store_true", help="mean over the eight flips and rotations")
@@ -160,8 +159,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         parser.error(f"--lq is about one --data, and {len(options.data)} are given; use --pairs NAME GT LQ for each")
     if wrong := [sigma for sigma in options.sigma if not 0 <= sigma <= 255]:
         parser.error(f"--sigma {wrong[0]:g} must be from 0 to 255")
-    for name in ("niqe", "lpips"):
-        if name in options.metrics and getattr(options, name) is None:
+    for name in options.metrics:
+        if METRICS[name].source and getattr(options, name) is None:
             parser.error(f"the metric {name} needs a file: --{name}")
     for name in ("limit", "crop_border", "tile", "tile_pad", "report_images"):
         if getattr(options, name) < 0:
@@ -240,41 +239,11 @@ def _datasets(options: argparse.Namespace, channels: int, scale: int) -> list[Da
 
 def _context(options: argparse.Namespace) -> tuple[named.Context, dict[str, str]]:
     """What the metrics need, and where that came from."""
-    pristine = network = None
-    sources = {}
-    if "niqe" in options.metrics:
-        path = Path(assets.locate(options.niqe, assets.TRAIN_PHOTOGRAPHS))
-        if path.suffix == ".npz":
-            pristine, sources["niqe"] = _read_pristine(path), f"{path}, sha256 {_sha256(path)}"
-        else:
-            pristine, sources["niqe"] = _fit_pristine(path), f"fitted to the photographs in {options.niqe}"
-    if "lpips" in options.metrics:
-        network = load_lpips(options.lpips)
-        sources["lpips"] = f"{network.kind}, {options.lpips}, sha256 {_sha256(options.lpips)}"
-    return named.Context(options.crop_border, pristine, network), sources
-
-
-def _fit_pristine(folder: Path) -> niqe.Pristine:
-    clean = data.find_pairs(gt=str(folder), what="clean")
-    try:
-        return niqe.fit(data.read_image(pair.gt) for pair in clean)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-
-
-def _read_pristine(path: Path) -> niqe.Pristine:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            mean, covariance = arrays["mu_pris_param"].reshape(-1), arrays["cov_pris_param"]
-    except (KeyError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a file with mu_pris_param and cov_pris_param: {error}") from None
-    if mean.shape != (niqe.NUM_FEATURES,) or covariance.shape != 2 * mean.shape:
-        raise ValueError(f"{path}: mean {mean.shape} and covariance {covariance.shape}; wanted (36,) and (36, 36)")
-    return niqe.Pristine(mean.astype(np.float64), covariance.astype(np.float64))
-
-
-def _sha256(path: str | Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    contents, sources = {}, {}
+    for name in options.metrics:
+        if source := METRICS[name].source:
+            contents[name], sources[name] = source.load(getattr(options, name))
+    return named.Context(options.crop_border, contents), sources
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:

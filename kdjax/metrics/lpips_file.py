@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,12 @@ def load_lpips(path: str | os.PathLike[str], /) -> Network:
       WeightsError: the file cannot be read or holds something else.
     """
     return load_tensors(path, lpips_network)
+
+
+def load(path: str) -> tuple[Network, str]:
+    """As `load_lpips`, and where the network came from."""
+    network = load_lpips(path)
+    return network, f"{network.kind}, {path}, sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
 
 
 def lpips_network(state: Mapping[str, Any]) -> Network:

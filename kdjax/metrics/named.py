@@ -1,37 +1,49 @@
 """Metrics by the names that a command line and a table use.
 
-What a name stands for beside the two images (the border that is left out, the pristine model of NIQE, the weights of
-LPIPS) is in one `Context`, so that every metric is called in the same way.
+A metric is one entry of METRICS, and so is its option on the command line if it reads a file. What it needs beside the
+two images is in one `Context`, so that every metric is called in the same way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from kdjax.metrics import lpips, niqe
+from kdjax.metrics import lpips, lpips_file, niqe, niqe_file
 from kdjax.metrics.psnr_ssim import TooSmallError, psnr, ssim
 
 
 class Context(NamedTuple):
-    """What metrics need beside the images: pixels left out at each side, and what NIQE and LPIPS read from files."""
+    """What metrics need beside the images: pixels left out at each side, and by metric what it read from a file."""
 
     crop_border: int = 0
-    pristine: niqe.Pristine | None = None
-    network: lpips.Network | None = None
+    files: Mapping[str, Any] = {}
+
+
+class Source(NamedTuple):
+    """The file a metric needs: how a command line shows the option, and `load(path) -> (content, where from)`."""
+
+    metavar: str
+    about: str
+    load: Callable[[str], tuple[Any, str]]
 
 
 class Metric(NamedTuple):
-    """How a metric is shown, which way is better, and `compute(output, gt, context)` on uint8 (h, w, c) images."""
+    """How a metric is shown, which way is better, and `compute(output, gt, context)` on uint8 (h, w, c) images.
+
+    Attributes:
+      source: the file it needs, or None.
+    """
 
     title: str
     unit: str
     digits: int
     higher_is_better: bool
     compute: Callable[[np.ndarray, np.ndarray, Context], float]
+    source: Source | None = None
 
     @property
     def heading(self) -> str:
@@ -44,22 +56,23 @@ class Metric(NamedTuple):
 
 
 def _niqe(output: np.ndarray, _: np.ndarray, context: Context) -> float:
-    assert context.pristine is not None
-    return niqe.distance(output, context.pristine, crop_border=context.crop_border)
+    return niqe.distance(output, context.files["niqe"], crop_border=context.crop_border)
 
 
 def _lpips(output: np.ndarray, gt: np.ndarray, context: Context) -> float:
-    assert context.network is not None
-    return lpips.distance(output, gt, context.network, crop_border=context.crop_border)
+    return lpips.distance(output, gt, context.files["lpips"], crop_border=context.crop_border)
 
+
+_PRISTINE = Source("FILE|DIR", "BasicSR's niqe_pris_params.npz, or a folder of clean photographs", niqe_file.load)
+_NETWORK = Source("FILE", "the state dict of lpips.LPIPS", lpips_file.load)
 
 METRICS: dict[str, Metric] = {
     "psnr": Metric("PSNR", "dB", 2, True, lambda a, b, c: psnr(a, b, crop_border=c.crop_border)),
     "ssim": Metric("SSIM", "", 4, True, lambda a, b, c: ssim(a, b, crop_border=c.crop_border)),
     "psnr_y": Metric("PSNR-Y", "dB", 2, True, lambda a, b, c: psnr(a, b, crop_border=c.crop_border, y_channel=True)),
     "ssim_y": Metric("SSIM-Y", "", 4, True, lambda a, b, c: ssim(a, b, crop_border=c.crop_border, y_channel=True)),
-    "niqe": Metric("NIQE", "", 3, False, _niqe),
-    "lpips": Metric("LPIPS", "", 4, False, _lpips),
+    "niqe": Metric("NIQE", "", 3, False, _niqe, _PRISTINE),
+    "lpips": Metric("LPIPS", "", 4, False, _lpips, _NETWORK),
 }
 
 
