@@ -1,4 +1,4 @@
-"""What a training batch holds: from the data pipeline or a cache, through the step, to the loss terms."""
+"""The contents of a training batch, from the data pipeline or a cache through the step to the loss terms."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, TypedDict
 
 
 class Answers(TypedDict):
-    """What the teacher said of the lq of a batch, where it comes from a cache.
+    """The teacher's cached answers for a batch's lq.
 
     Attributes:
       output: (b, h * scale, w * scale, c), in [0, 1].
@@ -18,16 +18,19 @@ class Answers(TypedDict):
 
 
 class Batch(TypedDict, total=False):
-    """A batch of b samples. Arrays are NumPy's on the host and JAX's on the devices; or only their shapes are known.
+    """A batch of b samples: NumPy arrays on the host, JAX arrays on the devices, or only their shapes.
 
     Attributes:
       gt: (b, h * scale, w * scale, c), uint8 or float in [0, 1]: the clean images.
-      lq: (b, h, w, c), the same: the degraded ones. Without it, they are made of gt in the step.
-      index: (b,) int32, the numbers of the samples (modulo 2**31), from which everything random about them follows.
-      labelled: (b,) bool, false where only the teacher knows what the clean image is. Without it, all are labelled.
-      is_paired: (b,) bool, false where lq is to be made of gt although the batch has one. Without it, all are paired.
-      teacher: what the teacher says of lq; then it is not asked.
-      damaged: (b,) which image could not be read and was replaced, or -1. The pipeline reports it and takes it out.
+      lq: (b, h, w, c), likewise: the degraded images. If absent, the step makes them from gt.
+      index: (b,) int32, the sample numbers (modulo 2**31), which determine everything random about the samples.
+      labelled: (b,) bool, false where there is no ground truth and only the teacher's answer can be used. If absent,
+        all samples are labelled.
+      is_paired: (b,) bool, false where lq must be made from gt even though the batch has an lq. If absent, all are
+        paired.
+      teacher: the teacher's answers for lq; if present, the teacher is not run.
+      damaged: (b,) index of an image that could not be read and was replaced, or -1. The pipeline reports and removes
+        it.
     """
 
     gt: Any

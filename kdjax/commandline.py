@@ -1,13 +1,13 @@
-"""What all programs share: help, options, the config of a run, the log, one message for an error, the exit code.
+"""What all programs share: help, options, the run's config, logging, error messages and exit codes.
 
-A program is a module with a docstring that says what it does and has an example, with `make_parser()` and with
-`main(arguments)`; it ends with
+A program is a module with `make_parser()`, `main(arguments)` and a docstring that says what it does and gives an
+example. It ends with
 
     if __name__ == "__main__":
         commandline.run(main)
 
-Exit codes are those of a shell: 0 when all is done, 1 for an error, 2 for a wrong command line, and 128 + the number of
-the signal that stopped the program (130 for Ctrl-C, 143 for SIGTERM).
+Exit codes follow the shell's conventions: 0 for success, 1 for an error, 2 for a wrong command line, and 128 + N when
+signal N stopped the program (130 for Ctrl-C, 143 for SIGTERM).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _OVERRIDE = re.compile(r"--?(?P<no>no)?config\.")  # --config.data.crop=64, and 
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Runs a program as a process of its own: what it prints is safe for a terminal, and its exit code is a shell's."""
-    with contextlib.suppress(OSError, AttributeError):  # no standard streams at all
+    """Runs a program as its own process, with terminal-safe output and shell exit codes."""
+    with contextlib.suppress(OSError, AttributeError):  # there may be no standard streams at all
         sys.stdout, sys.stderr = _Printable(1, line_buffering=True), _Printable(2, line_buffering=True)
-    logging.getLogger("jax").setLevel(logging.WARNING)  # at INFO it says which accelerators it did not find
+    logging.getLogger("jax").setLevel(logging.WARNING)  # at INFO it lists the accelerators it did not find
     keep_compiled()
     code = 0
     try:
@@ -49,14 +49,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 128 + signal.SIGINT
-    except BrokenPipeError:  # the reader has gone: `... | head`
+    except BrokenPipeError:  # the reader is gone: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 128 + signal.SIGPIPE
     sys.exit(code)
 
 
 def keep_compiled() -> None:
-    """Has JAX keep what it compiles, if the program uses JAX."""
+    """Turns on JAX's compilation cache, if the program uses JAX."""
     if "jax" in sys.modules:
         from kdjax import compiled
 
@@ -64,11 +64,11 @@ def keep_compiled() -> None:
 
 
 def fail(message: str, *, alone: bool = False) -> NoReturn:
-    """Ends the program with one message on standard error and exit code 1.
+    """Prints one message to standard error and exits with code 1.
 
     Args:
-      alone: end at once, without waiting for threads, nor for other processes that do not know of the error: when this
-        one is gone, they end too.
+      alone: exit immediately, without waiting for threads or for other processes that do not know of the error. Once
+        this one is gone, they end too.
     """
     if alone:
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -78,7 +78,7 @@ def fail(message: str, *, alone: bool = False) -> NoReturn:
 
 
 class _Printable(io.TextIOWrapper):
-    """A standard stream that shows control characters instead of sending them, and can encode everything."""
+    """A standard stream that escapes control characters and can encode any text."""
 
     def __init__(self, descriptor: int, *, line_buffering: bool) -> None:
         encoding = (sys.stdout if descriptor == 1 else sys.stderr).encoding
@@ -94,9 +94,10 @@ class _Printable(io.TextIOWrapper):
 
 
 def start_logging(workdir: Path | None = None, *, process: int = 0) -> None:
-    """Sends the log to standard output and, if there is one, to `workdir/train.log`, one plain line for each message.
+    """Logs to standard output and, if `workdir` is given, to `workdir/train.log`, one plain line per message.
 
-    Of the processes of a run only the first one says everything; the others only warn, with their number.
+    In a multi-process run, only the first process logs everything. The others log warnings only, with their process
+    number.
     """
     log.handlers.clear()
     log.setLevel(logging.WARNING if process else logging.INFO)
@@ -111,10 +112,10 @@ def start_logging(workdir: Path | None = None, *, process: int = 0) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """A log file that ends the run when it cannot be written, as its other files do, and prints no tracebacks."""
+    """A log file that ends the run when it cannot be written, as the run's other files do, without a traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        raise  # what `emit` caught
+        raise  # the exception `emit` caught
 
 
 class _PrintableFormatter(logging.Formatter):
@@ -126,7 +127,7 @@ class _PrintableFormatter(logging.Formatter):
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option that has one worth showing."""
+    """Shows an option's default, where there is one worth showing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -138,7 +139,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help begins with the docstring of the program, which has an example.
+    """An argument parser whose help starts with the program's docstring, which includes an example.
 
     Args:
       program: its module, such as "kdjax.train".
@@ -151,7 +152,7 @@ class Parser(argparse.ArgumentParser):
 
     # ty: ignore[incompatible-method-override] (argparse declares overloads by the type of `namespace`)
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Also takes --num_processes for --num-processes, as flags of ml_collections are written."""
+        """Also accepts --num_processes for --num-processes, the spelling of ml_collections flags."""
         given = sys.argv[1:] if args is None else args
         return super().parse_known_args([_OPTION.sub(_with_dashes, each) for each in given], namespace)
 
@@ -159,13 +160,13 @@ class Parser(argparse.ArgumentParser):
         """Adds --config FILE[:VARIANT] and --config.KEY=VALUE.
 
         Args:
-          prefix: in front of the keys of a training run, "base." in a study.
+          prefix: put before the keys of a training run; "base." in a study.
         """
         self.add_argument(
             "--config", required=True, metavar="FILE[:VARIANT]",
             help=f"a config file such as {example}, and after a colon one of its variants",
         )  # fmt: skip
-        from kdjax.config import Config, keys  # which needs JAX, as programs without a config do not
+        from kdjax.config import Config, keys  # imports JAX, which programs without a config do not need
 
         self._prefix = prefix
         lines = ["keys of the config, and their values where the file sets none:"]
@@ -177,7 +178,7 @@ class Parser(argparse.ArgumentParser):
         """Adds --key, --arch and --hparam, which `kdjax.weights.weights_options` reads.
 
         Args:
-          whose: "the file" or "the files" that they are about.
+          whose: "the file" or "the files" the options apply to.
         """
         add = self.add_argument
         add("--key", default="auto", help=f"which weights of {whose} to take, such as params (default: the best)")
@@ -191,9 +192,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--process-id", type=int, metavar="N", help="which of them this is, from 0")
 
     def parse(self, arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
-        """The options, and the config as a nested dict with everything set that the command line says.
+        """Returns the options, and the config as a nested dict with the command line's overrides applied.
 
-        Ends the program with code 2 for wrong options and with code 1 for a config that cannot be read.
+        Exits with code 2 for wrong options and with code 1 for a config that cannot be read.
         """
         options, overrides = _split(sys.argv[1:] if arguments is None else arguments)
         parsed = self.parse_args(options)
@@ -205,7 +206,7 @@ def _with_dashes(option: re.Match[str]) -> str:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str | bool]]]:
-    """The options of the program, and the keys of the config that are set, whose values may follow as an argument."""
+    """Splits arguments into the program's options and config overrides, whose value may be the next argument."""
     options: list[str] = []
     overrides: list[tuple[str, str | bool]] = []
     waiting = list(arguments)
@@ -223,12 +224,12 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str | b
         elif waiting and not waiting[0].startswith("--"):
             overrides.append((key, waiting.pop(0)))
         else:
-            overrides.append((key, True))  # --config.log.diagnose alone
+            overrides.append((key, True))  # a bare --config.log.diagnose
     return options, overrides
 
 
 def _read_config(path: str, overrides: Sequence[tuple[str, str | bool]], prefix: str) -> dict[str, Any]:
-    """What the config file returns, with the overrides, as a nested dict; ends the program where that cannot be."""
+    """Returns the config file's result with overrides applied, as a nested dict. Exits if that fails."""
     from kdjax import config_file
     from kdjax.config import kind_of
 

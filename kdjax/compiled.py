@@ -1,9 +1,8 @@
-"""What JAX compiles for a program is kept on the disk, so that the program starts faster the next time.
+"""JAX's persistent compilation cache, so that programs start faster the second time.
 
-It is JAX's own persistent compilation cache, in a folder of the user's, `~/.cache/kdjax/compiled` (or below
-`XDG_CACHE_HOME`). Deleting it costs the time of compiling and nothing else. What the user says through JAX comes first:
-`JAX_COMPILATION_CACHE_DIR=FOLDER` chooses another folder, which is then never cleaned up here, and
-`JAX_ENABLE_COMPILATION_CACHE=false` keeps nothing.
+The cache is in the user's folder `~/.cache/kdjax/compiled` (or under `XDG_CACHE_HOME`). Deleting it only costs compile
+time. JAX's own settings take precedence: `JAX_COMPILATION_CACHE_DIR=FOLDER` chooses another folder, which is never
+cleaned up here, and `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ import jax
 
 _KEPT_DAYS = 30
 _KEPT_BYTES = 2 << 30
-_WORTH_SECONDS = 0.1  # what compiles faster is not kept
+_WORTH_SECONDS = 0.1  # faster compilations are not cached
 _PLUGINS = ("jax_plugins", "libtpu")  # packages through which JAX finds accelerators
 
 
 def keep() -> None:
-    """Has this process read and write compiled programs; call it before the first one is compiled.
+    """Turns on the compilation cache for this process. Call it before the first compilation.
 
-    Nothing is kept where the folder cannot be made, or where others than the user can write: it holds machine code.
+    Does nothing if the folder cannot be created or is writable by other users: it holds machine code.
     """
-    settings: Any = jax.config  # which makes its attributes at run time
+    settings: Any = jax.config  # typed as Any: it creates its attributes at run time
     if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache or _is_refused_by_xla():
         return
     try:
@@ -40,30 +39,30 @@ def keep() -> None:
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
             return
         _clean_up(folder.parent)
-    except (OSError, RuntimeError, AttributeError):  # no home, a disk that is full or read-only, Windows
+    except (OSError, RuntimeError, AttributeError):  # no home folder, a full or read-only disk, Windows
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_SECONDS)
-    # An entry that was cut short by a kill is compiled again; its user can do nothing about it.
+    # An entry truncated by a kill is simply recompiled. There is nothing for the user to do.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
 def _folder() -> Path:
-    """One for each kind of machine: homes can be shared, and code for one CPU may crash on another."""
+    """Returns a folder per kind of machine: home folders can be shared, and code for one CPU may crash on another."""
     parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     machine = hashlib.sha256(f"{platform.machine()} {_cpu_says('model name')} {_cpu_says('flags')}".encode())
     return parent / "kdjax" / "compiled" / machine.hexdigest()[:12]
 
 
 def _is_refused_by_xla() -> bool:
-    """Whether XLA would load nothing and print errors: on Intel CPUs (github.com/openxla/xla/issues/44565)."""
+    """Whether XLA would reject every entry and print errors: on Intel CPUs (github.com/openxla/xla/issues/44565)."""
     chosen = getattr(jax.config, "jax_platforms", "") or os.environ.get("JAX_PLATFORMS", "")
     has_accelerator = chosen != "cpu" and any(importlib.util.find_spec(name) for name in _PLUGINS)
     return _cpu_says("vendor_id") == "GenuineIntel" and not has_accelerator
 
 
 def _cpu_says(field: str) -> str:
-    """What Linux says of the first CPU; "" elsewhere."""
+    """Returns a field of the first CPU from Linux's /proc/cpuinfo; "" elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -72,7 +71,7 @@ def _cpu_says(field: str) -> str:
 
 
 def _clean_up(folder: Path) -> None:
-    """Removes what was compiled long ago, and the oldest of what is too much."""
+    """Removes old entries, then the oldest ones until the cache is within its size limit."""
     files = sorted(((path.stat(), path) for path in folder.glob("*/*")), key=lambda found: -found[0].st_mtime)
     total, oldest = 0, time.time() - _KEPT_DAYS * 86_400
     for status, path in files:

@@ -1,12 +1,13 @@
-"""Config files, and the keys that a command line sets in what they return.
+"""Config files and command-line overrides of their keys.
 
-A config file is Python with a function `get_config(variant)` that returns an `ml_collections.ConfigDict`. It can import
-other files of its folder, as configs/hint.py does denoise.py. Any key can be set, whether the file mentions it or not:
+A config file is a Python file with a function `get_config(variant)` that returns an `ml_collections.ConfigDict`. It can
+import other files of its folder, as configs/hint.py imports denoise.py. Any key can be set, whether or not the file
+mentions it:
 
-    --config.train.steps=500                      a number, a text, True or False
+    --config.train.steps=500                      a number, text, True or False
     --config.train.betas="(0.9, 0.999)"           a tuple
     --config.train.lr=1e-4                        a number in place of a schedule
-    --config.train.lr="dict(name='cosine', value=1e-3, steps=1000)"     and the other way round
+    --config.train.lr="dict(name='cosine', value=1e-3, steps=1000)"     and the reverse
     --config.terms.fft.weight=0.1                 a loss term that the file does not have
     --config.degrade={}                           an empty group
     --config.data.hflip, --noconfig.data.hflip    True, False
@@ -28,7 +29,7 @@ from kdjax.names import brief
 
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 _MISSING = object()
-# What a config file may raise that is its user's business; anything else keeps its traceback.
+# Exceptions that count as mistakes in the config file. Anything else keeps its traceback.
 _FAULTS = (ValueError, TypeError, AttributeError, KeyError, OSError, ImportError, SyntaxError, RecursionError)
 
 
@@ -37,10 +38,10 @@ class ConfigFileError(ValueError):
 
 
 def load(path: str) -> ConfigDict:
-    """What the `get_config` of a file returns.
+    """Returns the result of the file's `get_config`.
 
     Args:
-      path: FILE or FILE:VARIANT; a file in `configs/` that is not there is looked for beside the package.
+      path: FILE or FILE:VARIANT. A missing file in `configs/` is looked up beside the package.
 
     Raises:
       ConfigFileError: there is no such file or variant, or running the file failed.
@@ -66,15 +67,15 @@ def load(path: str) -> ConfigDict:
 
 
 def set_key(config: ConfigDict, path: str, text: str | bool, kind_of: Callable[[str], Any]) -> None:
-    """Sets a key to what was written on a command line, making the groups that it is in.
+    """Sets a key from command-line text, creating the groups above it as needed.
 
     Args:
       path: "train.lr.value".
-      text: True and False for flags without a value.
-      kind_of: the type of a key by its path, None for one that may be anything; see `kdjax.config.kind_of`.
+      text: True or False for a flag without a value.
+      kind_of: maps a key's path to its type, or to None if any type is allowed; see `kdjax.config.kind_of`.
 
     Raises:
-      ConfigFileError: the text is no value of the key's type.
+      ConfigFileError: the text is not a valid value of the key's type.
     """
     *groups, name = path.split(".")
     if not all((*groups, name)):
@@ -92,12 +93,12 @@ def set_key(config: ConfigDict, path: str, text: str | bool, kind_of: Callable[[
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
-    """The config as a nested dict, with references in place of which their values stand."""
+    """Returns the config as a nested dict, with references resolved."""
     return config.copy_and_resolve_references().to_dict()
 
 
 def _read(text: str | bool, kind: Any, path: str) -> Any:
-    """A value of this kind; of an unknown one, what Python takes the text for, or the text itself."""
+    """Parses a value of the given kind. If the kind is unknown, parses a Python literal or keeps the text."""
     if kind is bool:
         value = _WORDS.get(str(text).lower(), _MISSING)
         if value is _MISSING:
@@ -123,7 +124,7 @@ def _read(text: str | bool, kind: Any, path: str) -> Any:
 
 
 def _literal(node: ast.AST) -> Any:
-    """As `ast.literal_eval`, and dict(name=value)."""
+    """Like `ast.literal_eval`, but also accepts dict(name=value)."""
     match node:
         case ast.Call(func=ast.Name("dict"), args=[], keywords=entries) if all(entry.arg for entry in entries):
             return {entry.arg: _literal(entry.value) for entry in entries}
@@ -148,9 +149,9 @@ def _put(node: ConfigDict, name: str, value: Any) -> None:
 
 
 def _found(path: Path) -> Path:
-    """The file, or that of the package when there is none such: `configs/` is inside of a wheel."""
+    """Returns the file, or the packaged one if it does not exist: wheels include `configs/`."""
     if not path.exists() and path.parts[:1] == ("configs",):
-        for place in (Path(__file__).parent, Path(__file__).parent.parent):  # of a wheel, of a clone
+        for place in (Path(__file__).parent, Path(__file__).parent.parent):  # in a wheel, in a clone
             if (place / path).is_file():
                 return place / path
     return path
@@ -158,7 +159,7 @@ def _found(path: Path) -> Path:
 
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Lets files of a folder be imported by their names, as Python does for a script, and forgets them afterwards."""
+    """Makes the folder's files importable by name, as for a Python script, and removes those imports afterwards."""
     before = set(sys.modules)
     sys.path.insert(0, str(folder))
     try:

@@ -1,6 +1,6 @@
-"""Files that appear whole or not at all, folders that one program writes at a time, and names that are safe to print.
+"""Atomic file writes, folders locked to one writer, and names that are safe to print.
 
-Everything kdjax writes, other than through Orbax, goes through `whole_file`.
+Everything kdjax writes goes through `whole_file`, except what Orbax writes.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Any
 
 import filelock
 
-LOCK = ".kdjax.lock"  # in every folder that one program writes at a time
-_PREFIX = ".kdjax-"  # of temporary files
-_LONGEST_SUFFIX = 16  # a suffix longer than that is part of a name, not a format
+LOCK = ".kdjax.lock"  # in every folder that allows one writer at a time
+_PREFIX = ".kdjax-"  # for temporary files
+_LONGEST_SUFFIX = 16  # anything longer is part of the name, not a format
 
 
 class FolderInUse(ValueError):
-    """Another program is writing into a folder; the message says which."""
+    """Another program is writing to the folder; the message says which."""
 
 
 @contextlib.contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a temporary path in the same folder, with the same suffix, for the `with` block to write.
 
-    When the block ends, the file is flushed to the disk and renamed to `path`; when the block raises, it is removed and
-    `path` stays as it was. The temporary name starts with a dot, so nobody takes what a killed process leaves behind
-    for data, and it is short, so every name the file system allows can be written.
+    On success the file is flushed to disk and renamed to `path`. If the block raises, the temporary file is removed and
+    `path` is left untouched. The temporary name starts with a dot, so leftovers of a killed process are not mistaken
+    for data, and it is short, so any name the file system allows can be written.
     """
     path = Path(path)
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= _LONGEST_SUFFIX else ""
@@ -43,18 +43,18 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)  # else a power cut can undo the renaming
+        _sync(path.parent)  # otherwise a power cut can undo the rename
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Removes the temporary files of `whole_file` that killed processes left behind.
+    """Removes the temporary files of `whole_file` left behind by killed processes.
 
-    Only for what this process alone writes: the temporary file of a live one would go as well.
+    Use it only where this process is the sole writer: it also removes the temporary files of live processes.
 
     Args:
-      path: a file, for its own temporary files; or a folder, for those of everything in it, at any depth.
+      path: a file, for its own temporary files; or a folder, for all of them at any depth.
     """
     path = Path(path)
     folder, pattern = (path, f"{_PREFIX}*") if path.is_dir() else (path.parent, f"{_temporary_prefix(path)}*")
@@ -63,21 +63,21 @@ def remove_leftovers(path: str | os.PathLike[str]) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file, whole or not at all."""
+    """Writes a file atomically."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all.
+    """Writes a UTF-8 text file atomically.
 
-    File names that are not valid UTF-8 (lone surrogates in Python) are written with backslashes.
+    Lone surrogates (how Python represents file names that are not valid UTF-8) are written as backslash escapes.
     """
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def finite(value: Any) -> Any:
-    """The value with None for every inf and nan inside it, which JSON does not have."""
+    """Returns the value with every nested inf and nan replaced by None, since JSON has neither."""
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -86,15 +86,15 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes a value as indented JSON, whole or not at all."""
+    """Writes a value as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a JSON file; empty when there is no such file.
+    """Returns the object in a JSON file, or an empty dict if the file does not exist.
 
     Raises:
-      ValueError: the file is not a JSON object; it was emptied or cut short by a power cut or a full disk, for example.
+      ValueError: the file is not a JSON object, for example because a power cut or a full disk truncated it.
     """
     path = Path(path)
     if not path.exists():
@@ -111,17 +111,17 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str], name: str = LOCK) -> Iterator[None]:
-    """Holds `folder`, which must exist, for this process; the operating system lets go of it however the process ends.
+    """Locks an existing `folder` for this process. The operating system releases the lock when the process ends.
 
-    What a killed process left half-written in the folder is removed first.
+    Half-written files of killed processes are removed first.
 
     Args:
-      name: of the lock file, which stays in the folder. Programs that share a folder lock parts of it by other names;
-        then nothing is removed, as another program may be writing it.
+      name: the lock file, which stays in the folder. Programs that share a folder lock parts of it under other names;
+        nothing is removed then, because another program may be writing it.
 
     Raises:
-      FolderInUse: another process holds it.
-      OSError: the folder cannot be written.
+      FolderInUse: another process holds the lock.
+      OSError: the folder is not writable.
     """
     path = Path(folder) / name
     lock = filelock.FileLock(path)
@@ -132,7 +132,7 @@ def locked(folder: str | os.PathLike[str], name: str = LOCK) -> Iterator[None]:
             f"{folder} is being written by {_holder(path)}; wait for it, stop it, or choose another folder"
         ) from None
     try:
-        with contextlib.suppress(OSError):  # only for the other program's message
+        with contextlib.suppress(OSError):  # only used in the other program's message
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         if name == LOCK:
             remove_leftovers(folder)
@@ -142,9 +142,9 @@ def locked(folder: str | os.PathLike[str], name: str = LOCK) -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """The text with everything that could steer a terminal, or reorder what it shows, as visible escapes.
+    """Returns the text with everything that could control a terminal or reorder its output as visible escapes.
 
-    Names from weight files and folders can hold any character. Tabs and newlines stay.
+    Names in weight files and folders can contain any character. Tabs and newlines are kept.
 
     Examples:
       >>> printable("a\\x1b[2Jb")
@@ -156,14 +156,14 @@ def printable(text: str) -> str:
 
 
 def _is_harmless(character: str) -> bool:
-    # Cc: controls; Cf: formats, such as the right-to-left override; Cs: bytes of a name that is not UTF-8.
-    # The zero-width (non-)joiners belong to ordinary words of several scripts, and to emoji.
+    # Cc: control characters. Cf: format characters, such as the right-to-left override. Cs: bytes of a name that is not
+    # UTF-8. The zero-width (non-)joiners are kept: ordinary words of several scripts, and emoji, need them.
     return character in "\n\t\u200c\u200d" or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def _escaped(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode represents it
+    if 0xDC80 <= code <= 0xDCFF:  # a non-UTF-8 byte, as os.fsdecode represents it
         return f"\\x{code - 0xDC00:02x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
@@ -173,17 +173,17 @@ def _temporary_prefix(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
-        if not path.is_dir():  # Windows does not open folders, and needs no such thing
+        if not path.is_dir():  # Windows cannot open folders and does not need this
             raise
         return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems cannot sync a folder; a file that cannot be synced is not written.
+        # Some network file systems cannot sync a folder. A file that cannot be synced has not been written.
         if not path.is_dir():
             raise error
     finally:

@@ -1,4 +1,4 @@
-"""How many multiplications a function takes: those of its convolutions and matrix products."""
+"""Counts the multiply-accumulates of a JAX function's convolutions and matrix products."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def count(function: Callable[..., Any], *arguments: Any) -> int:
-    """Multiply-accumulates of the convolutions and matrix products of a JAX function.
+    """Returns the multiply-accumulates of a JAX function's convolutions and matrix products.
 
-    What no result depends on is left out. Loops count their passes, and of the branches of a condition the most
-    expensive one counts.
+    Dead code is not counted. Loops count every iteration, and a condition counts its most expensive branch.
 
     Args:
       arguments: arrays or ShapeDtypeStructs; nothing is computed.

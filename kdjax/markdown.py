@@ -1,7 +1,7 @@
-"""Markdown in which names from elsewhere stand as they are: file names, folders, tensor names and config values.
+"""Markdown output that shows file names, folders, tensor names and config values literally.
 
-For CommonMark with GitHub's tables. What Markdown, HTML or a terminal would take for more than text becomes a code
-span, in which nothing is interpreted; control characters and line breaks become visible escapes.
+Targets CommonMark with GitHub's tables. Text that Markdown, HTML or a terminal would interpret becomes a code span.
+Control characters and line breaks become visible escapes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from kdjax.files import printable
 
-# Text that means nothing to Markdown inside of a line, and that cannot begin a list, a heading or a link.
+# Text without meaning to Markdown inside a line, and that cannot start a list, a heading or a link.
 _HARMLESS = re.compile(r"[\w/.(][\w ./,;:=()'\"%+±-]*")
 _MEANS_MORE = re.compile(r"://|www\.|:[\w+-]+:|\d+[.)] |(?<!\w)_|_(?!\w)|\s$", re.ASCII)
 _PLAIN_YAML = re.compile(r"[A-Za-z][\w.+-]*", re.ASCII)
@@ -20,28 +20,28 @@ _YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 
 
 def literal(value: object) -> str:
-    """The value's text inside of a line: as it is where that means nothing to Markdown, else as a code span."""
+    """Returns the value as inline text: unchanged where Markdown would leave it alone, otherwise as a code span."""
     text = str(value)
     is_harmless = not text or (_HARMLESS.fullmatch(text) and not _MEANS_MORE.search(text) and printable(text) == text)
     return text if is_harmless else code(text)
 
 
 def code(value: object) -> str:
-    """The value's text as a code span."""
+    """Returns the value as a code span."""
     text = printable(str(value)).replace("\n", "\\n").replace("\t", "\\t")
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
-    # Markdown takes a space away on both sides, unless there is nothing else.
+    # Markdown strips one space from each side, unless the span is all spaces.
     pad = " " if not text or (text.strip(" ") and (text[0] in "` " or text[-1] in "` ")) else ""
     text = f"{pad}{text}{pad}" if text else pad
     return f"{'`' * (longest + 1)}{text}{'`' * (longest + 1)}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str, pad: bool = False) -> str:
-    """A table of cells that are Markdown themselves.
+    """Returns a table; the cells are Markdown already.
 
     Args:
-      align: "l" or "r" for each column; numbers stand to the right.
-      pad: fill cells with spaces, so that the table is aligned as plain text too.
+      align: "l" or "r" per column. Numbers are right-aligned.
+      pad: pad cells with spaces, so that the table also lines up as plain text.
     """
     rules = ["---" if side == "l" else "---:" for side in align]
     lines = [header, rules, *rows]
@@ -55,7 +55,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str, p
 
 
 def front_matter(values: Mapping[str, str | Sequence[str]]) -> str:
-    """The YAML at the top of a file, of texts and lists of texts."""
+    """Returns YAML front matter of strings and lists of strings."""
     return "\n".join(["---", *(f"{name}: {_yaml(value)}" for name, value in values.items()), "---"])
 
 

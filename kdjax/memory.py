@@ -1,4 +1,4 @@
-"""How much memory the machine has for programs, as its operating system tells."""
+"""How much memory programs can use, according to the operating system."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _CGROUPS, _PROC = Path("/sys/fs/cgroup"), Path("/proc")
 
 
 def host_memory() -> tuple[int, int]:
-    """Bytes of the machine, or of the part of it that a container, a job or `ulimit -v` leaves to this process.
+    """Returns the bytes of memory available to this process, within limits set by a container, a job or `ulimit -v`.
 
     Returns:
-      In all, and what is free now; 0 where it is not known.
+      The total, and what is free now; 0 if unknown.
     """
     if not hasattr(os, "sysconf"):
         return 0, 0
@@ -28,9 +28,9 @@ def host_memory() -> tuple[int, int]:
 
 
 def _limits_of_groups() -> Iterator[tuple[int, int]]:
-    """The limit and the use of every control group that this process is in."""
+    """Yields the limit and the usage of every control group this process is in."""
     places = {(_CGROUPS, ""), (_CGROUPS / "memory", "")}
-    for line in _lines(_PROC / "self/cgroup"):  # 0::/user.slice, or of version 1 5:memory:/docker/1f3a
+    for line in _lines(_PROC / "self/cgroup"):  # 0::/user.slice, or in version 1 5:memory:/docker/1f3a
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
             places |= {(_CGROUPS / controllers, str(parent)) for parent in (Path(path), *Path(path).parents)}
@@ -43,7 +43,7 @@ def _limits_of_groups() -> Iterator[tuple[int, int]]:
             with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
                 most, now = (int((folder / name).read_text(encoding="utf-8")) for name in (limit, used))
                 stat = dict(line.split(maxsplit=1) for line in _lines(folder / "memory.stat"))
-                yield most, now - int(stat.get(reclaimable, 0))  # files that are only cached
+                yield most, now - int(stat.get(reclaimable, 0))  # without file cache that can be reclaimed
 
 
 def _limit_of_process() -> Iterator[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""Choosing by name, and naming files: an unknown name fails with the nearest valid one and the list of all."""
+"""Lookup by name with helpful errors (the nearest valid name and the full list), and names for output files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def pick(table: Mapping[str, T], name: object, what: str) -> T:
-    """`table[name]`.
+    """Returns `table[name]`.
 
     Raises:
-      ValueError: there is no such name; `what` says in the message what was looked for.
+      ValueError: unknown name. `what` tells the message what kind of thing was looked up.
     """
     if isinstance(name, str) and name in table:
         return table[name]
@@ -26,30 +26,30 @@ def pick(table: Mapping[str, T], name: object, what: str) -> T:
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the known name most like `name`, or '' when none is."""
+    """Returns '; did you mean X?' for the closest known name, or '' if none is close."""
     near = get_close_matches(name[:100] if isinstance(name, str) else brief(name), list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def brief(value: object, length: int = 60) -> str:
-    """`repr(value)`, shortened to `length` characters, at a cost that does not grow with the value.
+    """Returns `repr(value)` cut to `length` characters, in bounded time and memory.
 
-    Python's own repr of a few nested lists that share their entries can take gigabytes.
+    A plain `repr` of a few nested lists that share entries can take gigabytes.
     """
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxother = 3, length, length
     try:
         text = short.repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python prints
         text = f"<a {type(value).__name__}>"
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def png_name(name: str) -> str:
-    """The name, in a folder of pictures, of one made from the image `name`, which may have folders before it.
+    """Returns the PNG file name for a picture made from the image `name`, which may include folders.
 
-    a.jpg becomes a.jpg.png, since there may be an a.png; what is then too long for a file system is cut, and told from
-    others by a hash.
+    a.jpg becomes a.jpg.png, because a.png may exist too. Names too long for the file system are cut and end in a hash
+    that keeps them unique.
     """
     folder, slash, file = name.rpartition("/")
     if not file.lower().endswith(".png"):
@@ -62,18 +62,18 @@ def png_name(name: str) -> str:
 def named_paths(
     texts: Sequence[str], option: str, *, folders: bool = False, reserved: Collection[str] = ()
 ) -> dict[str, str]:
-    """Name -> path, of NAME=PATH or PATH, which is named as the file without its suffix, or as the folder.
+    """Parses NAME=PATH or PATH texts into {name: path}. The default name is the file's stem, or the folder's name.
 
-    Where that repeats, as "student" does, the folder it is in goes before it: "run1_student".
+    If that name repeats ("student" often does), the parent folder is prepended: "run1_student".
 
     Args:
-      option: what the texts were given to, for the message.
-      reserved: what nothing may be called.
+      option: the option the texts were given to, for error messages.
+      reserved: names that may not be used.
 
     Raises:
-      ValueError: two of one name, or a reserved one.
+      ValueError: a duplicate or reserved name.
     """
-    # Of a path such as runs/lr=1/student.pth, or of one that exists, what is before "=" is no name.
+    # In a path that exists, or one such as runs/lr=1/student.pth, the text before "=" is not a name.
     matches = [None if Path(text).exists() else re.fullmatch(r"(\w[\w.+-]*)=(.+)", text) for text in texts]
     given = [match.groups() if match else ("", text) for match, text in zip(matches, texts, strict=True)]
     places = [Path(os.path.abspath(path)) for _, path in given]

@@ -1,4 +1,4 @@
-"""How fast long work goes, how far it is, and how long the rest of it takes."""
+"""Speed, progress and remaining time of long-running work."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _SECONDS = 10  # between two lines
 
 
 class Pace:
-    """The speed of some work, and the time that the rest of it takes at this speed.
+    """Measures the speed of some work and estimates the time remaining.
 
     Args:
-      total: how much work there is, in any unit.
-      done: how much of it was there before.
+      total: the amount of work, in any unit.
+      done: how much of it was already done.
 
     Examples:
       >>> pace = Pace(total=1000)  # images, bytes, whatever is counted
@@ -28,32 +28,32 @@ class Pace:
         self._told = self._since
 
     def restart(self) -> None:
-        """Measures the speed anew, after time that was spent on something else."""
+        """Restarts the measurement, after time spent on something else."""
         self._since, self._before = time.monotonic(), self.done
 
     def advance(self, work: float = 1.0) -> None:
-        """Counts work that is done."""
+        """Adds finished work."""
         self.done += work
 
     @property
     def is_timed(self) -> bool:
-        """Whether any work was done since the speed is measured."""
+        """Whether any work was done since the measurement started."""
         return self.done > self._before
 
     @property
     def rate(self) -> float:
-        """Work per second; nan where none was timed."""
+        """Work per second; nan if none was timed."""
         if not self.is_timed:
             return float("nan")
         return (self.done - self._before) / (time.monotonic() - self._since)
 
     def left(self, begun: float = 0.0) -> str:
-        """The time that the rest takes, as `clock` writes it; of the work at hand, `begun` is done."""
+        """Returns the remaining time, formatted by `clock`. `begun` is how much of the current item is done."""
         timed = self.done + begun - self._before
         return clock((time.monotonic() - self._since) * (self.total - self.done - begun) / timed)
 
     def is_due(self, seconds: float) -> bool:
-        """Whether so much time has passed since this was last true: whether it is time for another line."""
+        """Whether `seconds` have passed since this last returned True: time for another line."""
         now = time.monotonic()
         if now - self._told < seconds:
             return False
@@ -62,13 +62,13 @@ class Pace:
 
 
 class Progress:
-    """Says on stderr, every ten seconds, how much is done, and how long the rest takes at this speed.
+    """Prints to stderr, every ten seconds, how much is done and the time remaining.
 
     Args:
-      count: how many things there are to do.
-      work: what they cost together, in any unit.
-      what: their name, in the plural.
-      silent: says nothing.
+      count: the number of items.
+      work: their total cost, in any unit.
+      what: what the items are called, in the plural.
+      silent: print nothing.
     """
 
     def __init__(self, count: int, work: float, what: str = "images", *, silent: bool = False) -> None:
@@ -76,13 +76,13 @@ class Progress:
         self._done, self._pace = 0, Pace(work)
 
     def advance(self, work: float) -> None:
-        """Counts one, which cost `work`."""
+        """Counts one finished item, which cost `work`."""
         self._done += 1
         self._pace.advance(work)
         self.show()
 
     def show(self, work: float = 0.0, detail: str = "") -> None:
-        """Says it if it is time to, with `work` of the one at hand done, of which `detail` tells."""
+        """Prints a line if one is due. `work` of the current item is done, and `detail` describes it."""
         if self._silent or not self._pace.done + work or not self._pace.is_due(_SECONDS):
             return
         parts = [f"{self._done} of {self._count} {self._what}", detail, f"{self._pace.left(work)} left"]
@@ -90,6 +90,6 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds, as in 1:02:03."""
+    """Formats seconds as hours, minutes and seconds: 1:02:03."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"

@@ -1,6 +1,6 @@
-"""Schedules: pure functions of the number of updates already applied, for learning rates and loss weights.
+"""Schedules for learning rates and loss weights: pure functions of the number of updates already applied.
 
-A schedule is written in a config as a number (constant) or as a dict with a `name`:
+A config writes a schedule as a number (constant) or as a dict with a `name`:
 
     2e-4
     dict(name="multistep", value=5.0, milestones=(50_000, 100_000), gamma=0.5)
@@ -8,9 +8,9 @@ A schedule is written in a config as a number (constant) or as a dict with a `na
     dict(name="linear", value=1.0, steps=100_000, final=0.0)
     dict(name="cosine", value=2e-4, steps=250_000, final=1e-7)
 
-and any of them may have `warmup=N`: linear from value/N at update 0 to the full value at update N - 1. (BasicSR's
-MultiStep never leaves its last warm-up value, value*(N-1)/N; here the full value is reached.) Values are finite in
-float32, as which they are computed; updates are counted in 32 bits.
+Any of them may have `warmup=N`: linear from value/N at update 0 to the full value at update N - 1. (BasicSR's MultiStep
+never leaves its last warm-up value, value*(N-1)/N; here the full value is reached.) Values are computed in float32 and
+must be finite in it. Update counts are 32-bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import optax
 
 from kdjax.names import brief, pick
 
-Schedule = Callable[[Any], jax.Array]  # of a whole number, an array or not; as optax has it
+Schedule = Callable[[Any], jax.Array]  # takes an integer or an integer array, like optax.Schedule
 
 _LAST_UPDATE, _LARGEST = 2**31 - 1, float(np.finfo(np.float32).max)
 _MOST_PHASES = 1_000  # each is an operation in the compiled step
@@ -34,21 +34,21 @@ _COUNTS, _LISTS = ("steps", "warmup", "milestones", "boundaries"), ("milestones"
 
 
 def constant(value: float) -> Schedule:
-    """`value` at every update."""
+    """Returns `value` at every update."""
     return lambda count: jnp.asarray(value, jnp.float32)
 
 
 def multistep(value: float, milestones: Sequence[int], gamma: float = 0.5) -> Schedule:
-    """`value` times `gamma` for every milestone that `count` has reached (torch's MultiStepLR)."""
+    """Multiplies `value` by `gamma` at every milestone (torch's MultiStepLR)."""
     factors: dict[int, float] = {}
-    for milestone in milestones:  # a milestone named twice decays twice, as in BasicSR
+    for milestone in milestones:  # a repeated milestone decays twice, as in BasicSR
         factors[milestone] = factors.get(milestone, 1.0) * gamma
     schedule = optax.piecewise_constant_schedule(value, factors)
     return lambda count: jnp.asarray(schedule(count))
 
 
 def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
-    """`values[0]` before update `boundaries[0]`, then `values[1]` until `boundaries[1]`, and so on: phases."""
+    """Piecewise constant: `values[0]` before update `boundaries[0]`, then `values[1]` until `boundaries[1]`, etc."""
     if len(values) != len(boundaries) + 1 or any(b <= a for a, b in itertools.pairwise(boundaries)):
         raise ValueError(
             f"a piecewise schedule needs rising boundaries and one value more than boundaries, got"
@@ -59,7 +59,7 @@ def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
 
 
 def linear(value: float, steps: int, final: float = 0.0) -> Schedule:
-    """A straight line from `value` at update 0 to `final` at update `steps`, and `final` from then on.
+    """Linear from `value` at update 0 to `final` at update `steps`, then constant.
 
     Examples:
       >>> [float(linear(1.0, 4)(count)) for count in (0, 1, 4, 9)]
@@ -70,7 +70,7 @@ def linear(value: float, steps: int, final: float = 0.0) -> Schedule:
 
 
 def cosine(value: float, steps: int, final: float = 0.0) -> Schedule:
-    """Half a cosine from `value` at update 0 to `final` at update `steps`, and `final` from then on."""
+    """Half a cosine from `value` at update 0 to `final` at update `steps`, then constant."""
     progress = _progress(steps)
     return lambda count: final + 0.5 * (value - final) * (1 + jnp.cos(jnp.pi * progress(count)))
 
@@ -89,10 +89,10 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 
 
 def make_schedule(spec: float | Mapping[str, Any]) -> Schedule:
-    """The schedule that `spec` describes; see the module's docstring for what it may be.
+    """Builds the schedule described by `spec`; the module docstring lists the forms.
 
     Raises:
-      ValueError: an unknown name or argument, a missing argument, or one that is no number of its kind.
+      ValueError: an unknown name or argument, a missing argument, or a value of the wrong type or out of range.
     """
     if not isinstance(spec, Mapping):
         _check("", "a schedule", spec)
@@ -105,7 +105,7 @@ def make_schedule(spec: float | Mapping[str, Any]) -> Schedule:
     warmup = options.pop("warmup", 0)
     try:
         schedule = build(**options)
-    except TypeError as error:  # an argument that the schedule does not take, or one that is missing
+    except TypeError as error:  # an unexpected or missing argument
         raise ValueError(f"schedule {brief(dict(spec))}: {error}") from None
     if not warmup:
         return schedule
@@ -113,7 +113,7 @@ def make_schedule(spec: float | Mapping[str, Any]) -> Schedule:
 
 
 def _check(where: str, key: str, value: Any) -> None:
-    """Refuses an argument of a schedule that is not a number of its kind, or a list of such."""
+    """Checks that a schedule's argument is a number of the right kind, or a list of them."""
     if key in _COUNTS:
         least = 1 if key == "steps" else 0
         kind, span = "whole number", f" from {least} to {_LAST_UPDATE:,}"
@@ -131,17 +131,17 @@ def _check(where: str, key: str, value: Any) -> None:
 
 
 def is_zero(spec: float | Mapping[str, Any]) -> bool:
-    """Whether the schedule is 0 at every update, so that what it weights is not even built."""
+    """Whether the schedule is 0 at every update, so that the term it weights need not be built."""
     return not any(levels(spec))
 
 
 def reaches_zero(spec: float | Mapping[str, Any]) -> bool:
-    """Whether the schedule can be 0 at some update, so that the step has to look before it computes."""
+    """Whether the schedule can be 0 at some update, so that the step must check before computing the term."""
     return not all(levels(spec))
 
 
 def levels(spec: float | Mapping[str, Any]) -> tuple[float, ...]:
-    """The values that a valid schedule stays at, or moves between."""
+    """Returns the values that a valid schedule holds or moves between."""
     if isinstance(spec, int | float):
         return (spec,)
     match spec["name"]:

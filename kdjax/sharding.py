@@ -1,9 +1,10 @@
-"""Devices and processes: one mesh, `("data",)`, over which the batch is split; everything else is replicated.
+"""Devices and processes: one mesh, `("data",)`, that splits the batch. Everything else is replicated.
 
 The axis type is Auto: under JAX's default Explicit type, per-sample crops, flips and blurs would raise.
 
-A run may be several processes, one a host or one a device, each with the same command. `connect` joins them; after
-it, `jax.devices()` are those of all. What every process must know, or decide alike, goes through `exchange`.
+A run may have several processes, one per host or one per device, all started with the same command. `connect` joins
+them; after it, `jax.devices()` lists the devices of all. Whatever every process must know or decide alike goes through
+`exchange`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from kdjax.batch import Batch
 
 log = logging.getLogger("kdjax")
 
-# A process that gave no sign of life for so many seconds counts as dead, and JAX ends the others.
+# A process that is silent for this many seconds counts as dead, and JAX ends the others.
 _HEARTBEAT = 40
-# Steps until a flag is read: the loop has waited for the step before last anyway.
+# Steps until a vote is read: by then the loop has waited for that step anyway.
 _LATE = 2
-_MOST_CPU_DEVICES = 16  # each holds weights and activations of its own
+_MOST_CPU_DEVICES = 16  # each holds its own weights and activations
 
 
 class ProcessError(ValueError):
@@ -39,25 +40,25 @@ class ProcessError(ValueError):
 
 
 class AgreedError(RuntimeError):
-    """An error that all processes raise at the same place, so that they may still wait for one another."""
+    """An error that all processes raise at the same point, so they may still wait for one another."""
 
 
 def connect(address: str = "", count: int | None = None, index: int | None = None) -> bool:
-    """Joins the processes of a run; does nothing for one that was started alone. Call it before any use of a device.
+    """Joins the processes of a run; does nothing for a single process. Call it before any device is used.
 
     Args:
       address: host:port of process 0; JAX_COORDINATOR_ADDRESS if empty.
-      count: how many processes; JAX_NUM_PROCESSES if None. 1 stays alone, whatever launcher there is.
-      index: which of them this is, from 0; JAX_PROCESS_ID if None.
+      count: number of processes; JAX_NUM_PROCESSES if None. 1 means a single process, whatever the launcher.
+      index: index of this process, from 0; JAX_PROCESS_ID if None.
 
     Without count and index, JAX asks the launcher: Slurm and Open MPI (with more than one task), Kubernetes (an indexed
     Job or a JobSet) and Cloud TPU.
 
     Returns:
-      Whether there are others.
+      Whether there are other processes.
 
     Raises:
-      ProcessError: something is missing or contradictory, or the others did not come.
+      ProcessError: something is missing or contradictory, or the other processes did not connect.
     """
     address = address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     count = _number("JAX_NUM_PROCESSES") if count is None else count
@@ -87,7 +88,7 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
         log.info(f"process {index} of {count}: waiting for the others at {address}")
     else:
         log.info(f"started by {launcher}: waiting for the other processes")
-    # Else JAX's own handler would keep SIGTERM from us.
+    # Otherwise JAX's own handler would take SIGTERM from us.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -95,7 +96,7 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
         )
     except ValueError as error:
         if launcher == "Cloud TPU" and not options:
-            return False  # libtpu is installed, but this is no TPU machine
+            return False  # libtpu is installed, but this is not a TPU machine
         raise ProcessError(
             f"this process was started by {launcher}, but JAX could not find the others ({error}). Give"
             " --coordinator_address=HOST:PORT, --num_processes and --process_id, or --num_processes=1 to train alone."
@@ -120,9 +121,9 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
 
 
 def launcher_of(environ: Mapping[str, str]) -> str:
-    """What started this process as one of several, of what JAX can ask for the others; "" for nothing.
+    """Returns the launcher that started this process as one of several, if JAX can query it; otherwise "".
 
-    A step of one Slurm task, or an mpirun of one, is alone: JAX would hide all its devices but one.
+    A Slurm step with one task, or mpirun with one, counts as a single process: JAX would hide all its devices but one.
     """
     if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         return "Slurm"
@@ -143,32 +144,32 @@ def _number(variable: str) -> int | None:
 
 
 def is_first() -> bool:
-    """Whether this process writes what a run writes once."""
+    """Whether this is the process that writes what a run writes once."""
     return jax.process_index() == 0
 
 
 def exchange(value: Any) -> list[Any]:
-    """What the processes passed here, in their order. All of them have to call it; it waits for the slowest.
+    """Gathers `value` from all processes, in process order. Every process must call it; it waits for the slowest.
 
     Args:
-      value: anything JSON can hold; floats come back exactly.
+      value: anything JSON can represent; floats round-trip exactly.
     """
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
     longest = int(multihost_utils.process_allgather(np.int32(len(text))).max())
-    padded = np.pad(text, (0, (1 << longest.bit_length()) - len(text)))  # few distinct sizes, each of which compiles
+    padded = np.pad(text, (0, (1 << longest.bit_length()) - len(text)))  # few distinct sizes, because each one compiles
     return [json.loads(bytes(row).rstrip(b"\0")) for row in multihost_utils.process_allgather(padded)]
 
 
 def share(count: int) -> range:
-    """The part of `range(count)` that falls to this process; those of all processes are the whole."""
+    """Returns this process's part of `range(count)`; the parts of all processes make up the whole."""
     index, processes = jax.process_index(), jax.process_count()
     return range(index * count // processes, (index + 1) * count // processes)
 
 
 class SharedFlag:
-    """A flag that every process may raise at any time and that all see at the same step."""
+    """A flag that any process can raise at any time and that all processes see at the same step."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._sharding = split_batch(mesh)
@@ -176,9 +177,9 @@ class SharedFlag:
         self._votes: deque[jax.Array] = deque()
 
     def update(self, here: bool) -> bool:
-        """Tells the others whether it is raised here, once a step; returns whether it was anywhere, two steps ago.
+        """Publishes this process's flag, once per step; returns whether any process had raised it two steps ago.
 
-        Alone, a process hears itself at once.
+        In a single process the flag takes effect at once.
         """
         if jax.process_count() == 1:
             return here
@@ -188,7 +189,7 @@ class SharedFlag:
 
 
 def lost_another(error: BaseException) -> bool:
-    """Whether the error means that another process is gone."""
+    """Whether the error means that another process has died."""
     if jax.process_count() == 1:
         return False
     signs = ("gloo", "nccl", "coordination service", "coordinationservice", "barrier", "heartbeat")
@@ -196,15 +197,14 @@ def lost_another(error: BaseException) -> bool:
 
 
 def use_all_cores(batch_size: int = 0) -> None:
-    """Makes every core of a CPU a device, of which each computes its part of the batch, as accelerators do.
+    """Makes each CPU core a device that computes its part of the batch, as accelerators do.
 
-    XLA keeps the cores busier so than with threads inside of each operation (`docs/performance.md`). To be called
-    before anything else asks JAX for its devices: programs call this or `connect` first, and config files are data that
-    need no device. On other platforms it changes nothing, and a number of devices that the user has set
-    (JAX_NUM_CPU_DEVICES) stays.
+    This keeps the cores busier than XLA's threads inside each operation (`docs/performance.md`). It must run before
+    anything asks JAX for its devices: programs call this or `connect` first, and config files are data that need no
+    device. It does nothing on other platforms, or if the user has set the number of devices (JAX_NUM_CPU_DEVICES).
 
     Args:
-      batch_size: what the number of devices must divide; 0 for nothing.
+      batch_size: the number of devices must divide it; 0 for no constraint.
     """
     if getattr(jax.config, "jax_num_cpu_devices", -1) > 0:
         return
@@ -212,7 +212,7 @@ def use_all_cores(batch_size: int = 0) -> None:
     most = min(cores, _MOST_CPU_DEVICES)
     try:
         jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
-    except RuntimeError:  # the devices are fixed at their first use
+    except RuntimeError:  # JAX has already created its devices
         if jax.default_backend() == "cpu":
             log.warning(
                 "WARNING: JAX'S DEVICES WERE IN USE BEFORE THE PROGRAM STARTED, so the cores of this CPU work as one"
@@ -222,13 +222,13 @@ def use_all_cores(batch_size: int = 0) -> None:
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A one-dimensional mesh over `devices` (all of them by default), those of a process side by side."""
+    """Returns a one-dimensional mesh over `devices` (default: all), with the devices of each process adjacent."""
     devices = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The jitted function, called where `per_sample` finds the mesh."""
+    """Returns the jitted function, run with the mesh set so that `per_sample` finds it."""
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -239,37 +239,37 @@ def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def per_sample(function: Callable[..., Any], *batches: Any) -> Any:
-    """`function(*batches)`, where no sample looks at another one: every device computes its own samples.
+    """Returns `function(*batches)`; no sample may depend on another, so each device computes its own.
 
-    XLA splits most operations so by itself. Others, such as FFTs, gathers and conditions by sample, it would compute on
-    every device for the whole batch, and send the images around for it.
+    XLA splits most operations this way by itself. For others, such as FFTs, gathers and per-sample conditions, it would
+    compute the whole batch on every device and move the images between them.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(*batches)
     split = PartitionSpec("data")
-    # Unchecked: a loop inside may start from a constant, which is the same on every device, and go on with samples.
+    # Unchecked: an inner loop may start from a constant, replicated across devices, and carry on with samples.
     return jax.shard_map(function, in_specs=split, out_specs=split, check_vma=False)(*batches)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device."""
+    """The sharding that puts the same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
+    """The sharding that splits the first axis over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
-    """Puts this process's part of a batch onto its devices; the first axes must divide by the device count."""
+    """Puts this process's part of a batch on its devices. The device count must divide the first axes."""
     sharding = split_batch(mesh)
     return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, array), batch)
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """Puts a tree of host arrays, equal on every process, onto every device."""
+    """Puts a tree of host arrays, equal in every process, on every device."""
     here = jax.device_put(tree, replicated(mesh.local_mesh))
     if mesh.local_mesh.size == mesh.size:
         return here

@@ -1,4 +1,4 @@
-"""Ending a program in order when it is asked to: SIGTERM (schedulers, `kill`) and SIGINT (Ctrl-C)."""
+"""Graceful shutdown on SIGTERM (schedulers, `kill`) and SIGINT (Ctrl-C)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Self
 
 
 class Stopped(Exception):
-    """A program ended in order because a signal asked it to.
+    """Raised when a program shuts down gracefully after a signal.
 
     Args:
-      name: of the signal, such as "SIGTERM".
-      where: what had been done by then, such as "at step 6 of 100".
+      name: the signal, such as "SIGTERM".
+      where: how far the program got, such as "at step 6 of 100".
     """
 
     def __init__(self, name: str, where: str = "") -> None:
@@ -21,14 +21,14 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """While active, the first SIGTERM or SIGINT only sets `requested`; a second one ends the program at once."""
+    """While active, the first SIGTERM or SIGINT only sets `requested`; a second one kills the program."""
 
     def __init__(self) -> None:
         self.name = ""
 
     @property
     def requested(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has arrived."""
         return bool(self.name)
 
     def __enter__(self) -> Self:

@@ -1,27 +1,27 @@
-"""Every random stream of a run, in one table, so that no two of them meet.
+"""Every random stream of a run in one table, so that no two overlap.
 
-Nothing random is stored: whatever is drawn follows from the seed of the run, the stream, and a number in this stream.
+No random state is stored: every draw follows from the run's seed, the stream, and a number within the stream.
 
-On the device, streams are keys. The key of the run is `jax.random.key(seed)`; a number is folded into it:
+On the device, streams are keys. The run's key is `jax.random.key(seed)`, with a number folded into it:
 
-    number                 key of                                             then folded in
-    0 ... 2**31 - 1        the degradation of the sample of this number       -
-    Stream.TERMS           the choices of loss terms                          the number of the sample
-    Stream.CROP            where the crop is cut out of the canvas            the number of the sample
-    Stream.STUDENT         the initial values of the student                  -
-    Stream.ADAPTERS        the initial values of the adapters of loss terms   the CRC-32 of the term's name
-    Stream.VALIDATION      the degradation of validation images; of seed 0,   the place of the image in the set
-                           whatever that of the run is
+    number                 key for                                            then folded in
+    0 ... 2**31 - 1        degrading the sample with this number              -
+    Stream.TERMS           random choices of loss terms                       the sample number
+    Stream.CROP            the position of the crop in the canvas             the sample number
+    Stream.STUDENT         the student's initial weights                      -
+    Stream.ADAPTERS        the initial weights of loss terms' adapters        the CRC-32 of the term's name
+    Stream.VALIDATION      degrading validation images; always from seed 0,   the image's position in the set
+                           whatever the run's seed
 
-On the host, for the data, they are NumPy generators, seeded by (seed, stream, number). The streams are those of `Kind`.
+On the host, for the data, streams are NumPy generators seeded by (seed, stream, number); `Kind` lists them.
 
-What belongs to no run has a fixed seed of its own: the noise of `kdjax.validation.add_noise`, for example, is a
+What belongs to no run has its own fixed seed. The noise of `kdjax.validation.add_noise`, for example, is part of a
 protocol.
 
-Before this table, the student had the number 1 and the adapters 2, which are samples, and the terms had that of the
-validation. Since they moved, new runs start from other initial values, and `label_consistency` makes other choices. All
-else is as before: the order of the data, crops, noise, validation images and caches. A run that is continued keeps its
-numbers, unless it has that term.
+Before this table, the student used number 1 and the adapters number 2, which are also sample numbers, and the terms
+used validation's number. Since they moved, new runs start from different initial weights, and `label_consistency` makes
+different choices. Everything else is unchanged: data order, crops, noise, validation images and caches. A resumed run
+keeps its numbers, unless it has that term.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-SAMPLES = 2**31  # the numbers of samples begin anew from here; those of `Stream` are larger
+SAMPLES = 2**31  # sample numbers wrap around here; the numbers of `Stream` are larger
 
 
 @enum.unique
 class Stream(enum.IntEnum):
-    """The numbers that are folded into the key of a run."""
+    """Numbers folded into the run's key."""
 
     VALIDATION = 2**32 - 1
     CROP = 2**32 - 2
@@ -46,13 +46,13 @@ class Stream(enum.IntEnum):
 
 
 class _Draws(NamedTuple):
-    order: int  # of the images in an epoch; the number is that of the epoch
-    sample: int  # crop and flips, and what replaces a damaged image; the number is that of the sample
+    order: int  # image order within an epoch; numbered by epoch
+    sample: int  # crop and flips, and the substitute for a damaged image; numbered by sample
 
 
 @enum.unique
 class Kind(_Draws, enum.Enum):
-    """The kinds of images that a batch is made of, each with NumPy streams of its own."""
+    """The kinds of images in a batch, each with its own NumPy streams."""
 
     LABELLED = 0, 1
     UNLABELLED = 2, 3
@@ -61,5 +61,5 @@ class Kind(_Draws, enum.Enum):
 
 
 def generator(seed: int, stream: int, number: int) -> np.random.Generator:
-    """The generator of a number in a stream of the data: one of the two of a `Kind`."""
+    """Returns the generator for a number in a data stream, one of a `Kind`'s two."""
     return np.random.Generator(np.random.PCG64((seed, stream, number)))
