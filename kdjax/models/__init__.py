@@ -1,12 +1,12 @@
-"""Networks, and the one interface through which the rest of kdjax sees them.
+"""Networks, and the single interface through which the rest of kdjax uses them.
 
     net = network("rrdbnet", {"num_block": 6})      an architecture with its hyper-parameters: a `Network`
     apply = net.make_apply()                        apply(params, x) -> (output, features), a pure function
     model = net.init(jax.random.key(0))             with weights: a `Model`; model(x) -> (output, features)
 
-x is float NHWC in [0, 1], and `features` a dict from module path ("body.3") to array. Flax NNX lives inside this
-folder only. Parameters are a nested dict of arrays whose path is the torch module path; leaves are named `kernel`
-(HWIO) and `bias` for convolutions, and every other leaf has its torch name.
+x is float NHWC in [0, 1], and `features` maps module paths ("body.3") to arrays. Flax NNX is used inside this folder
+only. Parameters are a nested dict of arrays whose path is the torch module path. The leaves of a convolution are
+`kernel` (HWIO) and `bias`; every other leaf keeps its torch name.
 
 An architecture is one file, `models/X.py`, and one line of `MODELS`.
 """
@@ -34,7 +34,7 @@ __all__ = [
     "network",
 ]
 
-# Where two architectures have the keys of a file alike, the first one is taken.
+# If a file's keys fit two architectures equally well, the first one wins.
 MODELS: dict[str, Architecture] = {
     "rrdbnet": rrdbnet.ARCHITECTURE,
     "srvggnetcompact": srvgg.ARCHITECTURE,
@@ -47,10 +47,10 @@ MODELS: dict[str, Architecture] = {
 
 
 def architecture(name: str) -> Architecture:
-    """The architecture of a name: a key of MODELS, BasicSR's class name ("RRDBNet"), or "module:Class".
+    """Looks up an architecture by its key in MODELS, BasicSR's class name ("RRDBNet"), or "module:Class".
 
     Raises:
-      ValueError: the name is unknown; the message lists the valid ones. Or the class cannot be imported.
+      ValueError: the name is unknown (the message lists the valid ones), or the class cannot be imported.
     """
     if custom.is_custom(name):
         return custom.architecture(name)
@@ -60,10 +60,10 @@ def architecture(name: str) -> Architecture:
 
 
 def network(arch: str, hparams: Mapping[str, Any] | None = None) -> Network:
-    """The network of these hyper-parameters; missing ones take their default.
+    """Returns the network with these hyper-parameters; missing ones take their defaults.
 
     Raises:
-      ValueError: an unknown architecture or hyper-parameter, or an impossible value.
+      ValueError: an unknown architecture or hyper-parameter, or an invalid value.
 
     Examples:
       >>> student = network("srvggnetcompact", {"num_feat": 16, "num_conv": 4, "upscale": 1})

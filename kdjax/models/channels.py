@@ -1,7 +1,7 @@
-"""The channels of convolutions that a smaller network keeps: how much each matters, and taking those that do.
+"""Channel pruning for convolutions: rank the channels and keep the most important ones.
 
-A channel matters as much as the kernels that write it times those that read it (their L1 norms, after Li et al.,
-"Pruning filters for efficient ConvNets", arXiv:1608.08710). Parameters are NumPy arrays here.
+A channel's importance is the product of the L1 norms of the kernels that write it and those that read it, after Li et
+al., "Pruning filters for efficient ConvNets", arXiv:1608.08710. Parameters are NumPy arrays here.
 """
 
 from __future__ import annotations
@@ -11,37 +11,37 @@ from typing import Any
 
 import numpy as np
 
-Conv = Mapping[str, np.ndarray]  # kernel, HWIO, and bias
+Conv = Mapping[str, np.ndarray]  # kernel (HWIO) and bias
 Tree = dict[str, Any]
 
 
 def best(importance: np.ndarray, count: int) -> np.ndarray:
-    """The places of the `count` largest, in their order."""
+    """Returns the indices of the `count` largest values, in ascending order."""
     return np.sort(np.argsort(-importance, kind="stable")[:count])
 
 
 def writes(conv: Conv) -> np.ndarray:
-    """How strongly each output channel is written."""
+    """Returns how strongly each output channel is written."""
     return np.abs(conv["kernel"]).sum((0, 1, 2))
 
 
 def reads(conv: Conv) -> np.ndarray:
-    """How strongly each input channel is read."""
+    """Returns how strongly each input channel is read."""
     return np.abs(conv["kernel"]).sum((0, 1, 3))
 
 
 def every(conv: Conv, side: str) -> np.ndarray:
-    """The places of all its channels, "in" or "out"."""
+    """Returns the indices of all channels on a side, "in" or "out"."""
     return np.arange(conv["kernel"].shape[2 if side == "in" else 3])
 
 
 def take(conv: Conv, read: np.ndarray, written: np.ndarray) -> Tree:
-    """The convolution from some of its input channels to some of its output channels."""
+    """Returns the convolution restricted to some input and output channels."""
     return {"kernel": conv["kernel"][:, :, read][..., written], "bias": conv["bias"][written]}
 
 
 def cut_stack(name: str, count: Callable[[Mapping[str, Any]], int]) -> Callable[..., Tree]:
-    """The `Slice.cut` of a list `name` of conv, activation, conv, ..., conv with `count(hparams)` convolutions."""
+    """Returns a `Slice.cut` for a list `name` (conv, activation, ..., conv) with `count(hparams)` convolutions."""
 
     def cut(params: Tree, before: Mapping[str, Any], after: Mapping[str, Any]) -> Tree:
         layers, last, width = params[name], 2 * (count(before) - 1), after["num_feat"]
@@ -62,7 +62,7 @@ def cut_stack(name: str, count: Callable[[Mapping[str, Any]], int]) -> Callable[
 
 
 def cut_chain(params: Tree, names: Sequence[str], read: np.ndarray, width: int) -> Tree:
-    """Convolutions one after another, from the channels `read` to all channels of the last one."""
+    """Cuts a chain of convolutions to `width` channels, from input channels `read` to all channels of the last one."""
     sliced = {}
     for name, following in zip(names, [*names[1:], None], strict=True):
         if following is None:

@@ -1,9 +1,9 @@
-"""The user's own network as an architecture: `arch="my_package.my_net:MyNet"`, any importable Flax module.
+"""User-defined networks: `arch="my_package.my_net:MyNet"`, any importable Flax module class.
 
-The class is a Flax NNX module, built as `MyNet(**hparams, rngs=rngs)` (with `remat=` if it takes that), or a Linen
-module, built as `MyNet(**hparams)`. Called with a float NHWC image it returns `(output, features)`. It may have
-trained parameters only. Attributes `multiple` and `pad_mode` say how it pads images, if it does.
-`docs/your_own_student.md` is the guide.
+A Flax NNX module is built as `MyNet(**hparams, rngs=rngs)` (plus `remat=` if it accepts that), a Linen module as
+`MyNet(**hparams)`. Called with a float NHWC image, it returns `(output, features)`. All its variables must be trained
+parameters. If it pads images, its attributes `multiple` and `pad_mode` say how. `docs/your_own_student.md` is the
+guide.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def is_custom(arch: str) -> bool:
 
 @functools.cache
 def architecture(arch: str) -> Architecture:
-    """The architecture whose module "module.path:Class" names.
+    """Returns the architecture for the class at "module.path:Class".
 
     Raises:
-      ValueError: it cannot be imported, or is no Flax module class.
+      ValueError: it cannot be imported, or is not a Flax module class.
     """
     module_name, _, class_name = arch.partition(":")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module does when it is imported
+    except Exception as error:  # importing the user's module can raise anything
         raise ValueError(
             f"architecture {arch!r}: the module {module_name!r} cannot be imported ({type(error).__name__}: {error});"
             " is it on PYTHONPATH or in the current folder?"

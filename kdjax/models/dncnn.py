@@ -1,11 +1,11 @@
 """DnCNN without batch normalisation (Zhang et al., 2017, arXiv:1608.03981), in KAIR's layout `model.N`.
 
-The network predicts the noise and subtracts it: y = x - net(x). KAIR ships its DnCNN weights with the batch
-normalisation already folded into the convolutions, which is the form here. `unshuffle` is ours: the network runs at
-1/unshuffle of the input's height and width, with about unshuffle^2 times fewer multiplications at the same num_feat.
+The network predicts the noise and subtracts it: y = x - net(x). KAIR's DnCNN weights have batch normalisation already
+folded into the convolutions, as here. `unshuffle` is our addition: the network runs at 1/unshuffle of the input's
+height and width, with about unshuffle^2 times fewer multiplications at the same num_feat.
 
-Features: `model.N` for every convolution and ReLU of the list; all but the last have num_feat channels at
-1/unshuffle of the input's height and width.
+Features: `model.N` for every convolution and ReLU of the list. All but the last have num_feat channels at 1/unshuffle
+of the input's height and width.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from kdjax.models.reading import (
 
 
 class DnCNN(nnx.Module):
-    """(b, h, w, num_in_ch) -> the same shape, and its features; `depth` counts the convolutions.
+    """(b, h, w, num_in_ch) -> the same shape, and features. `depth` is the number of convolutions.
 
     Raises:
       ValueError: `depth` is below 2.
@@ -81,7 +81,7 @@ class DnCNN(nnx.Module):
 # ---- its files -------------------------------------------------------------------------------------------------
 
 
-# BatchNorm's epsilon leaves no trace: KAIR and Zhang's training code set it, others have torch's default.
+# Weights do not record BatchNorm's epsilon. KAIR and Zhang's training code set this one, others use torch's default.
 KAIR_EPS = 1e-4
 TORCH_EPS = 1e-5
 PUBLISHED_SIZES = {(64, 17), (64, 20)}  # num_feat, depth
@@ -106,7 +106,7 @@ def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
 
 
 def _settle(known: Known) -> Settled:
-    """Takes the activation for ReLU, and asks whether it is DnCNN or IRCNN where both have these tensors."""
+    """Assumes ReLU, and asks for `arch` where the tensors fit both DnCNN and IRCNN."""
     sizes = known.hparams["num_feat"], known.hparams["depth"]
     if sizes == (64, 7) and not known.is_chosen:
         raise WeightsError(
@@ -123,11 +123,11 @@ def _settle(known: Known) -> Settled:
 
 
 def _fold_batch_norm(state: State) -> tuple[dict[str, np.ndarray], str] | None:
-    """A DnCNN (conv, ReLU, [conv, BatchNorm, ReLU]..., conv) as one without BatchNorm, and the name of its layout.
+    """Folds the BatchNorm of a DnCNN (conv, ReLU, [conv, BatchNorm, ReLU]..., conv); also returns the layout's name.
 
-    y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution with scaled kernels and another bias: the
-    network is the same up to rounding.
-    Convolutions without biases, as in Zhang's training code and in SaoYan's DnCNN-PyTorch, get those of zero.
+    y = gamma * (conv(x) - mean) / sqrt(var + eps) + beta is a convolution with a scaled kernel and another bias, so the
+    network is the same up to rounding. Convolutions without a bias, as in Zhang's training code and SaoYan's
+    DnCNN-PyTorch, get a zero bias.
     """
     if not _has_batch_norm(state):
         return None
@@ -174,7 +174,7 @@ def _has_batch_norm(state: State) -> bool:
 
 
 def _entries(state: State, name: str) -> dict[int, dict[str, StoredTensor]]:
-    """The tensors of each layer of the list, by its number."""
+    """Groups the tensors by layer number."""
     entries: dict[int, dict[str, StoredTensor]] = {}
     for key, value in state.items():
         match = re.fullmatch(rf"{name}\.([0-9]{{1,4}})\.(weight|bias|running_mean|running_var)", key)

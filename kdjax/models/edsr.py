@@ -1,10 +1,10 @@
-"""EDSR (Lim et al., 2017, arXiv:1707.02921): residual blocks without normalisation, as BasicSR has it (`edsr_arch.py`).
+"""EDSR (Lim et al., 2017, arXiv:1707.02921): residual blocks without normalisation, after BasicSR's `edsr_arch.py`.
 
-The image is centred on the mean colour of DIV2K and multiplied by `img_range` inside. `unshuffle` is ours: the trunk
-runs at 1/unshuffle of the input's height and width, and a last pixel shuffle brings it back.
+Internally the image is centred on DIV2K's mean colour and multiplied by `img_range`. `unshuffle` is our addition: the
+trunk runs at 1/unshuffle of the input's height and width, and a final pixel shuffle restores the size.
 
-Features: `conv_first`, `body.N` (each block), `conv_after_body` (before it is added to `conv_first`), all with
-num_feat channels at 1/unshuffle of the input's height and width.
+Features: `conv_first`, `body.N` (each block), `conv_after_body` (before `conv_first` is added), all with num_feat
+channels at 1/unshuffle of the input's height and width.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
 
 class ResidualBlock(nnx.Module):
-    """x + res_scale x conv2(relu(conv1(x))), which MSRResNet has as well."""
+    """x + res_scale x conv2(relu(conv1(x))); MSRResNet uses it too."""
 
     def __init__(self, num_feat: int, res_scale: float, *, residual_init: bool, rngs: nnx.Rngs) -> None:
         self.res_scale = res_scale
@@ -56,7 +56,7 @@ class ResidualBlock(nnx.Module):
 
 
 class EDSR(nnx.Module):
-    """(b, h, w, num_in_ch) -> (b, h*upscale, w*upscale, num_out_ch) and its features; any h and w.
+    """(b, h, w, num_in_ch) -> (b, h*upscale, w*upscale, num_out_ch) and features, for any h and w.
 
     Raises:
       ValueError: `upscale` is neither 3 nor a power of 2.
@@ -108,10 +108,10 @@ class EDSR(nnx.Module):
 
 
 def upsampling_steps(upscale: int) -> tuple[int, ...]:
-    """The pixel shuffles that enlarge `upscale` times: twos, or one three; none for 1.
+    """Returns the factors of the pixel shuffles for `upscale`: twos, or a single three; empty for 1.
 
     Raises:
-      ValueError: there are no such steps.
+      ValueError: `upscale` is neither 3 nor a power of 2.
     """
     if upscale == 3:
         return (3,)
@@ -127,10 +127,10 @@ _AUTHORS = "EDSR-PyTorch"
 
 
 def _img_range(constants: State) -> dict[str, Any]:
-    """What the mean shifts of EDSR's authors, x -> x -+ img_range * mean, tell.
+    """Reads `img_range` from the mean shifts in the authors' files, x -> x -+ img_range * mean.
 
     Raises:
-      WeightsError: they do something else.
+      WeightsError: the layers compute something else.
     """
     if not constants:
         return {}
@@ -182,7 +182,7 @@ _LAYOUTS = (
         rename_by(
             (r"(?P<name>conv_first|conv_after_body|conv_last)", r"\g<name>"),
             (r"body\.<N>\.conv<K>", "body.<N>.conv<K>"),
-            # A convolution and its pixel shuffle are one module there, and two in BasicSR.
+            # A convolution and its pixel shuffle are one module there, but two in BasicSR.
             *((rf"upsample\.{k}\.upsample_conv", f"upsample.{2 * k}") for k in range(4)),
         ),
         told=lambda constants: {"img_range": 1.0},
@@ -204,7 +204,7 @@ def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
 
 
 def _settle(known: Known) -> Settled:
-    """Takes `res_scale` from the published networks of this size, or asks for it; takes BasicSR's `img_range`."""
+    """Takes `res_scale` from the published network of this size, or asks for it; assumes BasicSR's `img_range`."""
     settled, notes = settle_unshuffle(known)
     if "res_scale" not in known.stated:
         res_scale, note = _res_scale(known.layout, known.hparams)

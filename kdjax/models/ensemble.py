@@ -1,4 +1,4 @@
-"""A network asked eight times: over the flips and quarter turns of its input."""
+"""Self-ensemble: a network averaged over the flips and quarter turns of its input."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from kdjax.models.model import Apply, Params
 
 
 def self_ensemble(apply: Apply) -> Apply:
-    """The mean of a network's images over the eight flips and quarter turns of its input, turned back (x8, "+").
+    """Averages a network's output over the eight flips and quarter turns of its input, turned back (x8, "+").
 
-    The features are those of the input as it is. Costs eight forward passes, one after another. (Timofte et al., 2016,
-    "Seven ways to improve example-based single image super resolution".)
+    The features are those of the unchanged input. It costs eight forward passes, one after another. (Timofte et al.,
+    2016, "Seven ways to improve example-based single image super resolution".)
     """
 
     def turned(x: jax.Array, flips: jax.Array) -> jax.Array:
@@ -22,7 +22,7 @@ def self_ensemble(apply: Apply) -> Apply:
     def ensemble(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         output, features = apply(params, x)
         total = output
-        # Two loops, since a transposed image has another shape.
+        # Two loops, because a transposed image has a different shape.
         for transposed, flips in ((False, [(1, 0), (0, 1), (1, 1)]), (True, [(0, 0), (1, 0), (0, 1), (1, 1)])):
             view = x.swapaxes(1, 2) if transposed else x
             one = lambda flip, view=view: turned(apply(params, turned(view, flip))[0], flip)  # noqa: E731

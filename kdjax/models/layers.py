@@ -1,4 +1,4 @@
-"""Layers that several architectures share, with torch's initialisation and parameter names."""
+"""Layers shared by several architectures, with torch's initialisation and parameter names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ Init = Callable[..., jax.Array]  # (key, shape, dtype) -> initial values
 
 
 def _compiled_quickly(draw: Init) -> Init:
-    """The same numbers. XLA takes a second for the random numbers of every shape, and at this level a fifth of that."""
+    """Returns a version that draws the same numbers but compiles faster.
+
+    XLA takes a second to compile random numbers for each shape, and a fifth of that at this optimisation level.
+    """
     compiled = jax.jit(draw, static_argnums=(1, 2), compiler_options={"xla_backend_optimization_level": 1})
 
     def call(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-        traced = isinstance(key, Tracer)  # for shapes alone, where nothing is compiled
+        traced = isinstance(key, Tracer)  # tracing for shapes only, where nothing is compiled
         return (draw if traced else compiled)(key, shape, dtype)
 
     return call
@@ -40,7 +43,7 @@ def residual_kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtyp
 
 @functools.cache
 def torch_bias_init(fan_in: int) -> Init:
-    """torch's default for the bias of a convolution: uniform in +-1/sqrt(fan_in)."""
+    """torch's default for a convolution's bias: uniform in +-1/sqrt(fan_in)."""
     bound = 1 / math.sqrt(fan_in)
     return _compiled_quickly(lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound))
 
@@ -48,7 +51,7 @@ def torch_bias_init(fan_in: int) -> Init:
 def conv3x3(
     num_in: int, num_out: int, *, rngs: nnx.Rngs, residual_init: bool = False, narrow: bool = False
 ) -> nnx.Conv:
-    """A zero-padded 3x3 convolution with bias, initialised as torch does, or as BasicSR's residual branches.
+    """Returns a zero-padded 3x3 convolution with bias, initialised as in torch or as in BasicSR's residual branches.
 
     `narrow` is for many input channels and few output channels (`kdjax.ops.winograd`).
     """
@@ -65,19 +68,19 @@ def conv3x3(
 
 
 def _same(x: jax.Array, kernel: jax.Array, *_: object, **__: object) -> jax.Array:
-    """In place of `jax.lax.conv_general_dilated`, with the arguments that keep the size."""
+    """Replaces `jax.lax.conv_general_dilated`, for size-preserving arguments."""
     return convolve(x, kernel)
 
 
 def _narrow(x: jax.Array, kernel: jax.Array, *_: object, **__: object) -> jax.Array:
-    """In place of `jax.lax.conv_general_dilated`, with the arguments that `conv3x3` always has."""
+    """Replaces `jax.lax.conv_general_dilated`, for the arguments `conv3x3` always passes."""
     return narrow_conv3x3(x, kernel)
 
 
 def conv(
     num_in: int, num_out: int, size: int, *, rngs: nnx.Rngs, stride: int = 1, groups: int = 1, bias: bool = True
 ) -> nnx.Conv:
-    """A convolution of `size` x `size` with torch's initial values, zero-padded to keep the size at stride 1."""
+    """Returns a `size` x `size` convolution with torch's initialisation, zero-padded to keep the size at stride 1."""
     return nnx.Conv(
         num_in,
         num_out,
@@ -93,14 +96,14 @@ def conv(
     )
 
 
-@jax.jit  # one call in the jaxpr, which `kdjax.export` knows by its name
+@jax.jit  # a single call in the jaxpr, which `kdjax.export` recognises by name
 def prelu(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """max(x, 0) + weight * min(x, 0) for (b, h, w, c) and one slope for each of the c channels."""
+    """max(x, 0) + weight * min(x, 0) for (b, h, w, c), with one slope per channel."""
     return jnp.where(x >= 0, x, weight * x)
 
 
 class PReLU(nnx.Module):
-    """`prelu` with one learnt slope per channel, as torch has it; Flax's has a single slope."""
+    """`prelu` with one learnt slope per channel, as in torch; Flax's PReLU has a single slope."""
 
     def __init__(self, num_channels: int) -> None:
         self.weight = nnx.Param(jnp.full((num_channels,), 0.25, jnp.float32))
@@ -110,7 +113,7 @@ class PReLU(nnx.Module):
 
 
 class Activation(nnx.Module):
-    """An activation without parameters, so that it can stand in a list of layers as it does in torch."""
+    """An activation without parameters, as a module, so that layer lists are numbered as in torch."""
 
     def __init__(self, function: Callable[[jax.Array], jax.Array]) -> None:
         self.function = function
@@ -120,8 +123,8 @@ class Activation(nnx.Module):
 
 
 def call(module: nnx.Module, x: jax.Array, *, remat: bool) -> jax.Array:
-    """`module(x)`; with `remat` its inner activations are computed again in the backward pass, not stored.
+    """Returns `module(x)`; with `remat`, its inner activations are recomputed in the backward pass instead of stored.
 
-    `nnx.remat`, not `jax.checkpoint`: the latter silently loses what an NNX module writes to itself.
+    Uses `nnx.remat`, not `jax.checkpoint`, which silently drops what an NNX module writes to itself.
     """
     return nnx.remat(lambda module, x: module(x))(module, x) if remat else module(x)

@@ -1,4 +1,4 @@
-"""An architecture; a network: an architecture with its hyper-parameters; a model: a network with its weights."""
+"""Architecture, network (an architecture with its hyper-parameters) and model (a network with its weights)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Apply = Callable[[Params, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """How a smaller network is cut out of a larger one of the same architecture; `kdjax.models.slicing`.
+    """How to cut a smaller network out of a larger one of the same architecture; see `kdjax.models.slicing`.
 
     Attributes:
-      cut: (params as NumPy arrays, hyper-parameters before, hyper-parameters after) -> params.
-      sizes: the hyper-parameters in which the slice may be smaller.
+      cut: (params as NumPy arrays, old hyper-parameters, new hyper-parameters) -> params.
+      sizes: the hyper-parameters that may be smaller in the slice.
     """
 
     cut: Callable[[Params, Mapping[str, Any], Mapping[str, Any]], Params]
@@ -36,17 +36,18 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Architecture:
-    """All that kdjax knows of a kind of network; `models/X.py` has the one of X.
+    """Everything kdjax knows about an architecture; `models/X.py` defines X's.
 
     Attributes:
-      module: the Flax class. Its constructor's arguments are the hyper-parameters, but for `rngs` and `remat`; called
-        with a float NHWC image it returns (output, features). Attributes `multiple` and `pad_mode` say how it pads.
-      files: how the files of other programs are read; None where only kdjax writes it.
-      order: the names that torch registers its parts by, in that order; of a network written to a file.
-      slice: how a smaller one is cut out of it; None where it cannot be.
-      name: what configs and files call it.
-      is_checked: hyper-parameters have the type of their default, and numbers are positive. The user's own network
-        has its own rules.
+      module: the Flax class. Its constructor's arguments, except `rngs` and `remat`, are the hyper-parameters. Called
+        with a float NHWC image, it returns (output, features). Its attributes `multiple` and `pad_mode` say how it
+        pads.
+      files: how to read other programs' weight files; None if only kdjax writes them.
+      order: the names of its parts in torch's registration order, for writing files.
+      slice: how to cut a smaller network out of it; None if that is not possible.
+      name: its name in configs and files.
+      is_checked: hyper-parameters must have their default's type, and numbers must be positive. User-defined networks
+        have their own rules.
     """
 
     module: type[nnx.Module] | type[linen.Module]
@@ -62,7 +63,7 @@ class Architecture:
 
     @functools.cached_property
     def defaults(self) -> dict[str, Any]:
-        """The hyper-parameters and their defaults, in order; `inspect.Parameter.empty` for those without."""
+        """The hyper-parameters and their defaults, in order; `inspect.Parameter.empty` where there is no default."""
         module: Any = self.module
         if issubclass(module, linen.Module):
             return {
@@ -77,10 +78,10 @@ class Architecture:
         }
 
     def complete(self, hparams: Mapping[str, Any]) -> dict[str, Any]:
-        """`hparams` with the defaults filled in, in the order of the constructor.
+        """Returns `hparams` with the defaults filled in, in the constructor's order.
 
         Raises:
-          ValueError: a name the architecture does not have, or a value of the wrong type or not positive.
+          ValueError: an unknown name, or a value that has the wrong type or is not positive.
         """
         known = self.defaults
         if missing := [name for name in known if known[name] is inspect.Parameter.empty and name not in hparams]:
@@ -96,9 +97,9 @@ class Architecture:
         return completed
 
     def _checked(self, name: str, value: Any, default: Any) -> Any:
-        if isinstance(value, list):  # what JSON and ConfigDict make of a tuple
+        if isinstance(value, list):  # JSON and ConfigDict turn tuples into lists
             value = tuple(value)
-        if type(default) is tuple and type(value) is int:  # one level, on a command line
+        if type(default) is tuple and type(value) is int:  # a single level on the command line
             value = (value,)
         if type(default) is float and type(value) is int:
             value = float(value)
@@ -116,7 +117,7 @@ class Architecture:
 
 
 class Network:
-    """Everything about a network but its weights. `kdjax.models.network` makes it; equal ones are one object.
+    """A network without its weights. Create it with `kdjax.models.network`; equal networks are the same object.
 
     Attributes:
       architecture, hparams: complete and checked.
@@ -141,36 +142,36 @@ class Network:
 
     @property
     def channels(self) -> int:
-        """How many colour channels it reads: 3 for RGB, 1 for grey.
+        """The number of input channels: 3 for RGB, 1 for grey.
 
-        The hyper-parameter `num_in_ch` or `img_channel`; 3 for a network of the user's that has neither.
+        The hyper-parameter `num_in_ch` or `img_channel`; 3 for a user-defined network that has neither.
         """
         return self.hparams.get("num_in_ch", self.hparams.get("img_channel", 3))
 
     @property
     def scale(self) -> int:
-        """How many times larger than its input its output is; 1 for denoising."""
+        """The upscaling factor; 1 for denoising."""
         return self.hparams.get("scale", self.hparams.get("upscale", 1))
 
     @property
     def multiple(self) -> int:
-        """What it pads the height and width of an image to a multiple of; 1 if it takes them as they are.
+        """Height and width are padded to a multiple of this; 1 if the network takes any size.
 
-        A part of an image that begins at such multiples is seen as it is seen within the image: the factor of
-        `unshuffle`, 2^levels of a U-Net. The attribute `multiple` of the module, 1 where it has none.
+        It is the factor of `unshuffle`, or 2^levels of a U-Net. A tile that starts at a multiple of it is processed
+        exactly as it is within the whole image. Read from the module's attribute `multiple`; 1 if it has none.
         """
         return getattr(self._module, "multiple", 1)
 
     @property
     def pad_mode(self) -> str:
-        """How it pads at the bottom and right, in `np.pad`'s words: "reflect", or "constant" for zeros (NAFNet).
+        """The padding mode at the bottom and right, as in `np.pad`: "reflect", or "constant" for zeros (NAFNet).
 
-        The attribute `pad_mode` of the module, "reflect" where it has none.
+        Read from the module's attribute `pad_mode`; "reflect" if it has none.
         """
         return getattr(self._module, "pad_mode", "reflect")
 
     def make_apply(self, *, remat: bool = False, dtype: jnp.dtype = jnp.float32) -> Apply:
-        """The network as a pure function `apply(params, x) -> (output, features)`.
+        """Returns the network as a pure function `apply(params, x) -> (output, features)`.
 
         Args:
           remat: recompute each block's activations in the backward pass instead of storing them.
@@ -195,7 +196,7 @@ class Network:
 
     @functools.cached_property
     def jitted(self) -> Apply:
-        """`make_apply()`, compiled once for each shape of image."""
+        """`make_apply()`, compiled once per image shape."""
         return jax.jit(self.make_apply())
 
     @functools.cached_property
@@ -206,14 +207,14 @@ class Network:
         return _pure_dict(self._split[1])
 
     def init(self, key: jax.Array) -> Model:
-        """A model with fresh weights; the initial values are those that torch and BasicSR draw from."""
+        """Returns a model with fresh weights, drawn from the same distributions as in torch and BasicSR."""
         if self._is_linen:
             return Model(self, self._linen_params(key))
-        # Not jitted: the 351 convolutions of an RRDBNet are a few shapes, which compile faster one by one.
+        # Not jitted: the 351 convolutions of an RRDBNet have few distinct shapes, which compile faster one by one.
         return Model(self, _pure_dict(nnx.to_flat_state(nnx.state(self._build(rngs=nnx.Rngs(key))))))
 
     def count_macs(self, height: int, width: int) -> int:
-        """Multiply-accumulates of the convolutions and matrix products of one forward pass on such an image."""
+        """Returns one forward pass's multiply-accumulates in convolutions and matrix products, for this image size."""
         apply = self.make_apply()
         image = jax.ShapeDtypeStruct((1, height, width, self.channels), jnp.float32)
         return macs.count(lambda params, x: apply(params, x)[0], self.abstract_params, image)
@@ -229,10 +230,10 @@ class Network:
 
     @functools.cached_property
     def _module(self) -> Any:
-        """The module without values. It takes half a second for the 351 convolutions of an RRDBNet.
+        """The module without values. Building it takes half a second for the 351 convolutions of an RRDBNet.
 
         Raises:
-          ValueError: what it says of its padding makes no sense.
+          ValueError: its padding attributes are invalid.
         """
         module = self.architecture.module(**self.hparams) if self._is_linen else self._shapes_only(remat=False)
         multiple, mode = getattr(module, "multiple", 1), getattr(module, "pad_mode", "reflect")
@@ -259,10 +260,10 @@ class Network:
         return nnx.eval_shape(build)
 
     def _parts(self, module: nnx.Module) -> tuple[nnx.GraphDef, Any]:
-        """The structure of a module, and its parameters as shapes only, by path.
+        """Returns a module's structure, and the shapes of its parameters by path.
 
         Raises:
-          ValueError: it has variables that are no parameters, such as those of batch normalisation or dropout.
+          ValueError: it has variables that are not parameters, such as those of batch normalisation or dropout.
         """
         graphdef, state = nnx.split(module)
         variables = nnx.to_flat_state(state)
@@ -274,7 +275,7 @@ class Network:
         return graphdef, variables
 
     def _linen_params(self, key: jax.Array) -> Params:
-        """The initial parameters of a Linen module, as a plain dict.
+        """Returns the initial parameters of a Linen module as a plain dict.
 
         Raises:
           ValueError: it has variables besides its parameters, such as those of batch normalisation.
@@ -289,10 +290,10 @@ class Network:
         return traverse_util.unflatten_dict({tuple(map(str, path)): leaf for path, leaf in flat.items()})
 
     def _checked_result(self, result: Any, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """What a network of the user's returned, if it is what a network has to return.
+        """Returns a user-defined network's result, after checking it.
 
         Raises:
-          ValueError: it is not (output, features), or the output does not fit the input.
+          ValueError: the result is not (output, features), or the output does not fit the input.
         """
         is_pair = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)
         if not is_pair or not hasattr(result[0], "shape"):
@@ -335,17 +336,17 @@ class Model:
 
 
 def count_params(params: Params) -> int:
-    """The number of scalars in a parameter tree (arrays or ShapeDtypeStructs)."""
+    """Returns the number of scalars in a parameter tree (arrays or ShapeDtypeStructs)."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
 class _OneKey(nnx.RngStream):
-    """The same key each time, for shapes alone: the count of Flax's own, under a trace, takes time by its square."""
+    """Returns the same key every time, for shapes only: under a trace, the counter of Flax's stream is quadratic."""
 
     def __call__(self) -> jax.Array:
         return self.key[...]
 
 
 def _pure_dict(variables: Iterable[tuple[Any, Any]]) -> Params:
-    """The parameters as a nested dict with string keys (NNX has integers for list positions)."""
+    """Returns the parameters as a nested dict with string keys (NNX uses integers for list indices)."""
     return traverse_util.unflatten_dict({tuple(map(str, path)): leaf.get_value() for path, leaf in variables})

@@ -1,6 +1,6 @@
-"""MSRResNet: the modified SRResNet of ESRGAN (arXiv:1809.00219), as BasicSR has it (`srresnet_arch.py`).
+"""MSRResNet: the modified SRResNet of ESRGAN (arXiv:1809.00219), after BasicSR's `srresnet_arch.py`.
 
-BasicSR's network cannot do upscale 1. Here it can: without upsampling layers, the rest is the same.
+Unlike BasicSR's, it supports upscale 1: the same network without the upsampling layers.
 
 Features: `conv_first` (after its activation) and `body.N` (each block), all with num_feat channels at the input's
 height and width.
@@ -25,7 +25,7 @@ def _lrelu(x: jax.Array) -> jax.Array:
 
 
 class MSRResNet(nnx.Module):
-    """(b, h, w, num_in_ch) -> (b, h*upscale, w*upscale, num_out_ch) and its features; any h and w.
+    """(b, h, w, num_in_ch) -> (b, h*upscale, w*upscale, num_out_ch) and features, for any h and w.
 
     Raises:
       ValueError: `upscale` is not 1, 2, 3 or 4; or num_in_ch != num_out_ch.

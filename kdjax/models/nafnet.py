@@ -1,10 +1,10 @@
 """NAFNet (Chen et al., 2022, arXiv:2204.04676): a U-Net of blocks without activation functions.
 
-Names and layout are those of the published weights (megvii-research/NAFNet). The image is padded with zeros at the
-bottom and right to a multiple of 2^levels, as there, and cropped back.
+Names and layout match the published weights (megvii-research/NAFNet). As there, the image is zero-padded at the bottom
+and right to a multiple of 2^levels, and the output is cropped back.
 
-Features, with level l at 1/2^l of the padded height and width and width x 2^l channels: `intro` (level 0),
-`encoders.L` (after the last block of level L), `middle_blks` and `decoders.I` (level levels - 1 - I).
+Features: `intro` (level 0), `encoders.L` (after the last block of level L), `middle_blks` and `decoders.I` (level
+levels - 1 - I). Level l has width x 2^l channels at 1/2^l of the padded height and width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kdjax.models.reading import Files, Hparams, Layout, Shapes, count, levels, 
 
 
 class LayerNorm2d(nnx.Module):
-    """Normalises the channels of each pixel, in float32: the residual stream outgrows lower precisions."""
+    """Normalises the channels of each pixel, in float32: the residual stream overflows lower precisions."""
 
     def __init__(self, num_channels: int) -> None:
         self.weight, self.bias = nnx.Param(jnp.ones(num_channels)), nnx.Param(jnp.zeros(num_channels))
@@ -35,13 +35,13 @@ class LayerNorm2d(nnx.Module):
 
 
 def _gate(x: jax.Array) -> jax.Array:
-    """The first half of the channels times the second."""
+    """Multiplies the first half of the channels by the second."""
     first, second = jnp.split(x, 2, -1)
     return first * second
 
 
 class NAFBlock(nnx.Module):
-    """A gated depthwise branch with channel attention, then a gated pointwise one, each added with learnt factors."""
+    """A gated depthwise branch with channel attention, then a gated pointwise branch, each added with learnt scales."""
 
     def __init__(self, num_channels: int, *, rngs: nnx.Rngs) -> None:
         c = num_channels
@@ -68,7 +68,7 @@ class _MeanOverImage(nnx.Module):
 
 
 class NAFNet(nnx.Module):
-    """(b, h, w, img_channel) -> the same shape, and its features; any h and w. `width` counts the first channels.
+    """(b, h, w, img_channel) -> the same shape, and features, for any h and w. `width` is the channel count at level 0.
 
     Raises:
       ValueError: encoder and decoder have different numbers of levels.

@@ -1,9 +1,9 @@
-"""With what `models/X.py` says how the weight files of its network are read: key layouts, shapes, what has to be asked.
+"""The vocabulary in which `models/X.py` describes its weight files: key layouts, shapes, and what to ask the user.
 
-A file is read in four steps, each of which an architecture can state (`Files`): its keys are renamed to ours
-(`layouts`), hyper-parameters are inferred from the shapes (`infer`), what shapes cannot tell is settled or asked for
-(`settle`), and only then is a network built, if its size (`num_tensors`) is near that of the file. `kdjax.weights`
-takes these steps.
+A file is read in four steps, each of which an architecture can define (`Files`). Its keys are renamed to ours
+(`layouts`), hyper-parameters are inferred from the shapes (`infer`), and whatever shapes cannot tell is settled or
+asked for (`settle`). Only then is the network built, if its size (`num_tensors`) is close to the file's.
+`kdjax.weights` runs these steps.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kdjax.files import printable
 Shapes = Mapping[str, tuple[int, ...]]  # of tensors, in torch's layout
 Hparams = Mapping[str, Any]
 
-MAX_UPSAMPLE = 8  # enlargements by 2
-MAX_LEVELS = 12  # of a U-Net: an image of a gigapixel has 2^15 pixels a side
+MAX_UPSAMPLE = 8  # number of x2 upsamplings
+MAX_LEVELS = 12  # of a U-Net: a gigapixel image has sides of 2^15 pixels
 
 
 class WeightsError(ValueError):
@@ -31,7 +31,7 @@ class WeightsError(ValueError):
 
 
 class StoredTensor(Protocol):
-    """A tensor of a file, which is copied out of it only when asked for (`kdjax.weights.tensors.Tensor`)."""
+    """A tensor in a file, copied out only on demand (`kdjax.weights.tensors.Tensor`)."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -53,13 +53,13 @@ State = Mapping[str, StoredTensor]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One way in which files name the parameters of a network.
+    """One naming scheme for a network's parameters in files.
 
     Attributes:
-      name: what messages call it.
-      rename: our name for a key of the file, or None for one that this layout does not have.
-      is_constant: whether a key is a tensor that is never trained, and so none of our parameters.
-      told: hyper-parameters that the layout, or the values of its constants, tell.
+      name: its name in messages.
+      rename: maps a key of the file to our name, or to None if this layout does not have it.
+      is_constant: whether a key is a tensor that is never trained, and so not one of our parameters.
+      told: returns the hyper-parameters implied by the layout, or by the values of its constants.
     """
 
     name: str
@@ -70,14 +70,14 @@ class Layout:
 
 @dataclasses.dataclass(frozen=True)
 class Known:
-    """What is known of a file's network when `Files.settle` is asked for the rest.
+    """What is known about a file's network when `Files.settle` decides the rest.
 
     Attributes:
       layout: the name of the file's layout.
-      hparams: complete; what was neither stated nor told has its default.
-      stated: the names of those that the caller states.
-      told: the names of those that the shapes or the layout tell, perhaps by what is usual.
-      is_chosen: the architecture is the caller's choice, not recognised.
+      hparams: complete; anything neither stated nor inferred has its default.
+      stated: names of the hyper-parameters that the caller states.
+      told: names of those inferred from shapes or layout, possibly by convention.
+      is_chosen: the caller chose the architecture; it was not recognised.
     """
 
     layout: str
@@ -87,22 +87,25 @@ class Known:
     is_chosen: bool
 
 
-Settled = tuple[dict[str, Any], list[str]]  # hyper-parameters that replace the known ones; what was taken, and why
+Settled = tuple[dict[str, Any], list[str]]  # replacement hyper-parameters; notes on what was assumed and why
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """How the weight files of an architecture are read.
+    """How to read an architecture's weight files.
 
     Attributes:
-      layouts: how files name its parameters; of equal fits the first one is taken.
-      layouts_of: those that depend on the keys of the file.
-      infer: the hyper-parameters that shapes tell, given those that are stated, which decide what shapes leave open.
-        Where shapes contradict each other, something near: the check of all keys says what is wrong.
-      num_tensors: how many tensors the network has. To say it costs nothing; to build it, a millisecond each.
-      settle: what no tensor tells: replaced hyper-parameters and notes. Raises WeightsError for what has to be said.
-      guess: hyper-parameters that change no key, for checking the keys before they are settled.
-      convert: the state dict as one that a layout names, and the name of the file's layout; None where it is one.
+      layouts: its naming schemes; of equally good fits, the first wins.
+      layouts_of: layouts that depend on the file's keys.
+      infer: the hyper-parameters that shapes tell. It is given the stated ones, which decide what shapes leave open. If
+        shapes contradict each other, it returns something close: the check of all keys reports what is wrong.
+      num_tensors: the network's number of tensors. Computing it costs nothing; building the network costs a millisecond
+        per tensor.
+      settle: decides what no tensor tells. Returns replacement hyper-parameters and notes; raises WeightsError for what
+        the user must state.
+      guess: hyper-parameters that change no key, for checking the keys before settling.
+      convert: returns the state dict renamed to one of the layouts, and the name of the file's layout; None if it
+        already fits one.
       is_extra: whether a key belongs to a tensor that only `convert` reads.
     """
 
@@ -117,7 +120,7 @@ class Files:
 
 
 def listed(keys: Collection[Any], limit: int = 20) -> str:
-    """The first of the names, each cut and safe to print, and how many there are."""
+    """Returns the first names, each shortened and safe to print, and how many there are."""
     first = ", ".join(printable(str(key)[:120]) for key in itertools.islice(keys, limit))
     return first + (f", ... ({len(keys)} in all)" if len(keys) > limit else "")
 
@@ -126,7 +129,7 @@ def listed(keys: Collection[Any], limit: int = 20) -> str:
 
 
 def rename_by(*rules: tuple[str, str]) -> Callable[[str], str | None]:
-    """A renaming by whole-key patterns; N, K, J in a pattern are numbers, and keys end in .weight or .bias."""
+    """Returns a renaming by whole-key patterns. N, K and J in a pattern are numbers; keys end in .weight or .bias."""
     compiled = []
     for pattern, replacement in rules:
         for letter in "NJK":
@@ -144,7 +147,7 @@ def rename_by(*rules: tuple[str, str]) -> Callable[[str], str | None]:
 
 
 def same_if(pattern: str) -> Callable[[str], str | None]:
-    """A renaming for files whose keys are our names."""
+    """Returns a renaming for files whose keys are already ours."""
     compiled = re.compile(pattern)
     return lambda key: key if compiled.fullmatch(key) else None
 
@@ -153,22 +156,22 @@ def same_if(pattern: str) -> Callable[[str], str | None]:
 
 
 def size(shapes: Shapes, axis: int, *keys: str, default: int) -> int:
-    """The size along `axis` of the first of these convolutions that the file has."""
+    """Returns the size along `axis` of the first of these convolutions present in the file."""
     return next((shapes[key][axis] for key in keys if len(shapes.get(key, ())) == 4), default)
 
 
 def count(shapes: Shapes, pattern: str, *, first: int = 0) -> int:
-    """How many numbered parts there are: up to the largest number, unless a stray one is far beyond the rest."""
+    """Counts numbered parts by the highest number, unless that is a stray far beyond the rest."""
     numbers = {int(match[1]) for key in shapes if (match := re.fullmatch(pattern, key))}
     found = max(numbers, default=first - 1) + 1 - first
     return found if found <= 2 * len(numbers) + 8 else len(numbers)
 
 
 def levels(shapes: Shapes, pattern: str) -> int:
-    """How many levels a U-Net has.
+    """Returns the number of levels of a U-Net.
 
     Raises:
-      WeightsError: more than any image has.
+      WeightsError: more levels than any image supports.
     """
     found = count(shapes, pattern)
     if found > MAX_LEVELS:
@@ -177,20 +180,20 @@ def levels(shapes: Shapes, pattern: str) -> int:
 
 
 def upscaling(shapes: Shapes, first: str, steps: int) -> int:
-    """The enlargement by so many pixel shuffles, of which the `first` convolution tells whether it is by 3."""
+    """Returns the upscaling factor of `steps` pixel shuffles; the `first` convolution shows whether it is 3."""
     shape = shapes.get(first, ())
     return 3 if steps == 1 and len(shape) == 4 and shape[0] == 9 * shape[1] else 2 ** min(steps, MAX_UPSAMPLE)
 
 
 def num_steps(upscale: int) -> int:
-    """How many pixel shuffles enlarge so many times."""
+    """Returns the number of pixel shuffles for an upscaling factor."""
     return 1 if upscale == 3 else upscale.bit_length() - 1
 
 
 def unshuffled(inputs: int, stated: Hparams) -> tuple[int, int]:
-    """Colour channels of the image and the un-shuffling in front of a first convolution that reads `inputs` channels.
+    """Returns the image's colour channels and the un-shuffle factor, given a first convolution with `inputs` channels.
 
-    12 and 48 channels are taken for RGB un-shuffled 2 and 4 times; what else there may be has to be stated.
+    12 and 48 channels are taken as RGB un-shuffled by 2 and 4. Anything else must be stated.
     """
     if "unshuffle" in stated:
         unshuffle = max(1, stated["unshuffle"])
@@ -205,7 +208,7 @@ def unshuffled(inputs: int, stated: Hparams) -> tuple[int, int]:
 
 
 def how_to_say(name: str, values: Iterable[Any]) -> str:
-    """How a hyper-parameter is stated: in Python, on the command line and in a config."""
+    """Returns how to state a hyper-parameter in Python, on the command line and in a config."""
     python = " or ".join(f"{name}={value!r}" for value in values)
     first = next(iter(values))
     return (
@@ -215,7 +218,7 @@ def how_to_say(name: str, values: Iterable[Any]) -> str:
 
 
 def note_unshuffling(channels: int, factor: int, name: str, value: int, whose: str) -> str:
-    """The note about input channels that were taken for those of an un-shuffled image."""
+    """Returns the note saying that the input channels were taken as those of an un-shuffled image."""
     read = channels * factor**2
     return (
         f"its {read} input channels were taken for {channels} of an image un-shuffled {factor} times, as in {whose}"
@@ -224,7 +227,7 @@ def note_unshuffling(channels: int, factor: int, name: str, value: int, whose: s
 
 
 def settle_unshuffle(known: Known) -> Settled:
-    """Notes that `unshuffled` decided by the number of channels, if it did."""
+    """Notes it if `unshuffled` decided by the number of channels."""
     factor = known.hparams["unshuffle"]
     if factor == 1 or {"unshuffle", "num_in_ch"} & set(known.stated):
         return {}, []

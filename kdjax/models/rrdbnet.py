@@ -1,11 +1,11 @@
-"""RRDBNet: the trunk of residual-in-residual dense blocks of ESRGAN (Wang et al., 2018, arXiv:1809.00219).
+"""RRDBNet: ESRGAN's trunk of residual-in-residual dense blocks (Wang et al., 2018, arXiv:1809.00219).
 
-Names, concatenation order, residual scales and initialisation are BasicSR's (`rrdbnet_arch.py`). BasicSR's network
-always ends in two x2 upsamplings and reaches scale 2 and 1 by un-shuffling its input 2x and 4x; the first ESRGAN
+Names, concatenation order, residual scales and initialisation follow BasicSR's `rrdbnet_arch.py`. BasicSR's network
+always ends in two x2 upsamplings and reaches scale 2 and 1 by un-shuffling its input 2x and 4x. The first ESRGAN
 release instead has log2(scale) upsamplings, or one by 3, and no un-shuffling. `num_upsample` covers both.
 
-Features: `conv_first`, `body.N` (each RRDB), `conv_body` (before it is added to `conv_first`), all with num_feat
-channels at 1/unshuffle of the input's height and width.
+Features: `conv_first`, `body.N` (each RRDB), `conv_body` (before `conv_first` is added), all with num_feat channels at
+1/unshuffle of the input's height and width.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _lrelu(x: jax.Array) -> jax.Array:
 
 
 class ResidualDenseBlock(nnx.Module):
-    """Five convolutions, each reading everything before it; 0.2 x the last is added to the input."""
+    """Five convolutions, each reading all earlier outputs; 0.2 x the last is added to the input."""
 
     def __init__(self, num_feat: int, num_grow_ch: int, *, rngs: nnx.Rngs) -> None:
         for i in range(1, 6):
@@ -75,10 +75,10 @@ class RRDB(nnx.Module):
 
 
 class RRDBNet(nnx.Module):
-    """(b, h, w, num_in_ch) -> (b, h*scale, w*scale, num_out_ch) and its features; any h and w.
+    """(b, h, w, num_in_ch) -> (b, h*scale, w*scale, num_out_ch) and features, for any h and w.
 
     Raises:
-      ValueError: 2**num_upsample is not a multiple of `scale`, nor is `scale` 3 with one upsampling.
+      ValueError: 2**num_upsample is not a multiple of `scale`, and it is not scale 3 with one upsampling.
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class RRDBNet(nnx.Module):
         return x[:, : height * self.scale, : width * self.scale], features
 
     def _run_body(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The output of the last block, and those of all of them: (num_block, b, h, w, num_feat).
+        """Returns the last block's output, and the outputs of all blocks: (num_block, b, h, w, num_feat).
 
-        A loop: 23 blocks of 15 convolutions take ten times as long to compile one after another.
+        Uses a loop: unrolled, 23 blocks of 15 convolutions take ten times as long to compile.
         """
         graphdef, _ = nnx.split(self.body[0])
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(block) for block in self.body))
@@ -167,7 +167,7 @@ _LAYOUTS = (
 
 
 def _old_esrgan(keys: Collection[str]) -> tuple[Layout, ...]:
-    """The layout of the first ESRGAN, which counts on past its upsamplings."""
+    """The layout of the first ESRGAN release, whose numbering continues past the upsamplings."""
     if not any(key.startswith("model.1.sub.") for key in keys):
         return ()
     numbers = [int(match[1]) for key in keys if (match := re.fullmatch(r"model\.([0-9]{1,2})\.weight", key))]
@@ -192,8 +192,8 @@ def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
     inputs = size(shapes, 1, "conv_first.weight", default=3)
     num_out_ch = size(shapes, 0, "conv_last.weight", default=3)
     enlargement = 3 if num_upsample == 1 and stated.get("scale") == 3 else 2**num_upsample
-    # Only the ratio of the channels tells that the input is un-shuffled, as in every reader of these files; a network
-    # that really reads 4 or 16 times the channels it writes has to say so: load_weights(path, scale=4).
+    # As in every reader of these files, un-shuffling is inferred from the channel ratio alone. A network that really
+    # reads 4 or 16 times the channels it writes must say so: load_weights(path, scale=4).
     if "scale" in stated:
         unshuffle = max(1, enlargement // max(1, stated["scale"]))
     elif "num_in_ch" in stated:
@@ -213,7 +213,7 @@ def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
 
 
 def _settle(known: Known) -> Settled:
-    """Asks whether one upsampling is by 2 or by 3; notes that input channels were taken for an un-shuffled image."""
+    """Asks whether a single upsampling is by 2 or 3; notes input channels taken as those of an un-shuffled image."""
     hparams, stated = known.hparams, set(known.stated)
     if hparams["num_upsample"] == 1 and "scale" not in stated:
         scales = (2, 3) if hparams["scale"] == 2 else (1, 2, 3)  # 1 with an un-shuffled input
@@ -255,7 +255,7 @@ def _cut(params: Params, before: Hparams, after: Hparams) -> Params:
         str(i): {f"rdb{j}": cut_dense(block[f"rdb{j}"]) for j in (1, 2, 3)} for i, block in enumerate(body)
     }
     sliced["conv_body"] = channels.take(params["conv_body"], stream, stream)
-    # A block adds 0.2 x (its input + what its branches make of it): one less, and all that follows is 1.2 times weaker.
+    # A block adds 0.2 x (its input + its branches). Each removed block makes everything after it 1.2 times weaker.
     sliced["conv_body"]["kernel"] = sliced["conv_body"]["kernel"] * np.float32(1.2) ** (
         before["num_block"] - after["num_block"]
     )

@@ -1,8 +1,8 @@
-"""A student cut out of a teacher of the same family: its first blocks, and the channels that matter most.
+"""Cuts a student out of a teacher of the same architecture: its first blocks and most important channels.
 
-Channels that are added to each other, along a residual stream, are chosen together. Nothing is trained here: the slice
-is a start. The last layers of the student are the teacher's last layers. Where a plain stack was shortened, the layer
-behind the cut does not read the channels it was trained for.
+Channels that are added together along a residual stream are selected together. Nothing is trained here; the slice is an
+initialisation. The student ends in the teacher's last layers. In a shortened plain stack, the layer after the cut no
+longer reads the channels it was trained on.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from kdjax.names import pick
 
 
 def slice_model(teacher: Model, hparams: Mapping[str, Any]) -> Model:
-    """A model of the teacher's architecture with smaller hyper-parameters and some of its weights.
+    """Returns a smaller model of the teacher's architecture, with a subset of its weights.
 
     Raises:
-      ValueError: an architecture that cannot be sliced, a size above the teacher's, or another difference than sizes.
+      ValueError: the architecture cannot be sliced, a size exceeds the teacher's, or something other than sizes
+        differs.
     """
     slices = {name: known.slice for name, known in MODELS.items() if known.slice}
     slicing = pick(slices, teacher.arch, "architecture to slice")

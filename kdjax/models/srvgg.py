@@ -1,8 +1,8 @@
-"""SRVGGNetCompact: a plain stack of convolutions with a pixel-shuffle end (Real-ESRGAN, `srvgg_arch.py`).
+"""SRVGGNetCompact: a plain stack of convolutions ending in a pixel shuffle (Real-ESRGAN, `srvgg_arch.py`).
 
-Names and initialisation are BasicSR's: `body` is one flat list conv, activation, conv, activation, ..., conv; the
-nearest-upsampled input is added at the end. `unshuffle` is ours: the stack runs at 1/unshuffle of the input's height
-and width, with about unshuffle^2 times fewer multiplications at the same num_feat.
+Names and initialisation follow BasicSR: `body` is one flat list conv, activation, conv, activation, ..., conv, and the
+nearest-upsampled input is added at the end. `unshuffle` is our addition: the stack runs at 1/unshuffle of the input's
+height and width, with about unshuffle^2 times fewer multiplications at the same num_feat.
 
 Features: `body.N` for every layer of that list, so `body.1` is the first activation. All but the last have num_feat
 channels at 1/unshuffle of the input's height and width.
@@ -46,7 +46,7 @@ ACTIVATIONS = {
 
 
 class SRVGGNetCompact(nnx.Module):
-    """(b, h, w, num_in_ch) -> (b, h*upscale, w*upscale, num_out_ch) and its features; any h and w.
+    """(b, h, w, num_in_ch) -> (b, h*upscale, w*upscale, num_out_ch) and features, for any h and w.
 
     Raises:
       ValueError: `act_type` is not one of relu, prelu, leakyrelu; or num_in_ch != num_out_ch.
@@ -108,7 +108,7 @@ def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
         "unshuffle": unshuffle,
     }
     if any(len(shape) == 1 and key.endswith(".weight") for key, shape in shapes.items()):
-        hparams["act_type"] = "prelu"  # the other two have no parameters, so they cannot be told apart
+        hparams["act_type"] = "prelu"  # the other two have no parameters and look the same
     return hparams
 
 
@@ -118,7 +118,7 @@ def _num_tensors(hparams: Hparams) -> int:
 
 
 def _settle(known: Known) -> Settled:
-    """Asks for the activation where it has no parameters."""
+    """Asks for the activation if it has no parameters."""
     if not {"act_type"} & {*known.stated, *known.told}:
         raise WeightsError(
             "it is SRVGGNetCompact without PReLU weights, so its activation is ReLU or leaky ReLU and the file does not"

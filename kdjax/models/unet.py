@@ -1,10 +1,10 @@
-"""A small, plain U-Net for students: most of its work is done on small maps.
+"""A small, plain U-Net for students; most of its compute is at low resolution.
 
-Every level halves height and width by un-shuffling pixels into channels and doubles the width of the network; skips
-are added, not concatenated. It predicts a correction of its input. The layout is kdjax's own.
+Each level halves height and width by un-shuffling pixels into channels, and doubles the network's width. Skips are
+added, not concatenated. The network predicts a residual correction to its input. The layout is kdjax's own.
 
-Features, with level l at 1/2^l of the padded height and width and num_feat x 2^l channels: `encoder.L` (L = 0 ...
-num_level) and `decoder.L` (L = num_level - 1 ... 0), each after the last activation of its level.
+Features: `encoder.L` (L = 0 ... num_level) and `decoder.L` (L = num_level - 1 ... 0), each after the last activation of
+its level. Level l has num_feat x 2^l channels at 1/2^l of the padded height and width.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Stage(nnx.Module):
 
 
 class UNet(nnx.Module):
-    """(b, h, w, num_in_ch) -> the same shape, and its features; any h and w."""
+    """(b, h, w, num_in_ch) -> the same shape, and features, for any h and w."""
 
     def __init__(
         self,
