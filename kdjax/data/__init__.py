@@ -1,12 +1,12 @@
-"""Images from disk: finding them, reading them, and batches of crops for training.
+"""Images on disk: finding them, reading them, and batches of crops for training.
 
-Images are uint8 (height, width, channels), RGB or one grey channel; `gt` is the clean image and `lq` the
-degraded one, and sizes are `scale` times apart. Only NumPy, ml_dtypes, Pillow, Grain, ArrayRecord and, for 16-bit
-colour pictures, libvips are used here, so that worker processes can import this package without touching an
-accelerator. Degrading images and converting them to float happen on the device, elsewhere.
+Images are uint8 (height, width, channels), RGB or one grey channel. `gt` is the clean image, `scale` times as large as
+`lq`, the degraded one. This package imports only NumPy, ml_dtypes, Pillow, Grain, ArrayRecord and, for 16-bit colour
+pictures, libvips, so that worker processes never touch an accelerator. Degradation and conversion to float happen on
+the device, elsewhere.
 
-Two programs belong to it: `kdjax.data.check` looks at a data set before a run does, and `kdjax.data.pack` makes a
-folder fast to read.
+Two programs belong to it: `kdjax.data.check` checks a data set before training, and `kdjax.data.pack` packs a folder
+for fast reading.
 """
 
 from kdjax.data.cached import Cache, open_cache

@@ -1,16 +1,15 @@
-"""Caches: samples of a run with what the teacher said of them, from the disk instead of from the teacher.
+"""Caches: a run's samples with the teacher's answers, read from disk instead of running the teacher.
 
-A cache is a folder that `python -m kdjax.cache` wrote:
+A cache is a folder written by `python -m kdjax.cache`:
 
-    00000.arrayrecord, 00001.arrayrecord, ...   one record a sample: the arrays of its fields, one after another
-    cache.json                                  the index; written last, so a folder that has it is complete
+    00000.arrayrecord, 00001.arrayrecord, ...   one record per sample: its fields' arrays, concatenated
+    cache.json                                  the index, written last: a folder that has it is complete
 
-Sample n of the run is record n % `shard_samples` of shard n // `shard_samples`. A run that is longer than its cache
-goes round again: the first round has the samples in their order, every later one in an order of its own, which follows
-from the seed, as the stream of `kdjax.data.pipeline` does. A damaged record is replaced by another one and reported
-once.
+Sample n of the run is record n % `shard_samples` of shard n // `shard_samples`. A run longer than its cache repeats it:
+the first round keeps the samples' order, and every later round has its own order, which follows from the seed, as the
+stream of `kdjax.data.pipeline` does. A damaged record is replaced by another one and reported once.
 
-This module is the format, its reader, and which sample comes when.
+This module defines the format, its reader and the order of the samples.
 """
 
 from __future__ import annotations
@@ -33,18 +32,18 @@ from kdjax.names import brief
 from kdjax.streams import SAMPLES, Kind, generator
 
 CACHE = shards.Kind("cache", "cache.json", "kdjax cache", 1, "python -m kdjax.cache")
-PLAN = "cache.unfinished.json"  # of a cache in the making: its index without the shards
-FEATURE = "feature "  # what the names of fields begin with that are features of the teacher
+PLAN = "cache.unfinished.json"  # index of an unfinished cache, without the shards
+FEATURE = "feature "  # prefix of the fields that hold teacher features
 _IMAGE = ("uint8", "float16")
-# What fields can be, by name: types, and how many sides their shapes have; see `kdjax.teacher.targets`.
+# Allowed types and number of dimensions by field name; see `kdjax.teacher.targets`.
 _FIELDS = {"gt": (_IMAGE, 3), "lq": (_IMAGE, 3), "labelled": (("bool",), 0), "output": (("float16",), 3)}
 _FEATURES = (("bfloat16",), 3)
-_DEPTH = 10  # of settings within settings
+_DEPTH = 10  # maximum nesting of settings
 
 
 @dataclass(frozen=True)
 class Field:
-    """An array that every record has: "gt", "lq", "labelled", "output" or "feature NAME"."""
+    """An array stored in every record: "gt", "lq", "labelled", "output" or "feature NAME"."""
 
     name: str
     dtype: str
@@ -60,7 +59,7 @@ class Cache:
     """The index of a complete cache, and the reader of its records.
 
     Attributes:
-      settings: what shaped the samples, and whose answers they have; see `kdjax.teacher.targets`.
+      settings: what determined the samples and which teacher answered; see `kdjax.teacher.targets`.
     """
 
     folder: str
@@ -71,16 +70,16 @@ class Cache:
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The names of the teacher's features that were kept."""
+        """The names of the stored teacher features."""
         return tuple(field.name.removeprefix(FEATURE) for field in self.fields if field.name.startswith(FEATURE))
 
     def place(self, number: int) -> tuple[str, int]:
-        """The shard of a sample, and its record there."""
+        """Returns a sample's shard and its record number there."""
         shard, record = divmod(number, self.shard_samples)
         return os.path.join(self.folder, shards.file_name(shard)), record
 
     def read(self, number: int) -> Batch:
-        """A sample: gt, lq and labelled as far as they were kept, and teacher: {output, features: {name: array}}.
+        """Returns a sample: gt, lq and labelled if stored, and teacher: {output, features: {name: array}}.
 
         Raises:
           PackError: its record is damaged.
@@ -95,17 +94,17 @@ class Cache:
 
 
 def as_row(arrays: Mapping[str, Any]) -> Batch:
-    """Arrays by the names of fields -> the form that a batch has: the teacher's are a group of their own."""
+    """Converts arrays by field name to a batch's structure, with the teacher's arrays in their own group."""
     features = {name.removeprefix(FEATURE): array for name, array in arrays.items() if name.startswith(FEATURE)}
     row = {name: arrays[name] for name in ("gt", "lq", "labelled") if name in arrays}
     return cast(Batch, row | {"teacher": {"output": arrays["output"], "features": features}})
 
 
 def open_cache(folder: str) -> Cache:
-    """The cache in a folder.
+    """Opens the cache in a folder.
 
     Raises:
-      DataError: there is none, it is unfinished or damaged; the message says what to do.
+      DataError: there is none, or it is unfinished or damaged; the message says what to do.
     """
     try:
         if not os.path.isdir(folder):
@@ -124,7 +123,9 @@ def open_cache(folder: str) -> Cache:
 
 
 def _parse(folder: str, index: Mapping[str, Any]) -> tuple[Cache, list[int]]:
-    """What an index says, and the bytes of the shards; nothing is believed that shards of this size could not hold.
+    """Parses an index; returns the cache and the size of each shard in bytes.
+
+    Rejects claims that shards of this size cannot hold.
 
     Raises:
       One of `shards.MALFORMED`.
@@ -161,7 +162,7 @@ def _is_shallow(value: object, depth: int) -> bool:
 
 
 class CachedBatches:
-    """Step -> the part of the batch that belongs to this process: a source for Grain, as `Batches` is."""
+    """Maps a step to this process's part of the batch: a source for Grain, like `Batches`."""
 
     def __init__(self, cache: Cache, *, batch_size: int, seed: int, process_index: int, process_count: int) -> None:
         self._cache, self._batch_size, self._seed = cache, batch_size, seed
@@ -194,7 +195,7 @@ class CachedBatches:
         )
 
     def explain(self, number: int) -> tuple[str, str, str]:
-        """A short name of a damaged sample, what is damaged, and why."""
+        """Returns a damaged sample's short name, what is damaged, and why."""
         path, record = self._cache.place(number)
         name, where = f"{number} of the cache", f"record {record} of {path}"
         try:
@@ -205,7 +206,7 @@ class CachedBatches:
 
 
 def _stacked(rows: list[Any]) -> Any:
-    """Nested dicts of arrays -> one such dict of arrays with a first axis more."""
+    """Stacks nested dicts of arrays along a new first axis."""
     if isinstance(rows[0], dict):
         return {key: _stacked([row[key] for row in rows]) for key in rows[0]}
     return np.stack(rows)

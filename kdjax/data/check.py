@@ -1,20 +1,20 @@
-"""Looks at every image of a data set before a run does:
+"""Checks every image of a data set before training:
 
     python -m kdjax.data.check --gt FOLDER [--lq FOLDER] [--unpaired FOLDER] [--unlabelled FOLDER] [--json FILE]
 
-Every file is read once, in threads; a bad one is reported and never stops the others. Folders may be packs. The exit
-code is 1 when something is wrong:
+Every file is read once, in threads. A bad file is reported and does not stop the check. Folders may be packs. The exit
+code is 1 if it finds any of these problems:
 
     damaged      cannot be read: training replaces it by another image
     tiny         smaller than the crop: training extends it by reflection
-    duplicate    the same pixels as an image before it, of clean images, lq and unlabelled ones each
+    duplicate    same pixels as an earlier image; clean images, lq and unlabelled ones are compared separately
     mismatched   gt is not `scale` times as large as its lq: training replaces it
-    identical    gt and lq have the same pixels: where they are one file, training refuses to start
-    missing      no partner, or named in a meta_info file and not there: training refuses to start
+    identical    gt and lq have the same pixels: if they are one file, training refuses to start
+    missing      has no partner, or is listed in a meta_info file but does not exist: training refuses to start
 
-Other things are told too, but need not be wrong: how files are stored (grey among colour, alpha, palettes, 16 bits,
-CMYK; `kdjax.data.images` says what becomes of them), an lq that is the partner of several gt, and files that are not
-images kdjax reads.
+It also reports what need not be a problem: unusual storage (grey among colour, alpha, palettes, 16 bits, CMYK;
+`kdjax.data.images` describes the conversions), an lq paired with several gt, and files that kdjax cannot read as
+images.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from kdjax.data.sources import Found, is_one_file, left_out_line, shortened, sur
 from kdjax.files import write_json
 from kdjax.progress import Pace
 
-_AHEAD = 64  # files that threads take at a time: what is known of a file is small, its pixels are not kept
+_AHEAD = 64  # files in flight in the threads; results are small, pixels are dropped
 _PROBLEMS = ("damaged", "tiny", "duplicate", "mismatched", "identical", "missing")
-_COMPARED = {"gt": "clean", "unpaired": "clean", "lq": "lq", "unlabelled": "unlabelled"}  # where duplicates are sought
+_COMPARED = {"gt": "clean", "unpaired": "clean", "lq": "lq", "unlabelled": "unlabelled"}  # compared within a group
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an image that could be read."""
+    """What the check records about a readable image."""
 
     height: int
     width: int
@@ -55,18 +55,18 @@ class Facts:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of the readable images of a folder, width x height in pixels; "" when there are none."""
+    """Sizes of a folder's readable images, width x height in pixels; "" if there are none."""
 
     smallest: str  # by the shorter side
     median: str  # by area
     largest: str  # by area
-    megapixels: float  # of all together
-    megabytes: float  # decoded: what a cache or a pack of them needs
+    megapixels: float  # in total
+    megabytes: float  # decoded: the size of a cache or pack of them
 
 
 @dataclass
 class Report:
-    """What was found. The lists hold lines for people, each starting with the path of an image."""
+    """The findings. The lists hold human-readable lines, each starting with an image's path."""
 
     images: dict[str, int] = field(default_factory=dict)  # by role: gt, lq, unpaired, unlabelled
     sizes: dict[str, Sizes] = field(default_factory=dict)
@@ -77,13 +77,13 @@ class Report:
     mismatched: list[str] = field(default_factory=list)
     identical: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
-    notes: dict[str, list[str]] = field(default_factory=dict)  # paths, by how these files are stored
+    notes: dict[str, list[str]] = field(default_factory=dict)  # paths, by kind of storage
     shared: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     @property
     def problems(self) -> dict[str, list[str]]:
-        """Everything that is wrong, by kind."""
+        """All problems, by kind."""
         return {kind: getattr(self, kind) for kind in _PROBLEMS}
 
     @property
@@ -103,16 +103,16 @@ def check(
 
     Args:
       found: the `survey` of each source by role: "gt" (with its lq), "unpaired", "unlabelled".
-      crop: side of the training crop, pixels of gt.
-      scale: how many times larger gt is than lq.
-      threads: that decode; by default one for each core, at most eight.
+      crop: side of the training crop, in gt pixels.
+      scale: size of gt relative to lq.
+      threads: decoding threads; by default one per core, at most eight.
       tell: called with a line of progress every few seconds.
     """
     report = Report()
     pairs = [(pair.gt, pair.lq) for pair in found["gt"].pairs if pair.lq is not None]
     paths: dict[str, list[str]] = {}
     for role, source in found.items():
-        # A meta_info file may name an image twice: it is one file.
+        # A meta_info file may list an image twice; it is still one file.
         paths[role] = _unique([*(pair.gt for pair in source.pairs), *source.without_lq])
     if pairs or found["gt"].without_gt:
         paths["lq"] = _unique([*(lq for _, lq in pairs), *found["gt"].without_gt])
@@ -169,7 +169,7 @@ def check(
 
 
 def _read_all(paths: Sequence[str], threads: int) -> Generator[tuple[str, Facts | str]]:
-    """Every path in order, with what is known of it or the message why it cannot be read."""
+    """Yields every path in order, with its facts or the reason it cannot be read."""
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(paths), _AHEAD):
             some = paths[start : start + _AHEAD]
@@ -201,7 +201,7 @@ def _sizes(images: Sequence[Facts]) -> Sizes:
 
 
 def _notes(known: Mapping[str, Facts]) -> dict[str, list[str]]:
-    """The images that are stored in another way than most are, by kind."""
+    """Returns the images stored differently from most, by kind."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for path, facts in known.items():
         for kind in _kinds(facts.mode):
@@ -225,7 +225,7 @@ def _kinds(mode: str) -> Iterator[str]:
 
 
 def lines(report: Report) -> list[str]:
-    """The report as text."""
+    """Formats the report as lines of text."""
     text = []
     for role, count in report.images.items():
         sizes = report.sizes[role]
@@ -290,7 +290,7 @@ def main() -> None:
         print("\n".join([*lines(report), f"{time.monotonic() - started:.0f} s"]), flush=True)
         if options.json:
             write_json(options.json, {"clean": report.clean} | asdict(report))
-    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+    except (ValueError, OSError) as error:  # errors in the user's input; a traceback would hide the message
         commandline.fail(str(error))
     sys.exit(0 if report.clean else 1)
 

@@ -1,8 +1,8 @@
-"""Image files as far as their decoders must not be trusted with them, and what their EXIF says.
+"""Image containers and EXIF, parsed where decoders cannot be trusted with a hostile file.
 
-EXIF is a TIFF directory: a list of tags, each with the place and length of its value. Nothing keeps a thousand tags
-from naming the same megabyte, and Pillow copies the value of each, in some formats as soon as it opens a file. So what
-a directory claims is added up first, and EXIF, which does not matter for decoding, is hidden from Pillow.
+EXIF is a TIFF directory: a list of tags, each with the offset and length of its value. A thousand tags can point at the
+same megabyte, and Pillow copies the value of each, in some formats as soon as it opens a file. So the claims of a
+directory are added up first. EXIF is also hidden from Pillow, because decoding does not need it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, BinaryIO
 
 EXIF = b"Exif\0\0"
-_HIDDEN = b"hidden"  # in its place
+_HIDDEN = b"hidden"  # replaces the EXIF marker
 
 _SIZES = {
     1: 1,
@@ -35,18 +35,18 @@ _SIZES = {
     17: 8,
     18: 8,
 }  # by type
-_MOST_TAGS = 1 << 16  # there are no more numbers for them
-_SLACK = 1 << 16  # bytes that values may share: small ones often do
+_MOST_TAGS = 1 << 16  # there are no more tag numbers
+_SLACK = 1 << 16  # bytes by which values may overlap: small ones often do
 _ORIENTATION, _SUBFILE, _SUBDIRECTORIES, _DNG_VERSION = 0x0112, 0x00FE, 0x014A, 0xC612
-_DIRECTORIES = (0x8769, 0x8825, 0xA005)  # tags that lead to another directory: EXIF, GPS, interoperability
+_DIRECTORIES = (0x8769, 0x8825, 0xA005)  # tags that point to another directory: EXIF, GPS, interoperability
 
-_DIRECTORY_STARTS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0")  # Pillow takes the wrong byte orders too
+_DIRECTORY_STARTS = (b"II*\0", b"MM\0*", b"II\0*", b"MM*\0")  # Pillow also accepts the mixed-up byte orders
 _JPEG_EXIF = re.compile(rb"(\xff\xe1..)" + EXIF, re.DOTALL)
-_AVIF_EXIF = re.compile(rb"(infe.{8}(?:..)?)Exif", re.DOTALL)  # box infe: version, ID, protection, type of an item
+_AVIF_EXIF = re.compile(rb"(infe.{8}(?:..)?)Exif", re.DOTALL)  # infe box: version, ID, protection, type of an item
 
-_MOST_STARTS = 100  # in a file; by chance there is less than one in a gigabyte
+_MOST_STARTS = 100  # in a file; by chance there is less than one per gigabyte
 
-Read = Callable[[int, int], bytes]  # (place, length) -> bytes, fewer at the end
+Read = Callable[[int, int], bytes]  # (offset, length) -> bytes, fewer at the end of the file
 
 
 class _Directory:
@@ -68,7 +68,7 @@ class _Directory:
         return struct.unpack_from(f"{self.order}{kind}", data, place)[0]
 
     def entries(self, directory: int) -> Iterator[tuple[int, int, int, int]]:
-        """Tag, type, number of values, and where the entry begins, as far as the file goes."""
+        """Yields tag, type, number of values and offset of each entry, up to the end of the file."""
         count, entry = (8, 20) if self.is_big else (2, 12)
         number = self.unpack("Q" if self.is_big else "H", self._read(directory, count))
         if number > _MOST_TAGS:
@@ -81,17 +81,17 @@ class _Directory:
             yield tag, kind, values, place
 
     def value(self, place: int) -> int:
-        """The number that an entry holds, or that leads to its values."""
+        """Returns the entry's value, or the offset of its values."""
         return (
             self.unpack("Q", self._read(place + 12, 8)) if self.is_big else self.unpack("I", self._read(place + 8, 4))
         )
 
 
 def _claims_too_much(read: Read, length: int, inner: Collection[int] = ()) -> bool:
-    """Whether the values in a TIFF file or EXIF block of `length` bytes claim more in all.
+    """Whether the values in a TIFF file or EXIF block of `length` bytes add up to more than that.
 
     Args:
-      inner: tags that lead to another directory whose values count too.
+      inner: tags that point to another directory, whose values count too.
     """
     total, seen = 0, set()
     try:
@@ -106,7 +106,7 @@ def _claims_too_much(read: Read, length: int, inner: Collection[int] = ()) -> bo
                 if tag in inner:
                     left.append(tiff.value(entry))
     except struct.error:
-        pass  # a decoder does not come further either
+        pass  # a decoder gets no further either
     except OverflowError:
         return True
     return total > length + _SLACK
@@ -119,11 +119,11 @@ def exif_claims_too_much(data: bytes, start: int = 0) -> bool:
 
 
 def tiff_claims_too_much(file: BinaryIO) -> bool:
-    """The same of a TIFF file, of which Pillow is not asked for the EXIF; its position stays."""
+    """The same for a TIFF file, without its EXIF, which Pillow is not asked for. The file position is restored."""
     before, length = file.tell(), file.seek(0, 2)
 
     def read(place: int, number: int) -> bytes:
-        if place > length:  # which seek() does not always take
+        if place > length:  # which seek() does not always accept
             return b""
         file.seek(place)
         return file.read(number)
@@ -134,7 +134,7 @@ def tiff_claims_too_much(file: BinaryIO) -> bool:
 
 
 def orientation(exif: bytes) -> int:
-    """The orientation in an EXIF block; 1 where there is none, or where the block is damaged."""
+    """Returns the orientation in an EXIF block; 1 if there is none or the block is damaged."""
     block, found = exif.removeprefix(EXIF), 1
     with contextlib.suppress(struct.error):
         for kind, place, order in _orientations(block):
@@ -143,7 +143,7 @@ def orientation(exif: bytes) -> int:
 
 
 def upright(exif: bytes) -> bytes | None:
-    """The EXIF block with the orientation of an upright picture, and else the same; None if it is damaged."""
+    """Returns the EXIF block with the orientation reset to upright and nothing else changed; None if it is damaged."""
     block = bytearray(exif.removeprefix(EXIF))
     try:
         for _, place, order in _orientations(bytes(block)):
@@ -154,7 +154,7 @@ def upright(exif: bytes) -> bytes | None:
 
 
 def _orientations(block: bytes) -> Iterator[tuple[int, int, str]]:
-    """Type, place and byte order of the entries that say how to turn the picture."""
+    """Yields type, offset and byte order of the orientation entries."""
     tiff = _Directory(lambda place, length: block[place : place + length])
     for tag, kind, _, place in tiff.entries(tiff.place):
         if tag == _ORIENTATION:
@@ -162,28 +162,28 @@ def _orientations(block: bytes) -> Iterator[tuple[int, int, str]]:
 
 
 def is_camera_raw(image_tags: Mapping[int, Any]) -> bool:
-    """Whether the tags of a TIFF image are those of a camera's raw file, whose first picture is a small preview."""
+    """Whether a TIFF image's tags are those of a camera raw file, whose first picture is a small preview."""
     return _DNG_VERSION in image_tags or (_SUBDIRECTORIES in image_tags and bool(image_tags.get(_SUBFILE, 0) & 1))
 
 
 def hide_exif(data: bytes) -> bytes:
-    """A JPEG file whose EXIF segments are told from others only by `is_hidden_exif`."""
+    """Returns a JPEG file with its EXIF segments renamed, so that only `hidden_exif` recognises them."""
     return _JPEG_EXIF.sub(rb"\1" + _HIDDEN, data)
 
 
 def hidden_exif(segments: list[tuple[str, bytes]]) -> bytes | None:
-    """The EXIF block in the segments (name, content) of a file from `hide_exif`."""
+    """Returns the EXIF block from the segments (name, content) of a file made by `hide_exif`."""
     parts = [content[len(EXIF) :] for name, content in segments if name == "APP1" and content.startswith(_HIDDEN)]
     return EXIF + b"".join(parts) if parts else None
 
 
 def without_exif(data: bytes) -> bytes:
-    """An AVIF file in which nothing is called EXIF."""
+    """Returns an AVIF file with its EXIF item renamed."""
     return _AVIF_EXIF.sub(rb"\1none", data)
 
 
 def png_exif(file: BinaryIO) -> bytes | None:
-    """The EXIF of a PNG file, which may come after the pixels."""
+    """Returns a PNG file's EXIF, which may follow the pixels."""
     place = 8
     while True:
         file.seek(place)
@@ -197,25 +197,25 @@ def png_exif(file: BinaryIO) -> bytes | None:
 
 
 def is_deep_avif(data: bytes) -> bool:
-    """Whether an AVIF file has more than 8 bits a sample, as its av1C box says."""
+    """Whether an AVIF file has more than 8 bits per sample, according to its av1C box."""
     place = data.find(b"av1C")  # then: version; profile and level; tier, more than 8 bits, ...
     return place >= 0 and bool(data[place + 6 : place + 7] and data[place + 6] & 0x40)
 
 
 def holds_claims(data: bytes) -> bool:
-    """Whether anything in a file, read as EXIF, claims more than there is of the file."""
+    """Whether anything in a file, read as EXIF, claims more bytes than the file has."""
     found = (match.start() for start in _DIRECTORY_STARTS for match in re.finditer(re.escape(start), data))
     starts = list(itertools.islice(found, _MOST_STARTS + 1))
     return len(starts) > _MOST_STARTS or any(exif_claims_too_much(data, start) for start in starts)
 
 
 def first_frame(data: bytes) -> tuple[bytes, bool]:
-    """A GIF file without its comments, up to the end of its first picture, and whether there are more pictures.
+    """Returns a GIF up to the end of its first frame, without comments, and whether it has more frames.
 
-    Pillow appends one piece of a comment to the next, at a cost that grows with the square of their number.
+    Pillow concatenates the pieces of a comment one by one, in quadratic time.
     """
 
-    def after_blocks(place: int) -> int:  # each with its length before it, the last of length 0
+    def after_blocks(place: int) -> int:  # each is preceded by its length; the last has length 0
         while place < len(data) and data[place]:
             place += 1 + data[place]
         return place + 1

@@ -1,21 +1,20 @@
-"""Reading and writing one image file.
+"""Reading and writing an image file.
 
-An image in memory is uint8, height x width x channels, RGB or one grey channel, as a person would see it: the
-EXIF orientation is applied, palettes are resolved, CMYK is converted, and of an animation the first frame
-counts. An alpha channel is dropped, not blended with a background. Grey becomes RGB by repetition; RGB
-becomes grey by the ITU-R 601 luma.
+In memory, an image is uint8, height x width x channels, RGB or one grey channel, as it is meant to be viewed: EXIF
+orientation applied, palettes resolved, CMYK converted, and only the first frame of an animation. An alpha channel is
+dropped, not blended with a background. Grey becomes RGB by repetition; RGB becomes grey by ITU-R 601 luma.
 
-Samples of 16 bits become 8 by round(v / 257), so 0 stays 0 and 65535 becomes 255. That holds for grey; of
-16-bit colour Pillow hands out only the high byte, which is at most one level away. Floating-point and 32-bit
-integer images have no agreed range and are refused. `kdjax.media.pictures` keeps all 16 bits, alpha and metadata.
+16-bit samples become 8-bit by round(v / 257), so 0 stays 0 and 65535 becomes 255. That holds for grey. For 16-bit
+colour, Pillow returns only the high byte, which is off by at most one level. Floating-point and 32-bit integer images
+have no agreed range and are rejected. `kdjax.media.pictures` keeps all 16 bits, alpha and metadata.
 
-A path may also lead into a pack (`kdjax.data.shards`), which holds the pixels that its files gave.
+A path may also point into a pack (`kdjax.data.shards`), which holds the files' decoded pixels.
 
-Files are not trusted: what a header claims is compared with the machine's memory before anything is decoded, and
-metadata (`kdjax.data.containers`) costs no more than its bytes.
+Files are not trusted: a header's claims are checked against the machine's memory before decoding, and metadata
+(`kdjax.data.containers`) costs no more than its bytes.
 
-Left out: colour profiles, which are ignored, and damage that a decoder cannot see, such as wrong bytes inside
-JPEG data.
+Not handled: colour profiles, which are ignored, and damage that decoders cannot detect, such as wrong bytes inside JPEG
+data.
 """
 
 from __future__ import annotations
@@ -39,20 +38,20 @@ from kdjax.data import containers, shards
 from kdjax.files import printable, whole_file
 from kdjax.memory import host_memory
 
-# What a folder is searched for. The content decides how a file is decoded, so a PNG named .jpg can be read.
+# The suffixes searched for in folders. Files are decoded by content, so a PNG named .jpg works.
 IMAGE_SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".avif", ".gif"),
     *(".tif", ".tiff", ".bmp", ".dib", ".ppm", ".pgm", ".pbm", ".pnm"),
 )
 
-# Pillow knows more formats, and some of them start other programs (EPS runs Ghostscript): an image folder
-# needs none.
+# Pillow supports more formats, but some of them start other programs (EPS runs Ghostscript), and none belongs in an
+# image folder.
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "PPM", "GIF")
 
 _HEIC = "convert HEIC to JPEG or PNG first, for example with heif-convert"
 _RAW = "develop the raw files of cameras first, for example with darktable"
 _EXPORT = "save it as PNG or TIFF first"
-# What is often kept beside pictures and cannot be read, by suffix.
+# Formats that are often stored beside pictures but cannot be read, by suffix.
 CONVERSIONS = {
     **dict.fromkeys((".heic", ".heif", ".hif"), _HEIC),
     **dict.fromkeys((".dng", ".cr2", ".cr3", ".crw", ".nef", ".arw", ".raf", ".orf", ".rw2", ".pef", ".raw"), _RAW),
@@ -67,20 +66,20 @@ UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     6: lambda pixels: np.rot90(pixels, -1),  # clockwise
     7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
     8: lambda pixels: np.rot90(pixels),
-}  # by EXIF orientation; all give views
+}  # by EXIF orientation; all return views
 
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_PLANAR, _TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH = 258, 262, 284, 322, 323
 _WHITE_IS_ZERO = 0
 
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
-_MOST_SCANS = 200  # of a progressive JPEG; each costs a pass over all pixels, and cameras and browsers write ten
-_MOST_TEXT = 1 << 24  # bytes that a compressed text or colour profile in a PNG may become
+_MOST_SCANS = 200  # of a progressive JPEG; each is a pass over all pixels, and cameras and browsers write ten
+_MOST_TEXT = 1 << 24  # decompressed bytes of a text or colour profile in a PNG
 
-# Bytes of a pixel in Pillow's memory, where it is not four, and what decoders keep besides.
+# Bytes per pixel in Pillow's memory, where not four, and the decoders' own overhead.
 _STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 _DECODING = {"WEBP": 14, "AVIF": 12}
-_UNKNOWN_MEMORY = 16 << 30  # of a machine that does not tell
+_UNKNOWN_MEMORY = 16 << 30  # assumed for a machine that does not report its memory
 
 _JPEG = {"quality": 95, "subsampling": 0}
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {
@@ -97,13 +96,13 @@ class ImageError(ValueError):
 
 
 class UnknownTiff(ImageError):
-    """A TIFF file of a kind that Pillow cannot read."""
+    """A TIFF variant that Pillow cannot read."""
 
 
 def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
-    """The image in `path` as uint8 (height, width, channels); `channels` is 3 for RGB or 1 for grey.
+    """Reads `path` as uint8 (height, width, channels); `channels` is 3 for RGB or 1 for grey.
 
-    Every file that is missing, damaged, cut short, not an image, or too large for this machine ends in an `ImageError`.
+    Raises `ImageError` if the file is missing, damaged, truncated, not an image, or too large for this machine.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels!r}; it must be 3 (RGB) or 1 (grey)")
@@ -116,10 +115,10 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> np.ndarray:
 
 
 def inspect_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
-    """The image in `path` as uint8 (height, width, 1 if it is grey and else 3), and how the file stores it.
+    """Reads `path` as uint8 (height, width, 1 if grey, else 3), and returns how the file stores it.
 
-    That is Pillow's name of the mode ("RGB", "L", "RGBA", "P", "I;16", ...), with "16-bit " before it for colour of 16
-    bits. Raises `ImageError` as `read_image`.
+    The second value is Pillow's mode name ("RGB", "L", "RGBA", "P", "I;16", ...), prefixed with "16-bit " for 16-bit
+    colour. Raises `ImageError` like `read_image`.
     """
     if (place := shards.split_path(os.fspath(path))) is not None:
         try:
@@ -139,12 +138,12 @@ def inspect_image(path: str | os.PathLike[str]) -> tuple[np.ndarray, str]:
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], check: Check) -> Iterator[Image.Image]:
-    """The image in a file, not decoded yet; whatever goes wrong with it in the `with` block ends in an `ImageError`.
+    """Opens an image file without decoding it; any failure in the `with` block becomes an `ImageError`.
 
-    `image.info["exif"]` is the EXIF as it is in the file, which may be damaged.
+    `image.info["exif"]` is the file's raw EXIF, which may be damaged.
 
     Args:
-      check: is called with the image before anything in it is decoded, and raises `ImageError` to refuse its size.
+      check: called with the image before decoding; raises `ImageError` to reject its size.
     """
     try:
         with open(path, "rb", opener=_open_regular) as file, _pillow_without_limit():
@@ -161,29 +160,29 @@ def opened(path: str | os.PathLike[str], check: Check) -> Iterator[Image.Image]:
         raise ImageError(f"{path}: {error.strerror or _said(error)}") from error
     except MemoryError as error:
         raise ImageError(f"{path}: not enough memory to decode it") from error
-    except Exception as error:  # on damaged files Pillow's decoders raise nearly every kind of exception
+    except Exception as error:  # on damaged files, Pillow's decoders raise almost any exception
         raise ImageError(f"{path}: cannot be decoded ({type(error).__name__}: {_said(error)})") from error
 
 
 def _said(error: Exception) -> str:
-    return printable(" ".join(str(error).split())[:300])  # what a file says of itself may be in it
+    return printable(" ".join(str(error).split())[:300])  # it may quote text from the file
 
 
-_png: Any = PngImagePlugin  # whose type says that its limits are constants
+_png: Any = PngImagePlugin  # typed as Any: its type stubs declare the limits constant
 _pillow = threading.Lock()
 _readers, _limits, _quiet = 0, (0, 0), None
 
 
 @contextlib.contextmanager
 def _pillow_without_limit() -> Iterator[None]:
-    """Lifts Pillow's own limits, which are one for the whole process, until the last reader is done.
+    """Lifts Pillow's process-wide limits until the last reader is done.
 
-    Those of pixels are the checks of `opened`; a profile or text in a PNG may be larger than Pillow's megabyte. And
-    what Pillow warns of is damage to metadata, which is not worth a line on the terminal.
+    The checks of `opened` replace its pixel limits, and a profile or text in a PNG may exceed Pillow's megabyte.
+    Pillow's warnings are about damaged metadata, not worth a line on the terminal.
     """
     global _readers, _limits, _quiet
     with _pillow:
-        if warnings.filters[:1] != [_quiet]:  # not each time: a new filter makes Python forget what it has warned of
+        if warnings.filters[:1] != [_quiet]:  # only once: a new filter makes Python forget past warnings
             warnings.filterwarnings("ignore", module=r"PIL\.", category=UserWarning)
             _quiet = warnings.filters[0]
         if _readers == 0:
@@ -200,13 +199,13 @@ def _pillow_without_limit() -> Iterator[None]:
 
 
 def tiff_tags(image: Image.Image) -> TiffImagePlugin.ImageFileDirectory_v2:
-    """The tags of a TIFF image."""
+    """Returns the tags of a TIFF image."""
     assert isinstance(image, TiffImagePlugin.TiffImageFile), image.format
     return image.tag_v2
 
 
 def _identified(file: BinaryIO) -> Image.Image:
-    """The image in a file, of which Pillow sees nothing that costs more than the file is worth."""
+    """Identifies the image in a file, hiding from Pillow whatever costs more than the file's size justifies."""
     start = file.read(12)
     file.seek(0)
     if start.startswith(b"\xff\xd8\xff"):
@@ -241,12 +240,12 @@ def _identified_jpeg(data: bytes) -> Image.Image:
 
 
 def _identified_avif(data: bytes) -> Image.Image:
-    """The image in an AVIF file, without the EXIF where that is damaged: Pillow needs it to be whole."""
+    """Identifies an AVIF image, hiding its EXIF if damaged: Pillow insists on valid EXIF."""
     if not containers.holds_claims(data):
         try:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
             return _described_avif(image, data)
-        except Exception:  # of which EXIF may be the cause
+        except Exception:  # EXIF may be the cause
             pass
     image = Image.open(io.BytesIO(containers.without_exif(data)), formats=_FORMATS)
     image.info["exif"] = b"damaged"
@@ -259,7 +258,7 @@ def _described_avif(image: Image.Image, data: bytes) -> Image.Image:
 
 
 def _unidentified(file: BinaryIO, suffix: str) -> ImageError:
-    """Why a file is no image that can be read."""
+    """Returns an error that explains why a file is not a readable image."""
     file.seek(0)
     start = file.read(12)
     if not start:
@@ -276,7 +275,7 @@ def _unidentified(file: BinaryIO, suffix: str) -> ImageError:
 
 
 def pixels_of(image: Image.Image) -> int:
-    """How many pixels an image that is not decoded yet claims to have; a tile of a TIFF counts whole."""
+    """Returns the pixel count that an undecoded image claims; a TIFF tile counts in full."""
     pixels = image.width * image.height
     if image.format == "TIFF":
         width, height = (tiff_tags(image).get(tag) for tag in (_TIFF_TILE_WIDTH, _TIFF_TILE_LENGTH))
@@ -286,20 +285,20 @@ def pixels_of(image: Image.Image) -> int:
 
 
 def bytes_to_decode(image: Image.Image, channels: int, depth: int = 1) -> int:
-    """About how much memory it takes to decode an image into an array of samples of `depth` bytes."""
+    """Estimates the memory needed to decode an image into an array of samples of `depth` bytes."""
     stored = _STORED.get(image.mode, 4)
     converted = 0 if image.mode in ("L", "RGB") or image.mode.startswith("I") else 4
     decoding = 2 * len(image.getbands()) if image.info.get("progressive") else _DECODING.get(image.format, 0)
-    # Pillow gives its pixels in pieces, which are then joined, and after that copied.
+    # Pillow returns its pixels in pieces, which are joined and then copied.
     needed = max(stored + decoding, stored + converted + 2 * channels * depth)
     return needed * pixels_of(image)
 
 
 @functools.cache
 def most_bytes() -> int:
-    """How much memory decoding one image may take: an eighth of the machine's, for as many are read at a time.
+    """Returns the memory limit for decoding one image: an eighth of the machine's, since up to eight are read at once.
 
-    What is free does not count: whether an image can be used must not depend on the moment.
+    Free memory is ignored: whether an image is usable must not depend on the moment.
     """
     return (host_memory()[0] or _UNKNOWN_MEMORY) // 8
 
@@ -313,10 +312,10 @@ def _check_training_image(image: Image.Image) -> None:
 
 
 def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
-    """Writes uint8 (height, width, 1 or 3) in the format that the suffix names.
+    """Writes uint8 (height, width, 1 or 3) in the format given by the suffix.
 
-    The file appears whole or not at all: it is written under a temporary name in the same folder, then
-    renamed. JPEG is written at quality 95 without chroma subsampling, WebP without loss.
+    The write is atomic: a temporary file in the same folder is renamed at the end. JPEG uses quality 95 without chroma
+    subsampling; WebP is lossless.
     """
     path = Path(path)
     image = np.asarray(image)
@@ -337,7 +336,7 @@ def write_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """Opens regular files only: a folder has no clear message otherwise, and a pipe would block for ever."""
+    """Opens regular files only: folders would give an unclear error, and pipes would block forever."""
     if os.path.islink(path) and not os.path.exists(path):
         raise OSError(0, f"No such file: is a link to {printable(os.fsdecode(os.readlink(path)))}")
     mode = os.stat(path).st_mode
@@ -349,10 +348,10 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """The EXIF orientation of a loaded image: 1 when there is none, or when Pillow has applied it (TIFF)."""
+    """Returns a loaded image's EXIF orientation; 1 if there is none or Pillow has already applied it (TIFF)."""
     if image.format == "TIFF":
         return 1
-    raw = image.info.get("Raw profile type exif")  # what ImageMagick makes of EXIF in a PNG: hexadecimal text
+    raw = image.info.get("Raw profile type exif")  # ImageMagick stores EXIF in a PNG as hexadecimal text
     if (exif := image.info.get("exif")) is None and raw:
         with contextlib.suppress(ValueError):
             exif = bytes.fromhex("".join(str(raw).split("\n")[3:]))
@@ -364,18 +363,18 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def is_deep_colour(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet has more than 8 bits a sample, which the mode in Pillow hides."""
+    """Whether an image not yet loaded has more than 8 bits per sample, which Pillow's mode does not show."""
     if image.mode.startswith("I"):
         return False
     if image.format == "TIFF":
         return image.mode != "F" and max(tiff_tags(image).get(_TIFF_BITS, (1,))) > 8
-    if image.format == "PPM":  # args: mode and the largest value
+    if image.format == "PPM":  # args: mode and maximum value
         return any(isinstance(value, int) and value > 255 for tile in getattr(image, "tile", ()) for value in tile[3])
     return image.info.get("is_deep", False) or ";16" in str(getattr(image, "tile", ""))
 
 
 def deep_grey(image: Image.Image) -> np.ndarray | None:
-    """The samples of a loaded image, uint16 (height, width), if it is grey with more than 8 bits.
+    """Returns a loaded image's samples, uint16 (height, width), if it is grey with more than 8 bits.
 
     Raises:
       ImageError: it has floats or 32-bit integers.
@@ -390,23 +389,23 @@ def deep_grey(image: Image.Image) -> np.ndarray | None:
     if image.format == "TIFF":
         if tiff_tags(image).get(_TIFF_BITS) == (12,):
             samples = samples << 4 | samples >> 8
-        if tiff_tags(image).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits only
+        if tiff_tags(image).get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts only 8-bit samples
             samples = 65535 - samples
     return samples
 
 
 def to_8_bits(samples: np.ndarray) -> np.ndarray:
-    """uint8 from integers in 0..65535: round(v / 257)."""
+    """Returns uint8 from integers in 0..65535: round(v / 257)."""
     return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _to_uint8(image: Image.Image) -> np.ndarray:
-    """The pixels of a loaded image as uint8 (height, width, 1 if it is grey and else 3)."""
+    """Returns a loaded image's pixels as uint8 (height, width, 1 if grey, else 3)."""
     if (samples := deep_grey(image)) is not None:
         return to_8_bits(samples)[:, :, None]
     # Otherwise convert() would blend a transparent palette entry, or warn about it.
     image.info.pop("transparency", None)
-    if image.mode in ("RGBa", "La"):  # colour was multiplied by alpha: undo that before dropping alpha
+    if image.mode in ("RGBa", "La"):  # colour is premultiplied by alpha: undo that before dropping alpha
         image = image.convert("RGBA" if image.mode == "RGBa" else "LA")
     if image.mode not in ("L", "RGB"):
         image = image.convert("L" if image.mode in ("1", "LA") else "RGB")

@@ -2,13 +2,13 @@
 
     python -m kdjax.data.pack FOLDER OUT [--shard-mb N]
 
-OUT is then given wherever FOLDER was (`data.gt`, `data.lq`, `data.unpaired`, `val.gt`, ...), and gives the same batches
-bit for bit; pairs are two folders and become two packs. What a pack is: `kdjax.data.shards`.
+Use OUT wherever FOLDER was given (`data.gt`, `data.lq`, `data.unpaired`, `val.gt`, ...); the batches are bit-identical.
+For pairs, pack both folders. `kdjax.data.shards` describes the format.
 
-The program can be killed at any moment. Started again with the same arguments it continues after the last complete
-shard, as long as the files of that shard are what they were (name, size and time), and ends with the same bytes as an
-unbroken run. Damaged images do not stop it: they are reported, stay in the index with their reason, which training
-treats as it treats a damaged file, and the exit code is 1. Stopped by Ctrl-C it is 130.
+The program can be killed at any time. Run again with the same arguments, it continues after the last complete shard,
+provided that shard's files are unchanged (name, size and time), and produces the same bytes as an uninterrupted run.
+Damaged images do not stop it: they are reported and stay in the index with the reason, training treats them like
+damaged files, and the exit code is 1. After Ctrl-C the exit code is 130.
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ from kdjax.names import brief
 from kdjax.progress import Pace
 from kdjax.signals import Stopped
 
-Facts = tuple[str, int, int]  # of a file: name, bytes, time of the last change
+Facts = tuple[str, int, int]  # of a file: name, size, modification time
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a pack holds."""
+    """What a pack contains."""
 
-    images: int  # without the damaged ones
+    images: int  # not counting damaged ones
     damaged: dict[str, str]  # name: reason
     shards: int
     bytes: int  # of all shards
-    kept: int  # shards that an earlier run had written
+    kept: int  # shards kept from an earlier run
 
 
 def pack(
     folder: str, out: str, *, shard_mb: int = 512, threads: int | None = None, tell: Callable[[str], None] = print
 ) -> Summary:
-    """Makes a pack of a folder, or continues with it.
+    """Packs a folder, or resumes an unfinished pack.
 
     Args:
-      shard_mb: a shard ends with the image with which it reaches this size, in megabytes of pixels.
-      threads: that decode; by default one for each core, at most eight.
+      shard_mb: a shard ends with the image that brings it to this size, in megabytes of pixels.
+      threads: decoding threads; by default one per core, at most eight.
       tell: called with a line of progress every few seconds.
 
     Raises:
-      DataError: the folder cannot be used, no image in it can be read, or `out` is something else already.
+      DataError: the folder cannot be used, none of its images can be read, or `out` is something else already.
       FolderInUse: another process is packing into `out`.
       PackError: ArrayRecord is not installed, or `out` cannot be written.
     """
@@ -100,7 +100,7 @@ def pack(
 
 
 class _Journal:
-    """The shards of an unfinished pack: one line of JSON each, written after the shard has its name."""
+    """The finished shards of an unfinished pack: one line of JSON each, written once the shard has its final name."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
@@ -111,7 +111,7 @@ class _Journal:
         self._file.seek(0)
         found = []
         for line in self._file:
-            with contextlib.suppress(ValueError):  # half a line, from a process that was killed
+            with contextlib.suppress(ValueError):  # a partial line, from a killed process
                 found.append(json.loads(line))
         return found
 
@@ -121,7 +121,7 @@ class _Journal:
         os.fsync(self._file.fileno())
 
     def keep(self, written: Sequence[dict[str, Any]]) -> None:
-        """Keeps these shards, the first ones of the journal, and removes the lines and the files of others."""
+        """Keeps these shards, the first ones of the journal, and deletes the lines and files of the others."""
         self._file.truncate(sum(len(_line(shard)) for shard in written))
         names = {shard["file"] for shard in written}
         for path in self.out.glob(f"*{shards.SUFFIX}"):
@@ -137,12 +137,12 @@ class _Journal:
 
 @contextlib.contextmanager
 def _journal(folder: str) -> Iterator[_Journal]:
-    """Opens a folder to pack into, which no other process may do meanwhile."""
+    """Opens and locks the folder to pack into."""
     try:
         out = Path(os.path.expanduser(folder))
         with contextlib.suppress(OSError):
             os.lstat(out)
-    except ValueError as error:  # a NUL, or a character that no path can have
+    except ValueError as error:  # a NUL, or another character not allowed in paths
         raise DataError(f"cannot pack into {brief(folder, 300)}: {error}") from None
     try:
         if out.exists() and not out.is_dir():
@@ -160,7 +160,7 @@ def _journal(folder: str) -> Iterator[_Journal]:
 
 
 def _usable_shards(journal: _Journal, images: Sequence[ImagePair], shard_mb: int) -> tuple[list[dict[str, Any]], bool]:
-    """The shards of an earlier run up to the first that does not fit the folder, and whether they are a whole pack."""
+    """Returns an earlier run's shards up to the first that no longer matches, and whether they form a complete pack."""
     out = journal.out
     finished = (out / shards.INDEX).exists()
     written = shards.PACK.read_index(str(out))["shards"] if finished else journal.read()
@@ -197,7 +197,7 @@ def _new_shards(
     threads: int,
     tell: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Writes the shards from `number` on, with the images after the first `done`; yields what the index says of each.
+    """Writes shards from `number` on, for the images after the first `done`; yields each shard's index entry.
 
     Raises:
       PackError: a shard cannot be written.
@@ -235,7 +235,7 @@ def _new_shards(
 
 
 def _decoded(images: Sequence[ImagePair], threads: int) -> Iterator[tuple[ImagePair, Facts, np.ndarray | str]]:
-    """Every image in order with its pixels, or with the reason why it has none; a few are decoded ahead of time."""
+    """Yields every image in order with its pixels or the reason for failure; decodes a few images ahead."""
     pool = ThreadPoolExecutor(threads)
     try:
         waiting: deque = deque()
@@ -246,11 +246,11 @@ def _decoded(images: Sequence[ImagePair], threads: int) -> Iterator[tuple[ImageP
         for future in waiting:
             yield future.result()
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, what has not begun is not waited for
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not wait for images not yet started
 
 
 def _decode(image: ImagePair) -> tuple[ImagePair, Facts, np.ndarray | str]:
-    facts = _facts(image)  # first: a file that changes meanwhile has to look changed
+    facts = _facts(image)  # before decoding, so that a file changed meanwhile looks changed
     try:
         return image, facts, inspect_image(image.gt)[0]
     except ImageError as error:
@@ -272,7 +272,7 @@ def _count(shard: dict[str, Any]) -> int:
 
 
 def _facts(image: ImagePair) -> Facts:
-    """What tells whether a file has changed: name, size and time."""
+    """Returns what identifies a version of a file: name, size and time."""
     try:
         state = os.stat(image.gt)
     except OSError:
@@ -281,7 +281,7 @@ def _facts(image: ImagePair) -> Facts:
 
 
 def _sources(shard_mb: int, facts: Sequence[Facts]) -> str:
-    """A hash of all that the bytes of a shard depend on."""
+    """Returns a hash of everything that determines a shard's bytes."""
     return hashlib.sha256(json.dumps([shards.PACK.version, shard_mb, *facts]).encode()).hexdigest()
 
 
@@ -302,7 +302,7 @@ def main() -> None:
     started = time.monotonic()
     try:
         summary = pack(options.folder, options.out, shard_mb=options.shard_mb)
-    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+    except (ValueError, OSError) as error:  # errors in the user's input; a traceback would hide the message
         commandline.fail(str(error))
     except KeyboardInterrupt:
         raise Stopped("SIGINT") from None

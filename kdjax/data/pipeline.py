@@ -1,26 +1,25 @@
-"""From a list of images to batches for training, and to whole images for validation.
+"""From a list of images to training batches and whole validation images.
 
-Training is an endless stream of samples, numbered 0, 1, 2, ...; step `s` of batch size `b` holds the samples
-s*b ... s*b + b - 1. What sample `n` is, the image, the crop and the flips, follows from (seed, n) alone: not
-from the number of workers, threads or processes, nor from the step at which the stream was started. So a run
-resumes by starting at its step, and nothing has to be stored or replayed. Every epoch shows every image once,
-in another order and with other crops. The processes of one run get consecutive blocks of the batch: joined in
-the order of the processes, they are the batch that a single process would get.
+Training is an endless stream of samples, numbered 0, 1, 2, ...; step `s` at batch size `b` holds the samples s*b ...
+s*b + b - 1. The image, crop and flips of sample `n` depend only on (seed, n): not on the number of workers, threads or
+processes, nor on the step at which the stream started. So a run resumes by starting at its step, and nothing is stored
+or replayed. Each epoch shows every image once, in a new order and with new crops. The processes of a run get
+consecutive blocks of the batch: concatenated in process order, they are the batch a single process would get.
 
-Images stay uint8 (height, width, channels): a quarter of the float size to move, and exact. Noise is not
-added here.
+Images stay uint8 (height, width, channels), which is exact and a quarter of the float size to move. Noise is not added
+here.
 
-A damaged file never stops training and never moves other samples: the sample draws another image from its own
-random stream, and the file is reported once. In validation it is an error, since a mean over other images is
-another number.
+A damaged file never stops training and never shifts other samples: its sample draws another image from its own random
+stream, and the file is reported once. In validation it is an error, because a mean over other images is a different
+number.
 
-Unlabelled images, which only a teacher can use, and unpaired images, which are degraded on the device beside pairs
-that are not, take fixed places of every batch, evenly spread, so that every process has its share. Each kind has an
-order of its own (`kdjax.data.samples`).
+Unlabelled images, which only a teacher can use, and unpaired images, which are degraded on the device beside pairs that
+are not, take fixed, evenly spaced positions in every batch, so that every process gets its share. Each kind has its own
+order (`kdjax.data.samples`).
 
-This package is NumPy, Pillow, Grain and ArrayRecord only. Workers are spawned and import it, and must not take an
-accelerator. They also import the main module: a program that imports jax should keep every computation out of
-its module level.
+This package uses only NumPy, Pillow, Grain and ArrayRecord. Workers are spawned and import it, and they must not take
+an accelerator. They also import the main module: a program that imports jax should keep all computation out of its
+module level.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ from kdjax.streams import Kind
 
 _logger = logging.getLogger("kdjax")
 
-_THREADS = 4  # that decode in the main process when there are no workers; Pillow releases the GIL
+_THREADS = 4  # decoding threads of the main process when there are no workers; Pillow releases the GIL
 
 
 def training_batches(
@@ -82,21 +81,21 @@ def training_batches(
     unpaired: Sequence[ImagePair] = (),
     unpaired_part: float = 0.5,
 ) -> TrainingData:
-    """Endless batches of random crops, from step `start_step` on.
+    """Returns endless batches of random crops, from step `start_step` on.
 
-    Every batch is a `kdjax.batch.Batch` of NumPy arrays with b = batch_size / process_count rows. gt are uint8 squares
-    of `crop` pixels; lq, uint8 as well, are there if the pairs have lq files, `labelled` if there are `unlabelled`
-    images, and `is_paired` if there are `unpaired` ones, whose lq is zeros.
+    Every batch is a `kdjax.batch.Batch` of NumPy arrays with b = batch_size / process_count rows. gt is uint8 squares
+    of `crop` pixels. lq, also uint8, is present if the pairs have lq files, `labelled` if there are `unlabelled`
+    images, and `is_paired` if there are `unpaired` images, whose lq is zeros.
 
-    `unlabelled` (see `find_unlabelled`) fill round(batch_size * unlabelled_part) places of every batch, `unpaired`
-    (clean images beside pairs) round(batch_size * unpaired_part), and `pairs` the others.
+    `unlabelled` (see `find_unlabelled`) fills round(batch_size * unlabelled_part) positions of every batch, `unpaired`
+    (clean images beside pairs) round(batch_size * unpaired_part), and `pairs` the rest.
 
-    `hflip` flips left-right with probability 1/2; `rot` flips top-bottom and transposes, each with
-    probability 1/2. With both, the eight symmetries of the square are equally likely. Images smaller than the
-    crop are extended by reflection at the bottom and right.
+    `hflip` flips left-right with probability 1/2; `rot` flips top-bottom and transposes, each with probability 1/2.
+    With both, the eight symmetries of the square are equally likely. Images smaller than the crop are extended by
+    reflection at the bottom and right.
 
-    `workers` processes decode; 0 means threads of this process. Each process, and each worker, keeps up to
-    `cache_mb` megabytes of decoded images; neither changes the batches.
+    `workers` processes decode; 0 means threads of this process. Each process, and each worker, caches up to `cache_mb`
+    megabytes of decoded images. Neither changes the batches.
     """
     read = ImageCache(channels, cache_mb * 2**20)
     options: dict[str, Any] = dict(crop=crop, seed=seed, scale=scale, hflip=hflip, rot=rot, read=read)
@@ -132,11 +131,11 @@ def cached_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> TrainingData:
-    """Endless batches from a cache, from step `start_step` on: those of `training_batches`, with the teacher's answers.
+    """Returns endless batches from a cache, from step `start_step` on: `training_batches` plus the teacher's answers.
 
-    A batch has `gt`, `index`, and where they were kept `lq` and `labelled`, as after everything that the device does to
-    them, and `teacher`: {"output": (b, h, w, c), "features": {name: (b, h, w, c)}}, in the precision of the cache.
-    After `cache.samples` samples the same ones come again, in another order.
+    A batch has `gt`, `index` and, if they were stored, `lq` and `labelled`, all as they are after the device's
+    processing, and `teacher`: {"output": (b, h, w, c), "features": {name: (b, h, w, c)}}, in the cache's precision.
+    After `cache.samples` samples they repeat, in another order.
     """
     stream = CachedBatches(
         cache, batch_size=batch_size, seed=seed, process_index=process_index, process_count=process_count
@@ -145,13 +144,12 @@ def cached_batches(
 
 
 class TrainingData(Iterator[Batch]):
-    """What `training_batches` and `cached_batches` return: an iterator.
+    """The iterator that `training_batches` and `cached_batches` return.
 
-    Close it, or use it in a `with` statement, to end workers.
+    Close it, or use it in a `with` statement, to stop the workers.
 
-    `damaged` maps the name of every damaged image met so far by this process to the reason (the path, where two
-    sources have the same name); each is also logged once. `replaced` counts the samples that drew another image
-    instead.
+    `damaged` maps the name of every damaged image this process has met so far to the reason (the path is used if two
+    sources share the name); each is also logged once. `replaced` counts the samples that drew another image instead.
     """
 
     def __init__(self, stream: Batches | CachedBatches, start_step: int, workers: int) -> None:
@@ -168,15 +166,15 @@ class TrainingData(Iterator[Batch]):
             num_threads=1 if workers else min(_THREADS, os.cpu_count() or 1),
             prefetch_buffer_size=2 if workers else 4,
         )
-        source: Any = stream  # it has __len__ and __getitem__, which is all that Grain asks for
+        source: Any = stream  # its __len__ and __getitem__ are all Grain needs
         batches = grain.MapDataset.source(source)[start_step:].to_iter_dataset(reading)
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which fails outside an absl program
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
             batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
-        # Holds Grain's iterator until it is closed, which also happens when this object is forgotten, and at exit:
-        # there the last reference has to go before the modules that Grain needs for closing are gone.
+        # Holds Grain's iterator until close(), which also runs on garbage collection and at exit. At exit, the last
+        # reference must go before the modules Grain needs for closing are gone.
         self._open = [iter(batches)]
         self._finalizer = weakref.finalize(self, _close, self._open)
 
@@ -186,7 +184,7 @@ class TrainingData(Iterator[Batch]):
         try:
             batch = next(self._open[0])
         except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):  # Grain has no type of its own for a worker that is gone
+            if "terminated unexpectedly" not in str(error):  # Grain has no exception type for a dead worker
                 raise
             raise DataError(
                 f"a process that loads training images was killed ({str(error).partition('. ')[0]}). Often the machine"
@@ -196,21 +194,21 @@ class TrainingData(Iterator[Batch]):
             if number >= 0:
                 self.replaced += 1
                 self._report(number)
-        # Workers hand over shared memory that ends with Grain's array; JAX may keep it longer, so copy.
+        # Workers hand over shared memory that is freed with Grain's array. JAX may keep it longer, so copy.
         return cast(Batch, _copied(batch))
 
     def _report(self, number: int) -> None:
         if number in self._reported:
             return
         name, path, reason = self._stream.explain(number)
-        known = path in self._reported  # by another number: an image may be of two kinds
+        known = path in self._reported  # under another number: an image may be of two kinds
         self._reported |= {number, path}
         if not known:
             self.damaged[path if name in self.damaged else name] = reason
             _logger.warning("damaged training image %s, replaced by others: %s", one_line(name), one_line(reason))
 
     def close(self) -> None:
-        """Ends the workers and threads; safe to call twice."""
+        """Stops workers and threads; safe to call twice."""
         self._finalizer()
 
     def __enter__(self) -> Self:
@@ -242,11 +240,11 @@ class ValidationImage:
 def load_images(
     pairs: Sequence[ImagePair], *, channels: int = 3, scale: int = 1, crop: int = 0, limit: int = 0
 ) -> list[ValidationImage]:
-    """Reads images for validation: whole, or their centre if `crop` (in gt pixels) is not 0.
+    """Reads validation images: whole, or their centre crop if `crop` (in gt pixels) is not 0.
 
-    `limit` takes that many images, evenly spread over the list; 0 takes all. A gt that exceeds scale * lq by
-    less than `scale` is cut at the bottom and right, as BasicSR does; a clean gt is cut to a multiple of
-    `scale`. All files that cannot be used are named in one `DataError`.
+    `limit` takes that many images, evenly spaced over the list; 0 takes all. A gt that exceeds scale * lq by less than
+    `scale` is cropped at the bottom and right, as in BasicSR; a clean gt is cropped to a multiple of `scale`. A single
+    `DataError` names all unusable files.
     """
     check_crop(crop, scale)
     pairs = spread(pairs, limit)
@@ -270,7 +268,7 @@ def load_images(
 
 
 def spread(pairs: Sequence[ImagePair], limit: int) -> list[ImagePair]:
-    """That many of the pairs, evenly spread over the list; 0 takes all."""
+    """Returns `limit` of the pairs, evenly spaced over the list; 0 takes all."""
     if limit < 0:
         raise DataError(f"limit is {limit}; it must be 0 (all images) or more")
     if not 0 < limit < len(pairs):
@@ -297,14 +295,13 @@ def _load_validation_image(pair: ImagePair, channels: int, scale: int, crop: int
 
 def _start_worker(index: int, count: int) -> None:
     """Runs first in every worker process."""
-    # Nothing here computes with jax, but Grain imports it when it is there: make sure it could take no
-    # accelerator.
+    # Nothing here computes with jax, but Grain imports it if available: keep it off the accelerators.
     os.environ.update(JAX_PLATFORMS="cpu", CUDA_VISIBLE_DEVICES="")
     if (jax := sys.modules.get("jax")) is not None:
         jax.config.update("jax_platforms", "cpu")
-    # Ctrl-C reaches the whole process group; the main process ends its workers itself.
+    # Ctrl-C reaches the whole process group; the main process stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A main process that is killed cannot: end with it.
+    # A killed main process cannot stop them, so end with it.
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
 
 

@@ -1,9 +1,8 @@
-"""Which images, crops and flips make up a batch: pure functions of (seed, step), without processes or threads.
+"""The images, crops and flips of a batch: pure functions of (seed, step), without processes or threads.
 
-`Samples` turns the number of a sample into pixels, `Batches` the number of a step into a batch of several kinds of
-samples: the `pairs` (or clean images) of a run, and beside them `unlabelled` and `unpaired` images. Each kind has an
-order and a random stream of its own, and takes the same, evenly spread places of every batch, so that every process
-of a run has its share of it.
+`Samples` maps a sample number to pixels. `Batches` maps a step to a batch of several kinds of samples: a run's `pairs`
+(or clean images), and beside them `unlabelled` and `unpaired` images. Each kind has its own order and random stream and
+takes the same, evenly spaced positions in every batch, so that every process of a run gets its share.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from kdjax.data.images import ImageError, read_image
 from kdjax.data.sources import DataError, ImagePair, one_line
 from kdjax.streams import SAMPLES, Kind, generator
 
-DRAWS = 64  # images that one sample tries before the data set counts as unusable
-ENDLESS = 2**31 - 1  # the length of the endless stream: Grain wants one
+DRAWS = 64  # images a sample tries before the data set counts as unusable
+ENDLESS = 2**31 - 1  # length of the endless stream: Grain wants one
 
 
 class Samples:
-    """Sample number -> {gt, lq, damaged}: `damaged` is the place in `pairs` of an image that failed, or -1.
+    """Maps a sample number to {gt, lq, damaged}; `damaged` is the index in `pairs` of an image that failed, or -1.
 
-    Of several that failed it is the first, the one whose turn it was: so after one epoch each has been reported.
+    If several failed, it is the first, the one whose turn it was. So after one epoch each has been reported.
 
-    `kind` chooses the random streams. With `blank_lq`, clean images get an lq of zeros.
+    `kind` selects the random streams. With `blank_lq`, clean images get an lq of zeros.
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class Samples:
         epoch, position = divmod(number, len(self.pairs))
         chosen = int(epoch_order(len(self.pairs), self._seed, self._kind.order, epoch)[position])
         random = generator(self._seed, self._kind.sample, number)
-        # All draws but those for replacements come first: a damaged file leaves crop and flips as they are.
+        # Everything except replacements is drawn first, so a damaged file leaves crop and flips unchanged.
         row, column, *coins = random.random(5)
         first_damaged = -1
         tried: list[str] = []
@@ -83,7 +82,7 @@ class Samples:
             some = "\n".join(f"  {one_line(reason)}" for reason in tried[:5])
             raise DataError(f"{DRAWS} training images in a row could not be used; some of them:\n{some}")
 
-        # Positions are drawn in lq pixels, so that gt and lq show the same part.
+        # Positions are drawn in lq pixels, so that gt and lq show the same region.
         grid = 1 if lq is None else self._scale
         size = self._crop // grid
         top = int(row * max(1, gt.shape[0] // grid - size + 1))
@@ -99,7 +98,7 @@ class Samples:
         return element
 
     def load(self, pair: ImagePair) -> tuple[np.ndarray, np.ndarray | None]:
-        """gt and lq of a pair; raises `ImageError` if one cannot be read or the sizes do not fit."""
+        """Returns gt and lq of a pair; raises `ImageError` if one cannot be read or the sizes do not match."""
         gt = self._read(pair.gt)
         if pair.lq is None:
             return gt, None
@@ -113,23 +112,23 @@ class Samples:
 
 @dataclass(frozen=True)
 class Part:
-    """Samples of one kind in every batch.
+    """The samples of one kind in every batch.
 
-    `count` of them are in a whole batch. `flags` are what the batch says of each, by key: a key that some part has
-    must be in all of them.
+    The whole batch has `count` of them. `flags` are their batch entries, by key; a key of one part must be in all
+    parts.
     """
 
-    what: str  # "unlabelled" and so on, for messages
+    what: str  # "unlabelled" etc., for messages
     samples: Samples
     count: int
     flags: dict[str, bool]
 
 
 class Batches:
-    """Step -> the part of the batch that belongs to this process: a random-access source for Grain.
+    """Maps a step to this process's part of the batch: a random-access source for Grain.
 
-    The first of `parts` takes the places that the others leave. Batches are made here, not by Grain: an element is a
-    batch, so the batches do not depend on how Grain distributes elements over workers.
+    The first of `parts` takes the positions the others leave. Batches are made here, not by Grain: with batches as
+    elements, they do not depend on how Grain distributes elements over workers.
     """
 
     def __init__(self, parts: Sequence[Part], process_index: int, process_count: int) -> None:
@@ -153,7 +152,7 @@ class Batches:
         return cast(Batch, {key: np.stack([row[key] for row in rows]) for key in rows[0]})
 
     def _row(self, step: int, position: int) -> dict[str, Any]:
-        """The sample at a position of the whole batch."""
+        """Returns the sample at a position of the whole batch."""
         index = np.int32((step * self._batch_size + position) % SAMPLES)
         number, place = self._place(position)
         part = self._parts[number]
@@ -163,9 +162,9 @@ class Batches:
         return row | {"index": index} | {key: np.bool_(flag) for key, flag in part.flags.items()}
 
     def _place(self, position: int) -> tuple[int, int]:
-        """Which part a position of the whole batch belongs to, and its place among the images of that part."""
+        """Returns which part a position of the whole batch belongs to, and its index within that part."""
         free = self._batch_size
-        # Each part in turn takes its share, evenly spread, of the places that are free; `position` counts those.
+        # Each part in turn takes its share of the free positions, evenly spaced; `position` counts the free ones.
         for number, part in list(enumerate(self._parts))[1:]:
             before = position * part.count // free
             if (position + 1) * part.count // free > before:
@@ -175,7 +174,7 @@ class Batches:
         return 0, position
 
     def explain(self, number: int) -> tuple[str, str, str]:
-        """Name and path of the image that the `damaged` number of a sample stands for, and what is wrong with it."""
+        """Returns the name and path of the image behind a sample's `damaged` number, and what is wrong with it."""
         for part in self._parts:
             if number < len(part.samples.pairs):
                 pair = part.samples.pairs[number]
@@ -189,10 +188,10 @@ class Batches:
 
 
 class ImageCache:
-    """Reads images, and keeps decoded ones until `limit` bytes are used; `channels` is 1 or 3, as in `read_image`.
+    """Reads images, and caches decoded ones up to `limit` bytes; `channels` is 1 or 3, as in `read_image`.
 
-    Nothing is ever dropped: when every epoch has a new order, keeping a fixed part finds more images than keeping
-    the latest ones. Copies sent to other processes start empty.
+    Nothing is ever evicted: with a new order every epoch, keeping a fixed set gives more hits than keeping the most
+    recent images. Copies sent to other processes start empty.
     """
 
     def __init__(self, channels: int, limit: int) -> None:
@@ -216,7 +215,7 @@ class ImageCache:
 
 
 def block_of_process(batch_size: int, process_index: int, process_count: int) -> range:
-    """The positions in a batch that belong to a process.
+    """Returns the positions in a batch that belong to a process.
 
     Raises:
       DataError: the batch cannot be divided, or there is no such process.
@@ -251,19 +250,19 @@ def size_message(pair: ImagePair, gt: np.ndarray, lq: np.ndarray, scale: int) ->
 
 
 def window(image: np.ndarray, top: int, left: int, size: int, scale: int) -> np.ndarray:
-    """The square of `size` pixels from (top, left), extended at the bottom and right where the image ends."""
+    """Returns the square of `size` pixels at (top, left), extended at the bottom and right where the image ends."""
     window = image[top : top + size, left : left + size]
     missing = size - window.shape[0], size - window.shape[1]
     if max(missing) == 0:
         return window
-    # Mirroring about the last pixel, as BasicSR does, would move gt against lq when their pixels differ in
-    # size; mirroring about the edge does not.
+    # Mirroring about the last pixel, as BasicSR does, would shift gt against lq when their pixels differ in size.
+    # Mirroring about the edge does not.
     mode = "reflect" if scale == 1 else "symmetric"
     return np.pad(window, ((0, missing[0]), (0, missing[1]), (0, 0)), mode=mode)
 
 
 def _flip(image: np.ndarray, left_right: bool, top_bottom: bool, transpose: bool) -> np.ndarray:
-    """A copy: a view would keep the whole decoded image in memory until the batch is complete, which is slow."""
+    """Returns a copy: a view would keep the whole decoded image in memory until the batch is done, which is slow."""
     if left_right:
         image = image[:, ::-1]
     if top_bottom:
@@ -271,6 +270,6 @@ def _flip(image: np.ndarray, left_right: bool, top_bottom: bool, transpose: bool
     return (image.swapaxes(0, 1) if transpose else image).copy()
 
 
-@functools.lru_cache(maxsize=8)  # three kinds of images, of each of which prefetching can straddle two epochs
+@functools.lru_cache(maxsize=8)  # three kinds of images, and prefetching can straddle two epochs of each
 def epoch_order(length: int, seed: int, stream: int, epoch: int) -> np.ndarray:
     return generator(seed, stream, epoch).permutation(length)

@@ -1,20 +1,20 @@
 """Packs: the decoded pixels of many images in a few large files, so that reading an image is a copy.
 
-A pack is a folder that `python -m kdjax.data.pack` wrote:
+A pack is a folder written by `python -m kdjax.data.pack`:
 
-    00000.arrayrecord, 00001.arrayrecord, ...   one record an image: its uint8 pixels, height x width x channels
-    pack.json                                   the index; written last, so a folder that has it is complete
+    00000.arrayrecord, 00001.arrayrecord, ...   one record per image: its uint8 pixels, height x width x channels
+    pack.json                                   the index, written last: a folder that has it is complete
 
-Grey images are stored with one channel and all others with three, so that a pack gives the pixels that the files
-would give, in colour and in grey. An image that could not be decoded stays in the index with its reason: the pack has
-the names, and so the order, of the folder it was made from.
+Grey images are stored with one channel and all others with three, so a pack yields the same pixels as its files, in
+colour and in grey. An image that could not be decoded stays in the index with the reason. So the pack keeps the names,
+and hence the order, of the original folder.
 
-An image in a pack has a path like that of a file, `PACK/pack.json/NAME`, which no file can have. Everything that takes
-the path of an image takes it too.
+An image in a pack has a path like a file's, `PACK/pack.json/NAME`, which no file can have. It works wherever an image
+path does.
 
-This module is the format, its reader, and how a shard is written; the caches of `kdjax.data.cached` have shards and an
-index of the same kind. Nothing in it is open before the first record is read, and an open shard is never sent to
-another process; threads share it.
+This module defines the format, its reader, and the writing of shards. The caches of `kdjax.data.cached` use the same
+kind of shards and index. Nothing is opened before the first record is read. Open shards are shared by threads but never
+sent to another process.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ from kdjax.files import printable, whole_file, write_text
 from kdjax.names import brief
 
 SUFFIX = ".arrayrecord"
-JOURNAL = "pack.unfinished.jsonl"  # of a pack in the making: one line a shard
+JOURNAL = "pack.unfinished.jsonl"  # of an unfinished pack: one line per shard
 
-# Chunks of their own for every record, so that one can be read without its neighbours; compressing pixels would save
-# little and cost the speed that packs are for.
+# Every record gets its own chunk, so that it can be read without its neighbours. Compressing pixels would save little
+# and cost the speed that packs are for.
 _WRITING = "group_size:1,uncompressed"
-_LONGEST = 4096  # characters of a path; Python reads numbers of so many digits
-_REASON = 500  # characters of the reason why an image was damaged
-_OPEN = 128  # shards that a process keeps open: the limit of files is as low as 256 on some systems
-# No reading ahead: images are wanted in random order.
+_LONGEST = 4096  # characters of a path; Python parses numbers of this many digits
+_REASON = 500  # characters of the reason why an image is damaged
+_OPEN = 128  # shards a process keeps open: some systems limit open files to 256
+# No read-ahead: images are read in random order.
 _READING = "readahead_buffer_size:0,max_parallelism:0"
 
 
 class PackError(ValueError):
-    """A pack or a cache that cannot be written or used, or a record in it that cannot be read."""
+    """A pack or cache that cannot be written or used, or a record in it that cannot be read."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a folder of shards is, for its index and for messages."""
+    """A kind of shard folder, as its index and messages describe it."""
 
     name: str
     index: str  # the file's name
-    format: str  # what the index says of itself
+    format: str  # the index's own "format" entry
     version: int
-    program: str  # that makes it
+    program: str  # that writes it
 
     @property
     def make_again(self) -> str:
         return f"remove the {self.name} and make it again with `{self.program}`"
 
     def read_index(self, folder: str) -> dict[str, Any]:
-        """The content of the index, with a `shards` list and of a version that can be read.
+        """Returns the index's content, with a `shards` list and a supported version.
 
         Raises:
           PackError: there is none, or it cannot be used.
@@ -98,7 +98,7 @@ class Kind:
         return index
 
     def write_index(self, folder: Path, content: Mapping[str, Any]) -> None:
-        """Writes the index, which makes the folder complete.
+        """Writes the index, which completes the folder.
 
         Raises:
           PackError: it cannot be written.
@@ -108,18 +108,18 @@ class Kind:
             write_text(path, json.dumps({"format": self.format, "version": self.version, **content}) + "\n")
 
     def damaged(self, folder: str, error: Exception) -> PackError:
-        """What to raise where the index holds something else than it should."""
+        """Returns the error to raise for an index with unexpected content."""
         path = os.path.join(folder, self.index)
         return PackError(f"{path!r} is damaged ({type(error).__name__}: {error}); {self.make_again}")
 
     def check_files(self, folder: str, sizes: Sequence[int]) -> list[tuple[int, int]]:
-        """Looks whether the shards are there; `sizes` are their bytes, in order.
+        """Checks that the shards exist; `sizes` are their bytes, in order.
 
         Returns:
-          The device and the inode of each.
+          The device and inode of each.
 
         Raises:
-          PackError: some are missing or of another size.
+          PackError: some are missing or have another size.
         """
         faults, files = [], []
         for number, size in enumerate(sizes):
@@ -154,10 +154,10 @@ INDEX = PACK.index
 
 
 class Record(NamedTuple):
-    """Where an image is, and its shape."""
+    """An image's location and shape."""
 
     shard: int
-    number: int  # of the record in its shard
+    number: int  # index of the record in its shard
     height: int
     width: int
     channels: int  # 1 or 3
@@ -171,8 +171,8 @@ class Pack:
     """The index of a pack.
 
     Raises:
-      PackError: it is unfinished, damaged or of a newer version, or a shard is missing or has another size; the
-        message says what to do.
+      PackError: it is unfinished, damaged or of a newer version, or a shard is missing or has another size; the message
+        says what to do.
     """
 
     def __init__(self, folder: str) -> None:
@@ -196,9 +196,9 @@ class Pack:
         self._files = PACK.check_files(folder, sizes)
 
     def names(self, recursive: bool) -> tuple[list[str], list[str]]:
-        """The names of all images, in no order, and of other files, of which a pack has none.
+        """Returns all image names, unordered, and the names of other files, of which a pack has none.
 
-        Without `recursive`, of those that were in no sub-folder.
+        Without `recursive`, only those not in a sub-folder.
         """
         return [name for name in (*self._records, *self._damaged) if recursive or "/" not in name], []
 
@@ -209,14 +209,14 @@ class Pack:
         return self._inside + name
 
     def identity(self, name: str) -> tuple[int, ...] | None:
-        """The file that an image is in, and its record there; None where that is not known."""
+        """Returns what identifies an image: its shard file and its record there; None if unknown."""
         if (record := self._records.get(name)) is None:
             return None
         device, inode = self._files[record.shard]
         return (device, inode, record.number) if inode else None
 
     def read(self, name: str) -> np.ndarray:
-        """The pixels, uint8 (height, width, 1 or 3).
+        """Returns the pixels, uint8 (height, width, 1 or 3).
 
         Raises:
           PackError: there is no such image, it could not be decoded when the pack was made, or the shard is damaged.
@@ -229,14 +229,14 @@ class Pack:
         return np.frombuffer(data, np.uint8).reshape(record.height, record.width, record.channels).copy()
 
 
-# What `parse_shard`, and code that goes on with what it has checked, raises where an index is not what it should be.
+# What `parse_shard`, and code that uses its results, raises on a malformed index.
 MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 
 
 def parse_shard(shard: Any, number: int) -> tuple[dict[str, Record], dict[str, str]]:
-    """What the index says of shard `number`: its images by name, and why others are damaged.
+    """Parses the index entry of shard `number`: its images by name, and why others are damaged.
 
-    Nothing in an index is believed that a shard of its size could not hold, nor a name that leads out of a folder.
+    Rejects anything that a shard of its size could not hold, and names that lead out of a folder.
 
     Raises:
       One of `MALFORMED`.
@@ -264,19 +264,19 @@ def parse_shard(shard: Any, number: int) -> tuple[dict[str, Record], dict[str, s
 
 
 def is_count(value: Any, least: int = 0) -> bool:
-    """Whether a value from JSON is a whole number that is not too small."""
+    """Whether a JSON value is an integer of at least `least`."""
     return type(value) is int and value >= least
 
 
 def name_fault(name: str) -> str | None:
-    """Why a name that a list, a template or an index gives cannot be that of a file in a folder; None where it can."""
+    """Returns why a name from a list, template or index cannot be a file in a folder; None if it can."""
     if not name or "\0" in name or len(name) > _LONGEST:
         return "is empty" if not name else "has a NUL in it" if "\0" in name else "is longer than any path"
     parts = name.replace(os.sep, "/").split("/")
-    if not parts[0] or ".." in parts or os.path.splitdrive(name)[0]:  # absolute, or with the letter of a drive
+    if not parts[0] or ".." in parts or os.path.splitdrive(name)[0]:  # absolute, or with a drive letter
         return "leads out of the folder"
     try:
-        name.encode(errors="surrogateescape")  # bytes that are not UTF-8 come as such surrogates, and no others do
+        name.encode(errors="surrogateescape")  # non-UTF-8 bytes become exactly these surrogates
     except UnicodeEncodeError:
         return "has characters that no file name has"
     return None
@@ -288,14 +288,14 @@ def is_pack(folder: str) -> bool:
 
 
 def open_pack(folder: str) -> Pack:
-    """Reads the index of a pack, also when this process has read it before; see `Pack`."""
+    """Reads a pack's index, once per process; see `Pack`."""
     folder = folder.rstrip(os.sep)
     _packs[folder] = pack = Pack(folder)
     return pack
 
 
 def split_path(path: str) -> tuple[str, str] | None:
-    """The pack and the name of an image in it, from `Pack.path`; None for the path of a file."""
+    """Splits a path from `Pack.path` into the pack and the image's name; None for a file's path."""
     mark = f"{os.sep}{INDEX}{os.sep}"
     end = path.find(mark)
     while end >= 0:
@@ -307,12 +307,12 @@ def split_path(path: str) -> tuple[str, str] | None:
 
 
 def read_record(folder: str, name: str) -> np.ndarray:
-    """`Pack.read` of a pack that is opened when this process has not done so yet."""
+    """Like `Pack.read`, but opens the pack if this process has not done so yet."""
     return _opened(folder).read(name)
 
 
 def identity(path: str) -> tuple[int, ...] | None:
-    """What all paths of one image have in common, of a file or of an image in a pack; None where nothing is known."""
+    """Returns an identity shared by all paths to one image, a file or an entry of a pack; None if unknown."""
     try:
         if (place := split_path(path)) is not None:
             return _opened(place[0]).identity(place[1])
@@ -328,7 +328,7 @@ def _opened(folder: str) -> Pack:
 
 
 def read_bytes(path: str, number: int, size: int) -> bytes:
-    """A record of a shard, which should have `size` bytes.
+    """Returns a record of a shard, which must have `size` bytes.
 
     Raises:
       PackError: the shard is damaged, or the record has another size.
@@ -344,16 +344,16 @@ def read_bytes(path: str, number: int, size: int) -> bytes:
 
 
 def file_name(number: int) -> str:
-    """The name of a shard."""
+    """Returns a shard's file name."""
     return f"{number:05}{SUFFIX}"
 
 
 @contextlib.contextmanager
 def new_shard(path: Path) -> Iterator[Callable[[bytes], None]]:
-    """Gives a function that adds a record to a new shard, for a `with` block; after it, the shard has its name.
+    """Yields a function that appends a record to a new shard, which gets its final name after the `with` block.
 
     Raises:
-      PackError: ArrayRecord is not installed, or the shard cannot be written: a full disk, for example.
+      PackError: ArrayRecord is not installed, or the shard cannot be written, for example because the disk is full.
     """
     module = array_record()
     count = 0
@@ -375,7 +375,7 @@ def new_shard(path: Path) -> Iterator[Callable[[bytes], None]]:
 
 
 def count_records(path: Path) -> int:
-    """How many records a shard has; 0 for what is no shard."""
+    """Returns the number of records in a shard; 0 if it is not a shard."""
     reader = array_record().ArrayRecordReader(str(path))
     if not reader.ok():
         return 0  # without closing it, which would raise
@@ -385,7 +385,7 @@ def count_records(path: Path) -> int:
 
 
 def array_record() -> ModuleType:
-    """The library of the shards, imported when one is wanted: it does not exist for every platform.
+    """Imports the ArrayRecord library on demand, because it does not exist for every platform.
 
     Raises:
       PackError: it is not installed.
@@ -401,12 +401,12 @@ def array_record() -> ModuleType:
     return array_record_module
 
 
-_packs: dict[str, Pack] = {}  # of this process, by folder
+_packs: dict[str, Pack] = {}  # opened by this process, by folder
 
 
 @contextlib.contextmanager
 def _reported(path: Path) -> Iterator[None]:
-    """Turns what the library and the system raise while they write into a `PackError`."""
+    """Converts write errors of the library and the system into a `PackError`."""
     try:
         yield
     except (RuntimeError, OSError) as error:
@@ -417,5 +417,5 @@ def _reported(path: Path) -> Iterator[None]:
 def _reader(path: str) -> Any:
     reader = array_record().ArrayRecordReader(path, options=_READING)
     if not reader.ok():
-        reader.read([0])  # raises what the constructor keeps to itself
+        reader.read([0])  # raises what the constructor swallows
     return reader

@@ -1,16 +1,16 @@
-"""Which image files belong to a data set, found from folders, packs, single files and lists.
+"""Finds the image files of a data set from folders, packs, single files and lists.
 
-A data set is either clean (`gt` alone: noise or other degradations are added later) or paired (`gt` and `lq`,
-low quality). Files pair by BasicSR's rule: `filename_tmpl`, with the stem of gt in place of its `{}`, in the same
-sub-folder. Unlike BasicSR, the suffix may differ where that leaves no doubt, sub-folders are searched, and every file
-that has no partner is an error, told in one message. Files and folders whose names start with a dot are not seen.
-Wherever a folder is wanted a pack (`kdjax.data.shards`) can be given: it has the names of the folder it was made from.
+A data set is either clean (`gt` alone: noise or other degradations are added later) or paired (`gt` and `lq`, low
+quality). Files are paired by BasicSR's rule: `filename_tmpl`, with the stem of gt in place of its `{}`, in the same
+sub-folder. Unlike BasicSR, the suffix may differ where that is unambiguous, sub-folders are searched, and files without
+a partner are errors, all listed in one message. Files and folders whose names start with a dot are ignored. A pack
+(`kdjax.data.shards`) can replace any folder: it has the names of the folder it was made from.
 
-A name from a list or a template never leaves its folder; links inside a folder are its owner's, and are followed
-wherever they lead. No image is its own partner: gt and lq that are one file, by whatever names, are an error. Names are
-the bytes of the file system, also where those are not UTF-8.
+A name from a list or template never leaves its folder. Links inside a folder are the owner's business and are followed
+wherever they lead. No image is its own partner: gt and lq that are one file, under whatever names, are an error. Names
+are the file system's bytes, even if they are not UTF-8.
 
-Left out: lmdb stores, and looking into the files, which `kdjax.data.images` does.
+Not handled: lmdb stores, and the content of the files, which is up to `kdjax.data.images`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from kdjax.names import brief
 
 _logger = logging.getLogger("kdjax")
 
-_LISTED = 10  # names that a message shows of each kind
-_LINE = 1000  # characters of a line of a message
-_NAME = 300  # and of a name in it
+_LISTED = 10  # names of each kind shown in a message
+_LINE = 1000  # characters per line of a message
+_NAME = 300  # and per name in it
 _LONG_LINE = 10_000  # of a list: longer than two paths
-_COMMAS = 100  # in a line of a list at which a name may end
-_VISITS = 1000  # of one folder, by way of links; a few links to each other can spell any number of paths
+_COMMAS = 100  # in a line of a list, at each of which a name may end
+_VISITS = 1000  # of one folder through links; a few links to each other can spell any number of paths
 
 # BasicSR's meta_info: "name.png (480,480,3)", in lmdb folders followed by the compression level.
 _NAME_AND_SIZE = re.compile(r"(?P<name>.*\S)\s+\(\s*\d+(\s*,\s*\d+)*\s*\)(\s+\d+)?")
@@ -52,9 +52,9 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class ImagePair:
-    """One image of a data set: its name in messages and results, and the paths of its files."""
+    """One image of a data set: its name in messages and results, and its files' paths."""
 
-    name: str  # the path of gt relative to its folder, with forward slashes
+    name: str  # gt's path relative to its folder, with forward slashes
     gt: str
     lq: str | None  # None: a clean image
 
@@ -66,8 +66,8 @@ class Found:
     pairs: list[ImagePair]
     without_lq: list[str]  # paths of images that should have a partner in lq
     without_gt: list[str]  # and in gt
-    not_found: list[str]  # entries of a meta_info file that cannot be used: "line 3: no gt '9.png'"
-    message: str | None  # for the user, all that is wrong and what to do; None when nothing is
+    not_found: list[str]  # unusable entries of a meta_info file: "line 3: no gt '9.png'"
+    message: str | None  # for the user: everything that is wrong and what to do; None if nothing is
     left_out: list[str] = field(default_factory=list)  # paths of files in the folders that are not images
 
 
@@ -80,12 +80,12 @@ def find_pairs(
     recursive: bool = True,
     what: str = "training",
 ) -> list[ImagePair]:
-    """The images of a data set, in natural order of their names (2 before 10).
+    """Returns the images of a data set, in natural order of their names (2 before 10).
 
-    `gt` and `lq` are two folders (or packs), or two files. `meta_info` is a text file that names the images to use, one
-    in a line: either `name.png (height,width,channels)` as BasicSR writes it, or `gt name, lq name` as
-    Real-ESRGAN does; blank lines and lines that start with # are skipped, and the order of the file is kept.
-    Without `lq`, lq names are ignored. `what` names the data set in messages.
+    `gt` and `lq` are two folders (or packs), or two files. `meta_info` is a text file that lists the images to use, one
+    per line: either `name.png (height,width,channels)` as in BasicSR, or `gt name, lq name` as in Real-ESRGAN. Blank
+    lines and lines that start with # are skipped, and the file's order is kept. Without `lq`, lq names are ignored.
+    `what` names the data set in messages.
 
     Raises:
       DataError: a folder cannot be used, anything is missing, or gt and lq are the same.
@@ -106,7 +106,7 @@ def survey(
     recursive: bool = True,
     what: str = "training",
 ) -> Found:
-    """As `find_pairs`, but what is missing or wrong with the images is part of what it returns.
+    """Like `find_pairs`, but returns what is missing or wrong with the images instead of raising.
 
     Raises:
       DataError: a folder cannot be used.
@@ -140,9 +140,9 @@ def survey(
 
 
 def find_unlabelled(folder: str, *, degraded: bool) -> list[ImagePair]:
-    """The images of a folder or pack (a str or Path) that have no clean partner, in natural order.
+    """Returns the images of a folder or pack (a str or Path) without clean partners, in natural order.
 
-    `degraded` images are used as they are, and stand in for their own gt, which no loss may look at; others get the
+    `degraded` images are used as they are, and stand in for their own gt, which no loss may look at. Others get the
     noise that is added to clean images.
 
     Raises:
@@ -154,7 +154,7 @@ def find_unlabelled(folder: str, *, degraded: bool) -> list[ImagePair]:
 
 
 def survey_unlabelled(folder: str) -> Found:
-    """The images of `find_unlabelled`, none with a partner, and what else is in the folder; raises as it does."""
+    """Returns the images of `find_unlabelled`, without partners, and the folder's other files; raises like it."""
     role = "unlabelled images"
     folder = _existing(folder, role)
     if not os.path.isdir(folder):
@@ -165,18 +165,18 @@ def survey_unlabelled(folder: str) -> Found:
 
 
 class _Source(Protocol):
-    """Images with names: a folder of files, or a pack."""
+    """Named images: a folder of files, or a pack."""
 
     folder: str
 
     def names(self, recursive: bool) -> tuple[list[str], list[str]]:
-        """The names of all images and of all other files, in no order.
+        """Returns the names of all images and of all other files, unordered.
 
-        Without `recursive`, of those in no sub-folder.
+        Without `recursive`, only those not in a sub-folder.
         """
 
     def has(self, name: str) -> bool:
-        """Whether there is such an image; never for a name that leads out of the folder."""
+        """Whether there is such an image; never true for a name that leads out of the folder."""
 
     def path(self, name: str) -> str: ...
 
@@ -189,7 +189,7 @@ def _open_source(folder: str, role: str) -> _Source:
 
 
 def _list_images(source: _Source, recursive: bool, role: str) -> tuple[list[str], list[str]]:
-    """The names of the images, in natural order and never an empty list, and the paths of all other files."""
+    """Returns the image names, in natural order and never empty, and the paths of all other files."""
     try:
         names, others = source.names(recursive)
     except OSError as error:
@@ -209,7 +209,7 @@ def _all_found(pairs: list[ImagePair], left_out: Sequence[str] = ()) -> Found:
 
 
 def _existing(path: str | os.PathLike[str], role: str) -> str:
-    """The path of a file or folder, as text, ~ resolved."""
+    """Returns the path of an existing file or folder as text, with ~ expanded."""
     path = os.fspath(path)
     if not path:
         raise DataError(f"{role}: no path was given; give a folder or an image file")
@@ -219,7 +219,7 @@ def _existing(path: str | os.PathLike[str], role: str) -> str:
     except (FileNotFoundError, NotADirectoryError):
         looked_for = brief(os.path.abspath(path), _LINE)
         raise DataError(f"{role}: {brief(path, _NAME)} does not exist (looked for {looked_for})") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL, or a character that no path can have
+    except (OSError, ValueError) as error:  # ValueError: a NUL, or another character not allowed in paths
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{role}: {brief(path, _NAME)} cannot be used: {reason}") from None
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
@@ -242,7 +242,7 @@ def _check_template(template: str) -> None:
 
 
 class _Folder:
-    """The images below a folder; names are paths relative to it, with forward slashes."""
+    """The images below a folder; names are relative paths with forward slashes."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -251,12 +251,12 @@ class _Folder:
         images: list[str] = []
         others: list[str] = []
         visits: Counter[tuple[int, int]] = Counter()
-        waiting: list[tuple[str, tuple]] = [("", ())]  # sub-folders, and the folders that each is in, innermost first
+        waiting: list[tuple[str, tuple]] = [("", ())]  # sub-folders, each with its parents, innermost first
         while waiting:
             inside, above = waiting.pop()
             state = os.stat(self.path(inside))
             here = state.st_dev, state.st_ino
-            if any(here == other for other in _chain(above)):  # a link to a folder that holds it
+            if any(here == other for other in _chain(above)):  # a link to one of its parents
                 continue
             visits[here] += 1
             if visits[here] > _VISITS:
@@ -293,8 +293,8 @@ def _chain(above: tuple) -> Iterator[tuple[int, int]]:
 
 
 def _natural(name: str) -> tuple[list[list[str | int]], str]:
-    """A sort key that takes digits as numbers, folder by folder; 1 and 01 are told apart by the text."""
-    # With one group, re.split alternates text, digits, text: the same position always holds the same type.
+    """Returns a sort key that compares digits as numbers, folder by folder; the text distinguishes 1 from 01."""
+    # With one group, re.split alternates text, digits, text, so the same position always has the same type.
     parts = [re.split(r"([0-9]+)", part.lower()) for part in name.split("/")]
     return [[int(piece) if i % 2 else piece for i, piece in enumerate(part)] for part in parts], name
 
@@ -304,7 +304,7 @@ def _stem(name: str) -> str:
 
 
 def _partner_stem(gt_name: str, template: str) -> str:
-    """The path of lq without its suffix: the template applies to the file name, the sub-folder stays."""
+    """Returns lq's path without its suffix: the template applies to the file name, the sub-folder stays."""
     folder, slash, file_name = gt_name.rpartition("/")
     return folder + slash + template.replace("{}", _stem(file_name))
 
@@ -312,7 +312,7 @@ def _partner_stem(gt_name: str, template: str) -> str:
 def _matched_pairs(
     gt: _Source, lq: _Source, gt_names: Sequence[str], lq_names: Sequence[str], template: str, what: str
 ) -> Found:
-    free: dict[str, dict[str, None]] = defaultdict(dict)  # by path without suffix: lq files that have no gt yet
+    free: dict[str, dict[str, None]] = defaultdict(dict)  # by path without suffix: lq files not yet paired
     for name in lq_names:
         free[_stem(name)][name] = None
     partner: dict[str, str] = {}
@@ -384,7 +384,7 @@ def _listed_pairs(gt: _Source, lq: _Source | None, template: str, meta_info: str
 
 
 def _read_list(path: str, what: str) -> list[str]:
-    """The lines of a text file, whose bytes become text as those of file names do."""
+    """Reads the lines of a text file, decoding bytes as in file names."""
     path = _existing(path, f"{what} images (meta_info)")
     if not os.path.isfile(path):
         raise DataError(
@@ -407,7 +407,7 @@ def _read_list(path: str, what: str) -> list[str]:
 
 
 def _parse_line(line: str, gt: _Source) -> tuple[str, str | None]:
-    """The gt name and, in Real-ESRGAN's form, the lq name; a name with spaces or commas is found by looking."""
+    """Returns the gt name and, in Real-ESRGAN's form, the lq name; looks up names with spaces or commas in `gt`."""
 
     def parse(line: str) -> tuple[str, str | None]:
         if (match := _NAME_AND_SIZE.fullmatch(line)) is not None:
@@ -420,7 +420,7 @@ def _parse_line(line: str, gt: _Source) -> tuple[str, str | None]:
             first_split = first_split or split
         if first_split:
             return first_split
-        first = line.split()[0]  # BasicSR takes the first word, whatever follows
+        first = line.split()[0]  # BasicSR takes the first word and ignores the rest
         return (first, None) if gt.has(first) else (line, None)
 
     if len(line) > _LONG_LINE:
@@ -433,7 +433,7 @@ def _parse_line(line: str, gt: _Source) -> tuple[str, str | None]:
 
 
 def _plain(name: str) -> str:
-    """One spelling of a name that has several: a/./b and a//b are a/b."""
+    """Normalises a name: a/./b and a//b become a/b."""
     return name if name_fault(name) else posixpath.normpath(name.replace(os.sep, "/"))
 
 
@@ -443,7 +443,7 @@ def _no_such(role: str, name: str) -> str:
 
 
 def _partner_in(lq: _Source, gt_name: str, template: str) -> str:
-    """The lq name of a listed gt: the same suffix, else the one other image suffix that exists."""
+    """Returns the lq name for a listed gt: the same suffix, else the one other image suffix that exists."""
     stem = _partner_stem(gt_name, template)
     exact = stem + os.path.splitext(gt_name)[1]
     if lq.has(exact):
@@ -453,7 +453,7 @@ def _partner_in(lq: _Source, gt_name: str, template: str) -> str:
 
 
 def _told_apart(found: Found, what: str) -> Found:
-    """The same, with a message where gt and lq are one thing by two names."""
+    """Returns the same, with a message if gt and lq are one thing under two names."""
     pairs = [pair for pair in found.pairs if pair.lq is not None]
     same = [pair for pair in pairs if is_one_file(pair.gt, pair.lq)]
     if same:
@@ -473,17 +473,17 @@ def _told_apart(found: Found, what: str) -> Found:
 
 
 def is_one_file(gt: str, lq: str | None) -> bool:
-    """Whether two paths lead to one image: through links, by another spelling, or to one record of a pack."""
+    """Whether two paths lead to one image: through links, another spelling, or the same record of a pack."""
     return lq is not None and (gt == lq or ((one := identity(gt)) is not None and one == identity(lq)))
 
 
 def _is_packed(pairs: Sequence[ImagePair]) -> bool:
-    """Whether some are in a pack: there, two copies of one image are not one file."""
+    """Whether some are in a pack, where two copies of an image are not one file."""
     return bool(pairs) and any(path and split_path(path) for path in (pairs[0].gt, pairs[0].lq))
 
 
 def _has_the_same_pixels(pairs: Sequence[ImagePair]) -> bool:
-    """Whether no pair that can be read shows two images."""
+    """Whether gt and lq have the same pixels in every readable pair."""
 
     def is_alike(pair: ImagePair) -> bool | None:
         assert pair.lq is not None
@@ -493,7 +493,7 @@ def _has_the_same_pixels(pairs: Sequence[ImagePair]) -> bool:
             return None
         return gt.shape == lq.shape and bool((gt == lq).all())
 
-    # In no order: among degraded images there may be some that are clean, on purpose, and they may come first.
+    # In random order: some degraded images may be clean on purpose, and they may come first.
     known = (alike for pair in random.Random(0).sample(pairs, len(pairs)) if (alike := is_alike(pair)) is not None)
     return next(known, False) and all(known)
 
@@ -504,7 +504,7 @@ def _tell_left_out(found: Found, what: str) -> None:
 
 
 def left_out_line(paths: Sequence[str]) -> str:
-    """For the user, in one line, which files of a folder were not taken."""
+    """Returns one line, for the user, on the files of a folder that were skipped."""
     count = len(paths)
     pictures_first = sorted(paths, key=lambda path: os.path.splitext(path)[1].lower() not in CONVERSIONS)
     shown = ", ".join(map(one_line, pictures_first[:3])) + (f" and {count - 3} more" if count > 3 else "")
@@ -512,12 +512,12 @@ def left_out_line(paths: Sequence[str]) -> str:
 
 
 def shortened(items: Sequence[str]) -> list[str]:
-    """The first of the items, a line each, and how many more there are."""
+    """Returns the first items, one per line, and the number of the others."""
     rest = len(items) - _LISTED
     return [f"  {one_line(item)}" for item in items[:_LISTED]] + ([f"  ... and {rest} more"] if rest > 0 else [])
 
 
 def one_line(text: str) -> str:
-    """The text for a line of a message, whatever characters the name of a file in it has."""
+    """Returns the text as one line of a message, whatever characters its file names contain."""
     text = printable(text[:_LINE] + ("..." if len(text) > _LINE else ""))
     return text.replace("\n", "\\n").replace("\t", "\\t")
