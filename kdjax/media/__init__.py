@@ -1,1 +1,1 @@
-"""Pictures and videos as users have them: every bit depth, transparency, colour profiles, EXIF; frames and sound."""
+"""Pictures and videos as users have them: any bit depth, transparency, colour profiles, EXIF; frames and sound."""

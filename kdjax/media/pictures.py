@@ -1,17 +1,18 @@
-"""Reading and writing one picture as its owner keeps it: 8 or 16 bits, grey or colour, alpha, colour profile, EXIF.
+"""Reads and writes pictures as their owners keep them: 8 or 16 bits, grey or colour, alpha, colour profile, EXIF.
 
-`kdjax.data.images` gives training 8 bits of three channels; here a file goes in and a file of the same kind comes out.
+`kdjax.data.images` gives training 8 bits and three channels. Here, a file goes in and a file of the same kind comes
+out.
 
-The EXIF orientation is applied to the pixels and its tag set to 1; the rest of the EXIF stays byte for byte. The ICC
-profile is written back as it was: colours are not converted. CMYK is, to sRGB, through its own profile where it has
-one. Palettes become RGB, one bit becomes grey, a transparent colour becomes alpha. Of a file with several pictures none
-is taken, except of what phones write (MPO), where the first is the photograph. Metadata that is damaged costs itself
-and a note, not the picture.
+The EXIF orientation is applied to the pixels and its tag set to 1; the rest of the EXIF is kept byte for byte. The ICC
+profile is written back unchanged, without converting colours. CMYK is converted to sRGB, through its own profile if it
+has one. Palettes become RGB, one bit becomes grey, a transparent colour becomes alpha. Files with several pictures are
+rejected, except those from phones (MPO), where the first is the photograph. Damaged metadata is dropped with a note;
+the picture is kept.
 
-Pillow does 8 bits, and 16 bits of grey. Colour, or grey with alpha, of 16 bits goes through libvips (the package
-`pyvips`), which is imported for such files only, and for TIFF files that Pillow does not know.
+Pillow handles 8 bits, and 16-bit grey. 16-bit colour or grey with alpha goes through libvips (the package `pyvips`), as
+do TIFF variants that Pillow does not know. It is imported only for such files.
 
-Left out: XMP, IPTC and resolution, the EXIF inside TIFF files, colours that AVIF names without a profile (HDR), and
+Not handled: XMP, IPTC and resolution, the EXIF inside TIFF files, colours that AVIF names without a profile (HDR), and
 16-bit PPM.
 """
 
@@ -47,18 +48,18 @@ from kdjax.data.images import (
 from kdjax.files import printable, whole_file
 from kdjax.memory import host_memory
 
-_UNKNOWN_MEMORY = 8 << 30  # free, of a machine that does not tell
+_UNKNOWN_MEMORY = 8 << 30  # free memory assumed for a machine that does not report it
 
 _TIFF_EXTRA_SAMPLES = 338
-# What EXIF says of the picture, and where its own directory and that of the place are. Other tags, such as those of
-# compression and colours, would make the TIFF file they are written to another one.
+# EXIF tags that describe the picture, and pointers to the EXIF and GPS directories. Other tags, such as those for
+# compression and colours, would change the meaning of the TIFF file they are written to.
 _TIFF_EXIF = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, 0x8769, 0x8825)
 
 _DAMAGED_EXIF = "damaged EXIF dropped"
 _SEVERAL = "holds several pages; split it into one file for each, for example with tiffsplit"
 _ANIMATION = "is an animation; make single pictures or a video of it first (GIF and PNG: ffmpeg -i FILE frame_%04d.png)"
 
-_PNG_END = bytes.fromhex("00000000 49454e44 ae426082")  # the chunk IEND
+_PNG_END = bytes.fromhex("00000000 49454e44 ae426082")  # the IEND chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Picture:
 
     Attributes:
       pixels: uint8 or uint16 (height, width, 1, 2, 3 or 4): grey, grey and alpha, RGB, RGB and alpha.
-      icc: the colour profile that says what the numbers mean; None for none, which is sRGB.
+      icc: the colour profile; None means sRGB.
       exif: the EXIF block, without orientation.
-      notes: for the user, what of the file was not kept.
+      notes: what of the file was not kept, for the user.
     """
 
     pixels: np.ndarray
@@ -84,7 +85,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Format:
-    """What a file format can hold."""
+    """What a file format can store."""
 
     longest_side: float = math.inf
     most_bytes: float = math.inf  # of pixels
@@ -94,8 +95,8 @@ class Format:
     most_exif: float = 0
 
 
-_4_GB = 2**32 - 2**16  # what 32 bits can count, less headers
-# A segment of a JPEG has 65,533 bytes, of which a colour profile may have 255, with headers of 14 bytes.
+_4_GB = 2**32 - 2**16  # the 32-bit limit, minus headers
+# A JPEG segment has 65,533 bytes. A colour profile may take 255 segments, each with a header of 14 bytes.
 _JPEG = Format(longest_side=65_500, most_icc=255 * (65_533 - 14), most_exif=65_533)
 _PNG = Format(alpha=True, sixteen_bits=True, most_icc=_4_GB, most_exif=2**31 - 1)
 _TIFF = Format(most_bytes=_4_GB, alpha=True, sixteen_bits=True, most_icc=_4_GB, most_exif=_4_GB)
@@ -114,19 +115,19 @@ FORMATS = {
     ".ppm": _PPM,
     ".pgm": _PPM,
     ".pnm": _PPM,
-}  # by suffix; those of one format are one object
+}  # by suffix; suffixes of one format share an object
 
 
 def read_picture(path: str | os.PathLike[str], *, scale: int = 1, max_pixels: float | None = None) -> Picture:
-    """The picture in a file.
+    """Reads a picture.
 
     Args:
       scale: how many times it will be enlarged, which takes memory too.
-      max_pixels: pictures that have more are refused; by default see `too_large`.
+      max_pixels: larger pictures are rejected; see `too_large` for the default.
 
     Raises:
-      ImageError: the file is missing, damaged, cut short, no picture, several pictures, an animation, or too large; or
-        libvips is needed for it and is not installed.
+      ImageError: the file is missing, damaged, truncated, not a picture, several pictures, an animation, or too large;
+        or it needs libvips, which is not installed.
     """
 
     def check(image: Image.Image) -> None:
@@ -162,13 +163,12 @@ def read_picture(path: str | os.PathLike[str], *, scale: int = 1, max_pixels: fl
 def too_large(
     width: int, height: int, bytes_per_pixel: int, decoding: int = 0, *, scale: int = 1, max_pixels: float | None = None
 ) -> str | None:
-    """Why a picture is not to be restored, if it is too large.
+    """Returns why a picture is too large to restore, or None.
 
     Args:
       bytes_per_pixel: of the decoded picture.
-      decoding: bytes that it takes to decode it.
-      max_pixels: the limit. By default a picture may take half of the memory that is free, from being decoded to being
-        written.
+      decoding: bytes needed to decode it.
+      max_pixels: the limit. By default, a picture may take half of the free memory, from decoding to writing.
     """
     if max_pixels is not None:
         if width * height <= max_pixels:
@@ -179,7 +179,7 @@ def too_large(
         )
     there, free = host_memory()
     free = free or there // 2 or _UNKNOWN_MEMORY
-    stored = bytes_per_pixel if bytes_per_pixel < 3 else 4  # what Pillow makes of a pixel to write it
+    stored = bytes_per_pixel if bytes_per_pixel < 3 else 4  # Pillow's bytes per pixel for writing
     pixels, restored = width * height, width * height * scale**2
     needed = max(decoding, (pixels + restored) * bytes_per_pixel, restored * (bytes_per_pixel + stored))
     if needed <= free // 2:
@@ -191,13 +191,13 @@ def too_large(
 
 
 def check_target(path: str | os.PathLike[str], picture: Picture, scale: int = 1) -> tuple[str, ...]:
-    """Whether the format that the suffix of `path` names can hold `picture`, enlarged `scale` times.
+    """Checks that the format given by `path`'s suffix can hold `picture`, enlarged `scale` times.
 
     Returns:
-      For the user, what it cannot hold and will not be kept.
+      What the format cannot store and so will not be kept, for the user.
 
     Raises:
-      ImageError: it cannot hold this picture, or is none that can be written.
+      ImageError: the format cannot hold this picture, or cannot be written.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
@@ -227,24 +227,24 @@ def check_target(path: str | os.PathLike[str], picture: Picture, scale: int = 1)
 
 
 def write_picture(path: str | os.PathLike[str], picture: Picture, *, quality: int | None = None) -> tuple[str, ...]:
-    """Writes a picture in the format that the suffix names. The file appears whole or not at all.
+    """Writes a picture in the format given by the suffix, atomically.
 
     Args:
-      quality: 1 to 100, of JPEG and WebP. By default JPEG has 95, and WebP is without loss. Chroma is not subsampled in
-        JPEG.
+      quality: 1 to 100, for JPEG and WebP. By default, JPEG uses 95 and WebP is lossless. JPEG chroma is not
+        subsampled.
 
     Returns:
-      For the user, what was not kept: what `check_target` says, and metadata that turned out to be damaged.
+      What was not kept, for the user: the notes of `check_target`, and metadata that turned out to be damaged.
 
     Raises:
       ImageError: the format cannot hold it (`check_target`), libvips is needed and not installed, or the file cannot be
-        written; the `OSError` is then its cause.
+        written; its cause is then the `OSError`.
     """
     path = Path(path)
     notes = list(check_target(path, picture))
     target = FORMATS[path.suffix.lower()]
     pixels = picture.pixels
-    if picture.has_alpha and not target.alpha:  # it is opaque
+    if picture.has_alpha and not target.alpha:  # fully opaque here
         pixels = pixels[..., :-1]
     if pixels.dtype == np.uint16 and not target.sixteen_bits:
         pixels = to_8_bits(pixels)
@@ -262,7 +262,7 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, *, quality: in
         raise ImageError(f"{path}: {error}") from error.__cause__
     except MemoryError as error:
         raise ImageError(f"{path}: not enough memory to write it") from error
-    except Exception as error:  # what an encoder cannot do with a picture ends in nearly every kind of exception
+    except Exception as error:  # encoders raise almost any exception for a picture they cannot handle
         raise ImageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
     return tuple(notes)
 
@@ -270,13 +270,13 @@ def write_picture(path: str | os.PathLike[str], picture: Picture, *, quality: in
 def _save_with_exif(
     image: Image.Image, path: Path, exif: bytes | None, options: dict[str, Any], *, is_tiff: bool
 ) -> list[str]:
-    """Writes a file, and says if that was possible without EXIF only: TIFF has no place for a damaged one."""
+    """Writes a file, without EXIF if TIFF cannot store it because it is damaged; returns notes on what was dropped."""
     if exif and is_tiff:
         try:
             image.save(path, exif=_tiff_exif(exif), **options)
             return []
         except OSError as error:
-            if error.errno:  # the disk, not the EXIF
+            if error.errno:  # a disk error, not the EXIF
                 raise
         except Exception:
             pass
@@ -287,7 +287,7 @@ def _save_with_exif(
 
 
 def _tiff_exif(exif: bytes) -> Image.Exif:
-    """The part of EXIF that a TIFF file has; raises anything where it is damaged."""
+    """Returns the part of EXIF that belongs in a TIFF file; may raise anything if it is damaged."""
     if containers.exif_claims_too_much(exif.removeprefix(containers.EXIF)):
         raise ValueError("its tags claim more bytes than it has")
     kept = Image.Exif()
@@ -331,19 +331,19 @@ def _read_with_pillow(image: Image.Image) -> Picture:
         notes.append(f"{image.mode} converted to sRGB")
         image, icc = _to_srgb(image, icc), None
     elif (bits := {"L;2": 2, "L;4": 4}.get(raw_mode)) and "transparency" in image.info:
-        # Pillow scales the samples to 8 bits, and not the one that is transparent.
+        # Pillow scales the samples to 8 bits, but not the transparent value.
         most = 2**bits - 1
         image.info["transparency"] = (image.info["transparency"] & most) * (255 // most)
     return _upright(np.asarray(_without_palette(image)), icc, image, notes)
 
 
 def _extra_channels(image: Image.Image) -> int:
-    """How many channels of a TIFF file Pillow drops."""
+    """Returns the number of a TIFF file's channels that Pillow drops."""
     return max(0, len(tiff_tags(image).get(_TIFF_EXTRA_SAMPLES, ())) - image.mode.endswith("A"))
 
 
 def _without_palette(image: Image.Image) -> Image.Image:
-    """A loaded 8-bit image as L, LA, RGB or RGBA."""
+    """Converts a loaded 8-bit image to L, LA, RGB or RGBA."""
     colour = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     mode = f"{colour}A" if image.has_transparency_data else colour
     return image if image.mode == mode else image.convert(mode)
@@ -355,13 +355,13 @@ def _to_srgb(image: Image.Image, icc: bytes | None) -> Image.Image:
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        return converted or image.convert("RGB")  # None only for a conversion in place
+        return converted or image.convert("RGB")  # None only for in-place conversion
     except (OSError, ImageCms.PyCMSError):  # a damaged profile
         return image.convert("RGB")
 
 
 def _upright(pixels: np.ndarray, icc: bytes | None, image: Image.Image, notes: list[str]) -> Picture:
-    """The picture of a loaded image, from its pixels."""
+    """Builds the upright picture from a loaded image and its pixels."""
     return _turned(pixels, icc, image.info.get("exif"), orientation_of(image), notes)
 
 
@@ -381,15 +381,15 @@ def _import_vips() -> ModuleType:
             "colour of 16 bits needs the package pyvips with libvips, and it cannot be imported; install it:"
             " pip install 'kdjax[16bit]'"
         ) from error
-    logging.getLogger("pyvips").setLevel(logging.ERROR)  # it repeats what libvips warns of, and what fails raises
+    logging.getLogger("pyvips").setLevel(logging.ERROR)  # it repeats libvips' warnings; real failures raise
     return pyvips
 
 
 def _decoded(vips: ModuleType, file: BinaryIO) -> Any:
-    """The image in a file, as libvips sees it, not decoded yet."""
+    """Opens a file with libvips, without decoding it yet."""
     if isinstance(file, io.BytesIO):
         source = vips.Source.new_from_memory(file.getvalue())
-    else:  # not by its name, which need not be UTF-8, and in which brackets stand for options
+    else:  # not by name, which may not be UTF-8, and where brackets mean options
         file.seek(0)
         source = vips.Source.new_from_descriptor(file.fileno())
     try:
@@ -399,7 +399,7 @@ def _decoded(vips: ModuleType, file: BinaryIO) -> Any:
 
 
 def _picture_of(vips: ModuleType, decoded: Any, icc: bytes | None, exif: bytes | None) -> Picture:
-    """The picture in an image of libvips, which may know more of its metadata."""
+    """Builds the picture from a libvips image, which may carry further metadata."""
     try:
         about = {name: decoded.get(name) for name in decoded.get_fields()}
         notes = []
@@ -417,17 +417,17 @@ def _picture_of(vips: ModuleType, decoded: Any, icc: bytes | None, exif: bytes |
 
 
 def _read_deep(image: Image.Image) -> Picture:
-    """The picture of 16-bit colour in a file, of which Pillow has read the header."""
+    """Reads 16-bit colour from a file whose header Pillow has read."""
     if image.format == "PPM":
         raise ImageError("16-bit PPM cannot be read; convert it to PNG or TIFF")
     vips = _import_vips()
-    file: Any = getattr(image, "fp", None)  # still open, for the image is not loaded
+    file: Any = getattr(image, "fp", None)  # still open, because the image is not loaded
     exif = containers.png_exif(file) if image.format == "PNG" else image.info.get("exif")
     return _picture_of(vips, _decoded(vips, file), image.info.get("icc_profile"), exif)
 
 
 def _write_deep(path: Path, pixels: np.ndarray, icc: bytes | None, exif: bytes | None) -> list[str]:
-    """Writes colour of 16 bits, and says what of the metadata was not kept beside what `check_target` tells."""
+    """Writes 16-bit colour; returns notes on dropped metadata, beyond those of `check_target`."""
     vips = _import_vips()
     pixels = np.ascontiguousarray(pixels)
     height, width, channels = pixels.shape
@@ -451,7 +451,7 @@ def _write_deep(path: Path, pixels: np.ndarray, icc: bytes | None, exif: bytes |
 
 
 def _append_exif(path: Path, exif: bytes) -> None:
-    """Puts EXIF into a PNG as it is: libvips would write what it understands of it."""
+    """Appends EXIF to a PNG unchanged: libvips would write only what it understands of it."""
     content = b"eXIf" + exif.removeprefix(containers.EXIF)
     with open(path, "r+b") as file:
         file.seek(-len(_PNG_END), os.SEEK_END)

@@ -1,11 +1,11 @@
-"""Videos as frames, through the programs ffmpeg and ffprobe.
+"""Videos as frames, through ffmpeg and ffprobe.
 
     video = probe("in.mp4")
     write_video("out.mp4", video, (restore(frame) for frame in frames(video)))
 
-Frames are RGB, uint8, or uint16 where the video has more than 8 bits; rotation is applied to them. Frame rate, sound,
-subtitles, colour tags and the shape of pixels stay. Where frames come at irregular times some are dropped or repeated,
-so that sound keeps in step. Colours go to RGB and back with the same matrix: the tagged one, or else ffmpeg's default.
+Frames are RGB, uint8, or uint16 if the video has more than 8 bits, with rotation applied. Frame rate, sound, subtitles,
+colour tags and pixel aspect ratio are kept. For variable frame rates, frames are dropped or repeated to keep the sound
+in sync. Colours are converted to RGB and back with the same matrix: the tagged one, or ffmpeg's default.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ import numpy as np
 from kdjax.files import whole_file
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv")
-_KEPT_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # of containers for H.264
+_KEPT_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # containers that hold H.264
 
-_CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv"  # by ffmpeg's names
-_CRF = "16"  # of x264, from 0, without loss, to 51; below 18 the eye sees no difference
-BYTES_TO_CODE = 20  # about what decoder and encoder keep of a pixel: some tens of frames
+_CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,asf,flv"  # ffmpeg's names
+_CRF = "16"  # of x264, from 0 (lossless) to 51; below 18 is visually lossless
+BYTES_TO_CODE = 20  # rough memory per pixel of decoder and encoder: some tens of frames
 _SCALER = "flags=bicubic+accurate_rnd+full_chroma_int"
 _COLOUR_TAGS = {"color_space": "-colorspace", "color_primaries": "-color_primaries", "color_transfer": "-color_trc"}
-# What the scaler calls a color_space that it can convert to.
+# The scaler's names for each color_space it can convert to.
 _MATRICES = {name: name for name in ("bt709", "smpte170m", "bt470bg", "smpte240m", "fcc")} | {"bt2020nc": "bt2020"}
 
 
@@ -45,15 +45,15 @@ class VideoError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """What a file says about its first stream of pictures.
+    """A video file's first video stream.
 
     Attributes:
-      width, height: of a frame, before it is rotated.
-      rate: frames in a second.
-      length: about how many frames there are; 0 where the file does not tell.
-      deep: more than 8 bits a sample.
-      tags: about colour, by ffprobe's names.
-      pixel_shape: width to height of a pixel, such as "64:45"; "" for squares.
+      width, height: of a frame, before rotation.
+      rate: frames per second.
+      length: approximate number of frames; 0 if the file does not say.
+      deep: more than 8 bits per sample.
+      tags: colour tags, under ffprobe's names.
+      pixel_shape: pixel aspect ratio, such as "64:45"; "" for square pixels.
     """
 
     path: Path
@@ -67,12 +67,12 @@ class Video:
 
 
 def target_suffix(suffix: str) -> str:
-    """The suffix of what is made from a video: the same where the container can hold H.264, else .mkv."""
+    """Returns the suffix for output made from a video: the same if the container can hold H.264, else .mkv."""
     return suffix if suffix.lower() in _KEPT_SUFFIXES else ".mkv"
 
 
 def probe(path: str | os.PathLike[str]) -> Video:
-    """Looks at a video.
+    """Reads a video's metadata.
 
     Raises:
       VideoError: it cannot be read, or ffprobe is not installed.
@@ -96,7 +96,7 @@ def _described(path: Path, about: dict[str, Any]) -> Video:
     if not about.get("streams"):
         raise VideoError(f"{path}: holds no moving pictures")
     stream = about["streams"][0]
-    # The nominal rate is exact for a steady stream, and too high where frames come at irregular times.
+    # The nominal rate is exact for constant frame rates, but too high for variable ones.
     nominal, average = (_fraction(stream.get(name)) for name in ("r_frame_rate", "avg_frame_rate"))
     rate = nominal if average == 0 or abs(nominal / average - 1) < 0.01 else average
     if rate == 0:
@@ -109,21 +109,21 @@ def _described(path: Path, about: dict[str, Any]) -> Video:
         height=int(stream["height"]),
         rate=rate,
         length=int(stream.get("nb_frames") or seconds * rate),
-        deep=stream.get("pix_fmt", "").endswith(("le", "be")),  # samples of one byte have no byte order
+        deep=stream.get("pix_fmt", "").endswith(("le", "be")),  # single-byte samples have no byte order
         tags={name: stream[name] for name in (*_COLOUR_TAGS, "color_range") if name in stream},
         pixel_shape="" if shape in ("1:1", "0:1", "N/A") else shape,
     )
 
 
 def frames(video: Video) -> Iterator[np.ndarray]:
-    """The frames in order, uint8 or uint16 (height, width, 3).
+    """Yields the frames in order, uint8 or uint16 (height, width, 3).
 
     Raises:
       VideoError: they cannot be decoded, there are none, or ffmpeg is not installed.
     """
-    # The start: sound may begin earlier than the pictures do.
+    # start_time: the sound may begin before the pictures do.
     filters = f"fps={video.rate}:start_time=0,scale={_SCALER},format={'rgb48be' if video.deep else 'rgb24'}"
-    # PPM, because it says how large a frame is after it has been rotated.
+    # PPM, because its header gives the frame size after rotation.
     output = ["-map", "0:V:0", "-vf", filters, "-f", "image2pipe", "-c:v", "ppm", "pipe:1"]
     with _ffmpeg([*_input(video.path), *output], video.path, "cannot be decoded", stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -136,15 +136,13 @@ def frames(video: Video) -> Iterator[np.ndarray]:
 
 
 def write_video(path: str | os.PathLike[str], video: Video, frames: Iterable[np.ndarray]) -> tuple[int, int, int]:
-    """Writes frames, made from those of `video`, as H.264, with the sound and the subtitles of `video`.
-
-    The file appears whole or not at all.
+    """Writes frames made from `video` as H.264, with the sound and subtitles of `video`. The write is atomic.
 
     Args:
       frames: uint8 or uint16 (height, width, 3), all alike, at least one.
 
     Returns:
-      How many frames were written, their height and their width.
+      The number of frames written, their height and their width.
 
     Raises:
       VideoError: ffmpeg cannot write them, or is not installed.
@@ -167,10 +165,10 @@ def write_video(path: str | os.PathLike[str], video: Video, frames: Iterable[np.
     ]
     arguments += [*_input(video.path), "-map", "0:v", "-map", "1:a?", "-map", "1:s?", "-map_metadata", "1"]
     arguments += ["-c", "copy", "-c:v", "libx264", "-crf", _CRF, *_colour(video)]
-    chroma = "420" if height % 2 == 0 == width % 2 else "444"  # of which an odd picture has no half
+    chroma = "420" if height % 2 == 0 == width % 2 else "444"  # chroma cannot be halved for odd sizes
     arguments += ["-vf", f"{_scaling(video)},format=yuv{chroma}p{bits}"]
     with whole_file(path) as temporary:
-        # Without -xerror it ends with 0 when the disk is full.
+        # Without -xerror, ffmpeg exits with 0 when the disk is full.
         arguments += ["-movflags", "+faststart", "-xerror", _url(temporary)]
         with _ffmpeg(arguments, path, "cannot be written", stdin=subprocess.PIPE) as process:
             assert process.stdin is not None
@@ -183,7 +181,7 @@ def write_video(path: str | os.PathLike[str], video: Video, frames: Iterable[np.
 
 
 def _colour(video: Video) -> list[str]:
-    """Options that give the new video the colour tags of the old one."""
+    """Returns the options that copy the source video's colour tags to the new one."""
     if video.tags.get("color_space") not in _MATRICES:
         return []
     return [part for name, option in _COLOUR_TAGS.items() if name in video.tags for part in (option, video.tags[name])]
@@ -201,10 +199,10 @@ def _scaling(video: Video) -> str:
 def _ffmpeg(
     arguments: Sequence[str], path: str | os.PathLike[str], failure: str, **pipes: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """ffmpeg while the block runs, which ends it; an error of it becomes a `VideoError`."""
+    """Runs ffmpeg for the duration of the block and stops it at the end; its errors become a `VideoError`."""
     command = [_program("ffmpeg", path), "-v", "error", "-nostdin", "-y", *arguments]
     with tempfile.TemporaryFile() as messages:
-        # A session of its own: Ctrl-C is for this program, which may finish something first.
+        # Its own session: Ctrl-C is for this program, which may still have something to finish.
         process = subprocess.Popen[bytes](command, stderr=messages, start_new_session=True, **pipes)
         try:
             try:
@@ -212,7 +210,7 @@ def _ffmpeg(
                 if process.stdin:
                     process.stdin.close()
                 code = process.wait()
-            except BrokenPipeError:  # it has ended, and said why
+            except BrokenPipeError:  # ffmpeg has exited, and said why
                 code = process.wait() or 1
         finally:
             process.kill()
@@ -227,14 +225,14 @@ def _ffmpeg(
 
 
 def _read_ppm(stream: IO[bytes]) -> np.ndarray | None:
-    """The next image of a stream of binary PPM as ffmpeg writes it; None at its end."""
+    """Returns the next image of ffmpeg's binary PPM stream; None at the end."""
     if stream.readline() == b"":
         return None
     width, height = map(int, stream.readline().split())
     dtype = np.dtype(">u2" if int(stream.readline()) > 255 else np.uint8)
     data = stream.read(height * width * 3 * dtype.itemsize)
     if len(data) < height * width * 3 * dtype.itemsize:
-        return None  # ffmpeg was stopped; its exit code says so
+        return None  # ffmpeg was stopped; its exit code tells
     return np.frombuffer(data, dtype).reshape(height, width, 3).astype(dtype.newbyteorder("="), copy=False)
 
 
@@ -245,16 +243,16 @@ def _program(name: str, path: str | os.PathLike[str]) -> str:
 
 
 def _input(path: str | os.PathLike[str]) -> list[str]:
-    """Options that have a file read as a video of the known containers.
+    """Returns options that read a file as a video in one of the known containers only.
 
-    Others are lists of more files, such as HLS and concat, which a file can be whatever its suffix: a list would have
-    frames of any video on this machine restored.
+    Other formats, such as HLS and concat, are lists of more files, and a file can be one whatever its suffix: such a
+    list could pull in frames of any video on this machine.
     """
     return ["-format_whitelist", _CONTAINERS, "-protocol_whitelist", "file", "-i", _url(path)]
 
 
 def _url(path: str | os.PathLike[str]) -> str:
-    """A path that ffmpeg takes for nothing else, such as an option or a protocol."""
+    """Returns a path that ffmpeg cannot mistake for an option or a protocol."""
     return f"file:{os.path.abspath(path)}"
 
 
@@ -264,7 +262,7 @@ def _reason(messages: bytes, path: str | os.PathLike[str]) -> str:
 
 
 def _fraction(value: Any) -> Fraction:
-    """ffprobe's "30000/1001", or 0 for "0/0" and nothing."""
+    """Parses ffprobe's "30000/1001"; 0 for "0/0" or nothing."""
     try:
         return Fraction(value)
     except (TypeError, ValueError, ZeroDivisionError):
