@@ -4,9 +4,9 @@
     output, features = loaded.model(image)
     save_model(loaded.model, "student.pth")            # opens in BasicSR, spandrel, torch.load(weights_only=True)
 
-Files are read as data: nothing in them is executed, and whatever is wrong with one ends in a `WeightsError`.
-Parameters are float32 numpy arrays; weights stored in other precisions are converted. Files that `save_model` wrote
-also say their architecture and hyper-parameters, under the entry "kdjax" that other tools ignore.
+Files are read as data: nothing in them is executed, and any problem with one raises a `WeightsError`. Parameters are
+float32 NumPy arrays; other precisions are converted. Files written by `save_model` also state their architecture and
+hyper-parameters, in an entry "kdjax" that other tools ignore.
 """
 
 from __future__ import annotations
@@ -61,12 +61,13 @@ class Loaded:
     """A model and where it came from.
 
     Attributes:
-      model: with float32 numpy parameters.
-      path: the file, as it was given.
+      model: with float32 NumPy parameters.
+      path: the file, as given.
       sha256: of the whole file.
-      layout: how the file names its parameters: "BasicSR", "BSRGAN", "old ESRGAN", "KAIR", "EDSR-PyTorch", ...
-      key: which of the file's sets of weights it is: "params_ema", "state_dict/net_g", ..., or "bare" for the only one.
-      notes: what was taken that no tensor tells, and why; empty for files that kdjax wrote.
+      layout: the file's naming scheme: "BasicSR", "BSRGAN", "old ESRGAN", "KAIR", "EDSR-PyTorch", ...
+      key: which of the file's sets of weights this is: "params_ema", "state_dict/net_g", ..., or "bare" for the only
+        one.
+      notes: what was assumed because no tensor tells it, and why; empty for files that kdjax wrote.
     """
 
     model: Model
@@ -80,21 +81,21 @@ class Loaded:
 def load_weights(
     path: str | os.PathLike[str], /, *, key: str = "auto", arch: str | None = None, **hparams_overrides: Any
 ) -> Loaded:
-    """Reads a weight file; the format is recognised by its content, not its suffix.
+    """Loads a weight file; the format is recognised by content, not by suffix.
 
-    What had to be assumed is logged as a warning, and is in `notes`.
+    Assumptions are logged as warnings, and are in `notes`.
 
     Args:
       path: a `.pth`, `.pt`, `.ckpt` or `.safetensors` file.
-      key: which set of weights to take when the file has several: an entry ("params"), a path of entries
-        ("state_dict/params"), or what the names of its tensors begin with ("net_g"). "auto" takes a moving average of
-        the generator, then the generator, then what is called params, model, ...; then the only set of tensors.
-      arch: the architecture, when it shall not be recognised from the keys. BasicSR's class names work too.
+      key: which set of weights to take if the file has several: an entry ("params"), a path of entries
+        ("state_dict/params"), or a prefix of the tensors' names ("net_g"). "auto" prefers a moving average of the
+        generator, then the generator, then an entry called params, model, ...; then the only set of tensors.
+      arch: the architecture, if it should not be recognised from the keys. BasicSR's class names work too.
       **hparams_overrides: hyper-parameters that the tensors do not tell, such as act_type="relu" or scale=3.
 
     Raises:
-      WeightsError: the file cannot be read, does not fit, or leaves open what has to be stated; the message names the
-        file, what was found and what to do.
+      WeightsError: the file cannot be read, does not fit, or leaves something open that must be stated. The message
+        names the file, what was found and what to do.
       ValueError: `arch` is not a known architecture.
     """
     chosen = None if arch is None else architecture(arch)
@@ -113,7 +114,7 @@ def load_weights(
 
 
 def weights_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `load_weights` that `--key`, `--arch` and `--hparam` of a command line stand for.
+    """Converts the options `--key`, `--arch` and `--hparam` to arguments of `load_weights`.
 
     Raises:
       WeightsError: a --hparam is not NAME=VALUE.
@@ -124,7 +125,7 @@ def weights_options(options: argparse.Namespace) -> dict[str, Any]:
 def load_model(
     path: str | os.PathLike[str], /, *, key: str = "auto", arch: str | None = None, **hparams_overrides: Any
 ) -> Model:
-    """The model in a weight file; see `load_weights`.
+    """Loads the model in a weight file; see `load_weights`.
 
     Examples:
       >>> from kdjax import assets
@@ -136,7 +137,7 @@ def load_model(
 
 
 def load_tensors(path: str | os.PathLike[str], /, read: Callable[[Mapping[Any, Any]], T]) -> T:
-    """What `read` makes of the best set of tensors of a file whose network is known; its errors then name the file.
+    """Applies `read` to a file's best set of tensors, for a known kind of network; errors then name the file.
 
     Raises:
       WeightsError: the file cannot be read, or `read` raises it.
@@ -149,10 +150,10 @@ def load_tensors(path: str | os.PathLike[str], /, read: Callable[[Mapping[Any, A
 
 
 def save_model(model: Model, path: str | os.PathLike[str]) -> None:
-    """Writes a model as `.pth` (BasicSR's layout, under "params") or `.safetensors`, chosen by the suffix.
+    """Writes a model as `.pth` (BasicSR's layout, under "params") or `.safetensors`, depending on the suffix.
 
-    The same weights always give the same bytes. The file appears whole or not at all: on any failure an existing file
-    of that name stays as it was.
+    The same weights always produce the same bytes. The write is atomic: on any failure, an existing file of that name
+    is left untouched.
 
     Examples:
       >>> import tempfile
@@ -187,7 +188,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
     file = Path(path)
     shown = printable(str(file))
     try:
-        if not file.is_file():  # also keeps us from waiting on a pipe
+        if not file.is_file():  # also avoids blocking on a pipe
             what = "is a folder" if file.is_dir() else "is not a regular file" if file.exists() else "does not exist"
             raise WeightsError(f"{shown}: {what}; wanted a .pth or .safetensors file")
         size = file.stat().st_size
@@ -204,15 +205,15 @@ def _read(path: str | os.PathLike[str]) -> bytes:
 
 @contextmanager
 def _blaming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Names the file in every error about its content."""
+    """Adds the file's name to every error about its content."""
     shown = printable(os.fspath(path))
     try:
         yield
     except WeightsError as error:
         raise WeightsError(f"{shown}: {error}") from None
     except Exception as error:
-        # A damaged or hostile file can trip any step of zipfile, pickletools, numpy and json; none of that is a fault
-        # of the program, and callers need one kind of error.
+        # A damaged or hostile file can break any step of zipfile, pickletools, numpy and json. None of that is a bug
+        # here, and callers need one kind of error.
         raise WeightsError(
             f"{shown}: the file is damaged ({type(error).__name__}: {printable(str(error)[:200])}); get or write it"
             " again"
@@ -220,8 +221,9 @@ def _blaming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _parse(data: bytes) -> tuple[Any, Any]:
-    """What the file holds, and what it says about itself when `save_model` wrote it."""
-    # First, since the length in front of a safetensors header can begin like a pickle; no torch file has a { behind it.
+    """Returns the file's content, and what it states about itself if `save_model` wrote it."""
+    # Checked first, because the length before a safetensors header can look like a pickle. No torch file has a { after
+    # it.
     if is_safetensors_file(data):
         return read_safetensors_file(data)
     if is_torch_file(data):
@@ -234,10 +236,10 @@ def _parse(data: bytes) -> tuple[Any, Any]:
 def _one_network(
     content: Any, key: str, architecture: Architecture | None, file_bytes: int
 ) -> tuple[dict[str, Tensor], str]:
-    """The tensors that are wanted, by their names in the network, and where in the file they were."""
+    """Returns the wanted tensors, by their names in the network, and where in the file they were."""
     tensors, path, rest = unwrap(content, key)
     check_cost(tensors, file_bytes)
-    if architecture is not None and architecture.files is None:  # only kdjax writes them, and their names can be any
+    if architecture is not None and architecture.files is None:  # only kdjax writes these, and their names can be any
         return {str(name): value for name, value in tensors.items() if isinstance(value, Tensor)}, "/".join(
             path
         ) or "bare"
@@ -245,7 +247,7 @@ def _one_network(
 
 
 def _said(about: Any, asked: Architecture | None) -> tuple[Architecture | None, dict[str, Any] | None]:
-    """The architecture and hyper-parameters that a file states; None when it states nothing."""
+    """Returns the architecture and hyper-parameters a file states; None if it states nothing."""
     if about is None:
         return None, None
     match about:
@@ -260,7 +262,7 @@ def _said(about: Any, asked: Architecture | None) -> tuple[Architecture | None, 
 
 
 def _are_plain(hparams: dict[Any, Any]) -> bool:
-    """Whether these can be hyper-parameters: few, with short names and with values whose cost is that of their size."""
+    """Whether these can be hyper-parameters: few, with short names and values that cost no more than their size."""
     left = 10_000
 
     def is_plain(value: Any, depth: int) -> bool:
@@ -274,5 +276,5 @@ def _are_plain(hparams: dict[Any, Any]) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A numpy scalar as the Python number it stands for."""
+    """Converts a numpy scalar to the equivalent Python number."""
     return value.item() if isinstance(value, np.generic) else value

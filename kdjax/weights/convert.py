@@ -1,8 +1,7 @@
 """From a state dict to a model and back: one rule for every tensor, and a check of all keys.
 
-The rule: torch's 4-D `P.weight` (OIHW) is our `P.kernel` (HWIO); everything else keeps its name and shape. The file
-must fit its architecture as a bijection: every tensor used, every parameter filled, every shape equal, every value
-finite.
+The rule: torch's 4-D `P.weight` (OIHW) is our `P.kernel` (HWIO); everything else keeps its name and shape. File and
+architecture must match one-to-one: every tensor used, every parameter filled, every shape equal, every value finite.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ def to_model(
     state: Mapping[str, Tensor], *, architecture: Architecture | None, said: Mapping[str, Any] | None,
     given: Mapping[str, Any],
 ) -> tuple[Model, str, tuple[str, ...]]:  # fmt: skip
-    """The model that a state dict holds, the name of its layout, and what was taken that no tensor tells.
+    """Returns the model in a state dict, its layout's name, and notes on what was assumed.
 
-    Nothing is built or copied before the keys and shapes have been found to fit.
+    Nothing is built or copied until keys and shapes are known to fit.
 
     Args:
-      state: the tensors of one network; `check_cost` has seen them.
+      state: the tensors of one network, already checked by `check_cost`.
       architecture: None to recognise it.
-      said: hyper-parameters the file states about itself; None when it states nothing.
+      said: hyper-parameters the file states about itself; None if it states nothing.
       given: hyper-parameters the caller states.
     """
     state, layout_name = _converted(state, architecture)
-    if architecture is not None and architecture.files is None:  # only kdjax writes them, and their names can be any
+    if architecture is not None and architecture.files is None:  # only kdjax writes these, and their names can be any
         fit = Fit(architecture, Layout("kdjax", str), {key: key for key in state}, [], [])
     else:
         fit = best_layout(state, architecture)
@@ -47,7 +46,7 @@ def to_model(
     completed = _network(found, stated).hparams
     stated = {name: completed[name] for name in stated}
     said = said and _network(found, said).hparams
-    # Only the files themselves know the hyper-parameters of a network that is not ours.
+    # For a user-defined network, only the file itself knows the hyper-parameters.
     told = layout.told({key: state[key] for key in fit.constants})
     if files:
         told |= infer(found, {name: tensor.shape for name, tensor in tensors.items()}, stated)
@@ -71,7 +70,7 @@ def to_model(
 
 
 def _converted(state: Mapping[str, Tensor], architecture: Architecture | None) -> tuple[Mapping[str, Tensor], str]:
-    """The state dict as one that a layout names, and the name of the file's layout if it was none."""
+    """Converts a state dict to a known layout; also returns the original layout's name, if it was converted."""
     for known in MODELS.values() if architecture is None else [architecture]:
         if known.files and (converted := known.files.convert(state)):
             arrays, name = converted
@@ -87,7 +86,7 @@ def _refuse_contradictions(
     said: Mapping[str, Any] | None,
     given: Mapping[str, Any],
 ) -> None:
-    """Raises a WeightsError where a stated hyper-parameter is not that of the tensors, or of the file."""
+    """Raises a WeightsError if a stated hyper-parameter contradicts the tensors or the file."""
     wrong = [
         f"{name}={brief(value)}, the tensors say {told[name]!r}"
         for name, value in stated.items()
@@ -105,7 +104,7 @@ def _refuse_contradictions(
 
 
 def to_state_dict(model: Model) -> dict[str, np.ndarray]:
-    """The model's parameters in torch's names and layouts, float32, in the order of the network.
+    """Returns the model's parameters under torch's names and layouts, float32, in the network's order.
 
     Raises:
       WeightsError: the parameters do not fit the architecture, or are not finite.
@@ -130,7 +129,7 @@ def _network(architecture: Architecture, hparams: Mapping[str, Any]) -> Network:
 
 
 def torch_shapes(net: Network) -> dict[str, tuple[int, ...]]:
-    """Every parameter of a network: torch name and shape, in the order of the network."""
+    """Returns torch name and shape of every parameter, in the network's order."""
     shapes = {}
     for path, shape in _our_shapes(net).items():
         name = _torch_name(path, len(shape))
@@ -139,7 +138,7 @@ def torch_shapes(net: Network) -> dict[str, tuple[int, ...]]:
 
 
 def _torch_name(path: str, ndim: int) -> str:
-    """torch's name of a parameter: only the kernels of convolutions are called, and stored, otherwise."""
+    """Returns a parameter's torch name; only convolution kernels are named, and stored, differently."""
     return path.removesuffix("kernel") + "weight" if path.endswith(".kernel") and ndim == 4 else path
 
 
@@ -152,7 +151,7 @@ def _our_shapes(net: Network) -> Shapes:
 
 
 def _network_order(key: str, heads: Sequence[str]) -> tuple[Any, ...]:
-    """Sorts as torch registers: first, trunk, tail; body.10 after body.9; weight before bias."""
+    """Sorts in torch's registration order: first, trunk, tail; body.10 after body.9; weight before bias."""
     head = next((i for i, name in enumerate(heads) if key.split(".")[0].rstrip("0123456789") == name), len(heads))
     parts = [(int(text) if text.isdigit() else 0, text) for text in re.split(r"([0-9]+)|\.", key) if text]
     module, leaf = parts[:-1], parts[-1][1]
@@ -160,7 +159,7 @@ def _network_order(key: str, heads: Sequence[str]) -> tuple[Any, ...]:
 
 
 def _check(net: Network, layout_name: str, state: Mapping[str, Tensor], unused: Iterable[str]) -> None:
-    """Raises one error with every missing, unexpected and misshapen key."""
+    """Raises a single error that lists every missing, unexpected and wrongly shaped key."""
     wanted = torch_shapes(net)
     missing = [key for key in wanted if key not in state]
     unexpected = [*unused, *(key for key in state if key not in wanted)]

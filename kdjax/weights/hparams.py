@@ -1,20 +1,20 @@
-"""The hyper-parameters of a network: told by the shapes of its tensors, or as command lines give them.
+"""A network's hyper-parameters: inferred from tensor shapes, or parsed from the command line.
 
-What shapes cannot tell is settled by what was published, or asked for; each file in `kdjax.models` says what:
+What shapes cannot tell is taken from published networks, or asked for. Each file in `kdjax.models` says which:
 
-| | cannot be told | what is done |
+| | shapes cannot tell | what happens |
 | --- | --- | --- |
 | rrdbnet | whether one upsampling is by 2 or by 3 | asked for (`scale`) |
-| | whether 12 or 48 input channels are an image un-shuffled 2 or 4 times | taken so, as BasicSR has it, and noted |
+| | whether 12 or 48 input channels are an image un-shuffled 2 or 4 times | assumed, as in BasicSR, and noted |
 | srvggnetcompact | ReLU or leaky ReLU, where there is no PReLU | asked for (`act_type`) |
-| dncnn | ReLU or leaky ReLU | ReLU, as in all that were published; noted for sizes that were not |
+| dncnn | ReLU or leaky ReLU | ReLU, as in all published networks; noted for unpublished sizes |
 | | DnCNN of depth 7 or IRCNN | asked for (`arch`) |
-| edsr | `res_scale` | the published one for published sizes, and noted; else asked for |
-| | `img_range`, the mean colour | told by the authors' files; else BasicSR's, and noted |
-| srvggnetcompact, dncnn, edsr | whether 12 or 48 input channels are an un-shuffled image | taken so, and noted |
+| edsr | `res_scale` | the published value for published sizes, and noted; else asked for |
+| | `img_range`, the mean colour | in the authors' files; else BasicSR's, and noted |
+| srvggnetcompact, dncnn, edsr | whether 12 or 48 input channels are an un-shuffled image | assumed, and noted |
 | msrresnet, nafnet, unet | nothing | |
 
-A file that kdjax wrote states all of them, so nothing is asked and nothing noted.
+Files written by kdjax state all of them, so nothing is asked or noted.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from typing import Any
 from kdjax.models import Architecture
 from kdjax.models.reading import Shapes, WeightsError
 
-MAX_NETWORK = 5_000  # tensors; the largest supported network that was published has 1,300
+MAX_NETWORK = 5_000  # tensors; the largest supported published network has 1,300
 
 
 def infer(architecture: Architecture, shapes: Shapes, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """What the shapes tell, given what is stated; where they do not fit each other, something near.
+    """Infers hyper-parameters from shapes and stated values; if shapes are inconsistent, returns something close.
 
     Args:
       shapes: of the tensors under our names, in torch's layout.
       stated: hyper-parameters that the file or the caller states; they decide what shapes leave open.
 
     Raises:
-      WeightsError: it is a network of a known kind that is not supported, or one far larger than its tensors: numbers
-        in keys are not trusted.
+      WeightsError: the network is of a known but unsupported kind, or far larger than its tensors: numbers in keys are
+        not trusted.
     """
     assert architecture.files is not None, architecture.name
     hparams = architecture.files.infer(shapes, stated)
     wanted = architecture.files.num_tensors(hparams)
-    # Beyond a thousand tensors, a network has far more than 250 scalars for each of them.
+    # Beyond a thousand tensors, a network has far more than 250 scalars per tensor.
     most = min(MAX_NETWORK, 1_000 + sum(map(math.prod, shapes.values())) // 250)
     if wanted > min(len(shapes) * 5 // 4 + 64, most):
         settings = ", ".join(f"{name}={value}" for name, value in hparams.items())
@@ -61,7 +61,7 @@ Hparam = bool | int | float | str | tuple
 
 
 def parse_hparams(pairs: Iterable[str]) -> dict[str, Any]:
-    """Hyper-parameters from NAME=VALUE: numbers, true and false, lists of numbers, and anything else as text.
+    """Parses NAME=VALUE hyper-parameters: numbers, true and false, lists of numbers, and anything else as text.
 
     Examples:
       >>> parse_hparams(["act_type=relu", "res_scale=1e-1", "enc_blk_nums=1,1,1,28", "enc_blk_nums=[2]"][:3])

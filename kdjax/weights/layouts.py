@@ -1,4 +1,4 @@
-"""Which network a state dict holds, by its keys: the layout of `kdjax.models` that knows most of them."""
+"""Recognises a state dict's network by its keys: the layout in `kdjax.models` that knows most of them wins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kdjax.models import MODELS, Architecture
 from kdjax.models.reading import Layout, WeightsError, listed
 from kdjax.weights.tensors import Tensor
 
-# Networks we do not have, by keys that only they have: name, patterns that must all occur.
+# Networks kdjax does not have, by keys that only they have: name, patterns that must all occur.
 UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("ESRGAN+ (RRDBNet with 1x1 convolutions)", (r".*\.conv1x1\.weight",)),
     ("a discriminator (net_d instead of net_g?)", (r"conv0\.weight", r"conv1\.weight_orig")),
@@ -33,12 +33,12 @@ UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Fit:
-    """How a layout names the tensors of a file.
+    """How a layout names a file's tensors.
 
     Attributes:
-      renamed: our name -> the key of the file.
-      constants: keys of tensors that are none of our parameters.
-      unused: keys that the layout does not know.
+      renamed: our name -> the file's key.
+      constants: keys of tensors that are not parameters of ours.
+      unused: keys the layout does not know.
     """
 
     architecture: Architecture
@@ -49,21 +49,21 @@ class Fit:
 
     @property
     def part(self) -> float:
-        """The part of the keys that the layout knows."""
+        """The fraction of the keys that the layout knows."""
         known = len(self.renamed) + len(self.constants)
         return known / max(1, known + len(self.unused))
 
 
 def best_layout(keys: Iterable[str], architecture: Architecture | None) -> Fit:
-    """The layout that knows most keys, of one architecture or of all.
+    """Returns the layout that knows the most keys, of one architecture or of all.
 
     Raises:
-      WeightsError: none knows any; or it is a network that we know and do not have.
+      WeightsError: no layout knows any key, or the network is recognised but not supported.
     """
     keys = list(keys)
     among = MODELS.values() if architecture is None else [architecture]
     fits = [_fit(known, layout, keys) for known in among for layout in _layouts(known, keys)]
-    best = max(fits, key=lambda fit: fit.part)  # the first of equal ones
+    best = max(fits, key=lambda fit: fit.part)  # the first of equals
     if architecture is None and best.part < 1:
         _refuse_unsupported(keys)
     if not best.renamed:
@@ -75,9 +75,9 @@ def best_layout(keys: Iterable[str], architecture: Architecture | None) -> Fit:
 
 
 def known_part(state: Mapping[str, Tensor]) -> float:
-    """About what part of the keys the best layout knows, from 0 to 1.
+    """Estimates the fraction of the keys, from 0 to 1, that the best layout knows.
 
-    Some two hundred keys are looked at, so that it costs nothing to ask again and again.
+    It samples about two hundred keys, so that repeated calls are cheap.
     """
     keys = list(state)
     some = keys[:: -(-len(keys) // 200) or 1]
@@ -107,7 +107,7 @@ def _fit(architecture: Architecture, layout: Layout, keys: list[str]) -> Fit:
 
 
 def _refuse_unsupported(keys: Iterable[str]) -> None:
-    """Raises a WeightsError that names the network, for those whose keys are known and that we do not have."""
+    """Raises a WeightsError that names the network, if its keys are recognised but it is not supported."""
     for name, patterns in UNSUPPORTED:
         if all(any(re.fullmatch(pattern, key) for key in keys) for pattern in patterns):
             raise WeightsError(f"it looks like {name}, which is not supported (supported: {', '.join(MODELS)})")

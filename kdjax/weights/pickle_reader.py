@@ -1,13 +1,13 @@
 """Reads the pickles inside torch files without running anything they ask for.
 
-Pickle is a small stack language. This is an interpreter of the part that a saved state dict needs, over the opcode
-list of `pickletools`: it builds plain numbers, strings, lists, tuples, dicts and `Tensor`s, and knows the few names
-in ALLOWED by exact match. Python's unpickler is never called and nothing is ever imported, so there is nothing a
-file could get executed. Left out on purpose: every opcode that constructs or changes other objects (INST, OBJ,
-NEWOBJ, EXT*, ...), sets, protocol-5 buffers, numpy scalars.
+Pickle is a small stack language. This module interprets the part of it that a saved state dict needs, using the opcode
+list of `pickletools`. It builds plain numbers, strings, lists, tuples, dicts and `Tensor`s, and accepts only the names
+in ALLOWED, by exact match. Python's unpickler is never called and nothing is ever imported, so a file has no way to
+execute anything. Deliberately unsupported: every opcode that constructs or changes other objects (INST, OBJ, NEWOBJ,
+EXT*, ...), sets, protocol-5 buffers, numpy scalars.
 
-Every opcode costs about as much as the bytes it takes: what could grow faster (copies of a list, integers chosen so
-that a dict needs quadratic time) is counted or refused.
+Every opcode costs about as much as its bytes. Anything that could grow faster (copies of a list, integers chosen to
+make a dict quadratic) is counted or rejected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kdjax.names import brief
 from kdjax.weights.tensors import BFLOAT16, Storage, Tensor
 
 MAX_STEPS = 1_000_000  # a state dict takes about 40 opcodes per tensor
-MAX_INTEGER_KEY = 2**60  # below it, Python's hashes of integers are the integers: none can be chosen to collide
+MAX_INTEGER_KEY = 2**60  # below it, Python hashes integers to themselves, so none can be chosen to collide
 MAX_MEMO = 2**32
 RESAVE = "re-save the weights in torch with torch.save({'params': model.state_dict()}, path) or as .safetensors"
 
@@ -45,7 +45,7 @@ STORAGE_DTYPES: dict[str, np.dtype] = {
 
 @dataclass(frozen=True)
 class Name:
-    """A global that a pickle mentioned and ALLOWED lists; `dtype` is set for storage types."""
+    """A global that a pickle refers to and ALLOWED lists; `dtype` is set for storage types."""
 
     module: str
     name: str
@@ -76,7 +76,7 @@ _FIXED_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def read_pickle(data: bytes, start: int, find_storage: Callable[[Any], Storage]) -> tuple[Any, int]:
-    """The object pickled at `start` and the position after it.
+    """Returns the object pickled at `start`, and the position after it.
 
     Args:
       data: the whole file.
@@ -84,8 +84,8 @@ def read_pickle(data: bytes, start: int, find_storage: Callable[[Any], Storage])
       find_storage: maps a persistent id to its storage.
 
     Raises:
-      WeightsError: anything but plain values and tensors. Damaged pickles may raise other exceptions too; the
-        caller turns those into a WeightsError, with the name of the file.
+      WeightsError: anything but plain values and tensors. Damaged pickles may raise other exceptions too; the caller
+        converts those to a WeightsError with the file's name.
     """
     stream = io.BytesIO(data)
     stream.seek(start)
@@ -152,7 +152,7 @@ class _Machine:
             items = self.pop_to_mark()
             _update(_expect(self.stack[-1], dict, op), items)
         elif op == "GLOBAL":
-            # pickletools joins the two lines with a blank; no allowed name has one in it.
+            # pickletools joins the two lines with a space; no allowed name contains one.
             push(_find_name(*argument.split(" ", 1)))
         elif op == "STACK_GLOBAL":
             name, module = pop(), pop()
@@ -161,7 +161,7 @@ class _Machine:
             arguments = _expect(pop(), tuple, op)
             push(self.call(_expect(pop(), Name, op), arguments))
         elif op == "BUILD":
-            # torch hangs `_metadata` (module versions) on the state dict; it is of no use here and is dropped.
+            # torch attaches `_metadata` (module versions) to the state dict; it is not needed and dropped.
             _expect(pop(), dict, op)
             _expect(self.stack[-1], dict, op)
         elif op == "BINPERSID":
@@ -182,12 +182,12 @@ class _Machine:
         return items
 
     def call(self, name: Name, arguments: tuple[Any, ...]) -> Any:
-        """What torch's function of that name would return, as plain values."""
+        """Returns what torch's function of that name would return, as plain values."""
         match name.name, arguments:
             case "OrderedDict", ():
                 return {}
             case "OrderedDict", (list(pairs),):
-                # Python 2 wrote the items as lists. Counted, since copying a long list again and again takes long.
+                # Python 2 wrote the items as lists. Counted, because copying a long list over and over takes long.
                 self.count(len(pairs))
                 if all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
                     return _update({}, [part for pair in pairs for part in pair])
@@ -222,7 +222,7 @@ def _expect(value: Any, kind: type, where: str) -> Any:
 
 
 def _update(target: dict[Any, Any], items: list[Any]) -> dict[Any, Any]:
-    """Sets key, value, key, value, ...; keys are plain scalars, since hashing a deeply nested tuple can crash."""
+    """Sets key, value, key, value, ...; keys must be plain scalars, since hashing a deeply nested tuple can crash."""
     if len(items) % 2:
         raise WeightsError("the pickle fills a dict with a key that has no value; the file is damaged")
     for key, value in zip(items[::2], items[1::2], strict=True):

@@ -1,8 +1,8 @@
-"""Reads and writes `.safetensors`: torch's names and layouts, as other tools expect.
+"""Reads and writes `.safetensors`, with torch's names and layouts, as other tools expect.
 
-The format is a JSON header and the tensors behind one another. It is read here and not by the safetensors library,
-which copies every tensor and builds a header of any size; it is written by the library. The header's metadata holds
-`kdjax`, a JSON object with architecture and hyper-parameters; other tools ignore it.
+The format is a JSON header followed by the tensors. It is read here rather than with the safetensors library, which
+copies every tensor and accepts a header of any size. It is written with the library. The header's metadata contains
+`kdjax`, a JSON object with architecture and hyper-parameters, which other tools ignore.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kdjax.models.reading import WeightsError
 from kdjax.names import brief
 from kdjax.weights.tensors import BFLOAT16, Storage, Tensor, row_major_strides
 
-# The library allows 100 MB; parsed, JSON takes about twenty times its size. A network of 1,300 tensors has 130 KB.
+# The library allows 100 MB; parsed JSON takes about twenty times its size. A network of 1,300 tensors has 130 KB.
 MAX_HEADER_BYTES = 4 << 20
 
 DTYPES: dict[str, np.dtype] = {
@@ -35,15 +35,15 @@ DTYPES: dict[str, np.dtype] = {
 
 
 def is_safetensors_file(data: bytes) -> bool:
-    """Whether the bytes begin with the length of a JSON header that lies within them."""
+    """Whether the bytes begin with the length of a JSON header that fits within them."""
     return data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8
 
 
 def read_safetensors_file(data: bytes) -> tuple[dict[str, Tensor], Any]:
-    """The tensors by name, and what `kdjax` wrote into the header (None when another tool wrote the file).
+    """Returns the tensors by name, and the header's `kdjax` entry (None if another tool wrote the file).
 
     Raises:
-      WeightsError: the header is damaged or absurdly long, or the tensors do not lie one behind the other.
+      WeightsError: the header is damaged or absurdly long, or the tensors are not contiguous.
     """
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER_BYTES:
@@ -75,12 +75,12 @@ def read_safetensors_file(data: bytes) -> tuple[dict[str, Tensor], Any]:
 
 
 def safetensors_file_bytes(state_dict: dict[str, np.ndarray], about: dict[str, Any]) -> bytes:
-    """A `.safetensors` with float32 arrays in torch's layout, and `about` as JSON in the header."""
+    """Returns a `.safetensors` file with float32 arrays in torch's layout, and `about` as JSON in the header."""
     return safetensors.numpy.save(state_dict, metadata={"kdjax": json.dumps(about)})
 
 
 def _tensor(name: str, entry: dict[str, Any], content: memoryview) -> tuple[Tensor, int, int]:
-    """A tensor of the header, and where its bytes begin and end."""
+    """Returns a tensor listed in the header, and where its bytes begin and end."""
     if entry["dtype"] not in DTYPES:
         raise WeightsError(
             f"{brief(name, 120)} is of type {brief(entry['dtype'])}, wanted one of {', '.join(DTYPES)}; re-save it as"

@@ -1,6 +1,6 @@
-"""What every file reader hands on: a tensor that knows its shape and is copied out of the file only when asked for.
+"""The common result of all file readers: a tensor with a known shape that is copied out of the file only on demand.
 
-A checkpoint may hold two sets of weights and an optimizer state; only the set that is wanted becomes arrays.
+A checkpoint may hold two sets of weights and an optimizer state; only the wanted set becomes arrays.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from kdjax.models.reading import WeightsError
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 MAX_DIMS = 32
 MAX_NUMEL = 2**48
-MAX_TENSORS = 20_000  # in one set of weights; the largest supported network that was published has 1,300
+MAX_TENSORS = 20_000  # per set of weights; the largest supported published network has 1,300
 MAX_KEY = 500  # characters of a tensor's name
 
 
 class Storage:
-    """`numel` scalars in a row, still in the bytes of the file.
+    """`numel` consecutive scalars, still in the file's bytes.
 
     Args:
       dtype: the scalar type, native byte order.
-      numel: how many scalars.
+      numel: number of scalars.
       read: returns exactly numel * itemsize bytes, without copying them; called at most once.
       byteorder: of the bytes, "little" or "big".
     """
@@ -51,7 +51,7 @@ class Storage:
         return self._raw
 
     def view(self, offset: int, numel: int) -> Storage:
-        """Scalars offset..offset+numel of this storage."""
+        """Returns scalars offset..offset+numel of this storage."""
         if offset < 0 or numel < 0 or offset + numel > self.numel:
             raise WeightsError(f"a view of {numel} scalars at {offset} leaves its storage of {self.numel}")
         start, stop = offset * self.dtype.itemsize, (offset + numel) * self.dtype.itemsize
@@ -60,7 +60,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A strided view of a storage; offset and strides count scalars. Every index it can reach was checked."""
+    """A strided view of a storage, with every reachable index checked; offset and strides count scalars."""
 
     storage: Storage
     offset: int
@@ -89,7 +89,7 @@ class Tensor:
 
     @classmethod
     def of(cls, array: np.ndarray) -> Tensor:
-        """An array as if it came from a file."""
+        """Wraps an array as if it came from a file."""
         array = np.asarray(array, order="C")
         content = array.reshape(-1).view(np.uint8).data
         storage = Storage(array.dtype, array.size, lambda: content, sys.byteorder)
@@ -112,7 +112,7 @@ class Tensor:
         return self.dtype.kind == "f" or self.dtype == BFLOAT16
 
     def array(self) -> np.ndarray:
-        """A contiguous copy that no longer depends on the file; its cost is that of the tensor, not of its storage."""
+        """Returns a contiguous copy, independent of the file; the cost is that of the tensor, not of its storage."""
         if not self.numel:
             return np.zeros(self.shape, self.dtype)
         words = np.frombuffer(self.storage.raw(), f"u{self.dtype.itemsize}")[self.offset :]
@@ -125,7 +125,7 @@ class Tensor:
 
 
 def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in scalars, of a contiguous array; a size of 0 counts as 1, as in torch."""
+    """Returns the strides, in scalars, of a contiguous array; a size of 0 counts as 1, as in torch."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)
@@ -134,12 +134,12 @@ def row_major_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_cost(state: Mapping[Any, Any], file_bytes: int) -> None:
-    """Refuses a set of tensors that would take far more memory or time than its file explains, before any is copied.
+    """Rejects a set of tensors that needs far more memory or time than its file's size explains, before copying any.
 
-    A tensor that stands under several names, or repeats its scalars, counts every time.
+    A tensor stored under several names, or one that repeats its scalars, counts every time.
 
     Raises:
-      WeightsError: it unfolds to more than four times the file, has too many tensors, or absurdly long names.
+      WeightsError: it expands to more than four times the file, has too many tensors, or absurdly long names.
     """
     if len(state) > MAX_TENSORS:
         raise WeightsError(f"it has {len(state):,} entries, at most {MAX_TENSORS:,} are read: that is no state dict")

@@ -1,9 +1,9 @@
 """Reads and writes torch's `.pth` files without torch.
 
-Read: the zip format (torch 1.6 and later) and the stream format before it. Values come back as plain Python and
-`Tensor`s. Refused by name: TorchScript archives, whole pickled modules, tar files of torch 0.1.
-Written: the zip format, BasicSR's layout, the same bytes for the same weights; `torch.load(weights_only=True)` reads
-it, memory-mapped too.
+Reads the zip format (torch 1.6 and later) and the stream format before it. Values are returned as plain Python and
+`Tensor`s. TorchScript archives, whole pickled modules and tar files of torch 0.1 are rejected with a specific message.
+Writes the zip format in BasicSR's layout, with the same bytes for the same weights; `torch.load(weights_only=True)` can
+read it, also memory-mapped.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from kdjax.weights.tensors import Storage, row_major_strides
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
-ALIGNMENT = 64  # of tensor data in the zip file, as torch does
-MAX_RECORDS = 40_000  # in a zip file: one for each storage, of which a file that is read has fewer
+ALIGNMENT = 64  # of tensor data in the zip file, as in torch
+MAX_RECORDS = 40_000  # per zip file: one per storage, and accepted files have fewer
 MAX_STORAGE_KEY = 100  # characters
 
 
@@ -34,10 +34,10 @@ def is_torch_file(data: bytes) -> bool:
 
 
 def read_torch_file(data: bytes) -> Any:
-    """The object that torch.save was given.
+    """Returns the object that was passed to torch.save.
 
     Raises:
-      WeightsError: what is wrong. Damaged files may raise other exceptions too; `load_weights` translates them.
+      WeightsError: what is wrong. Damaged files may raise other exceptions too; `load_weights` converts them.
     """
     if data[:4] == b"PK\x03\x04":
         return _read_zip(data)
@@ -51,7 +51,7 @@ def _is_tar(data: bytes) -> bool:
 
 
 def _storage_id(identifier: Any, length: int) -> tuple[Any, ...]:
-    """The fields after "storage" of a persistent id, checked: type, key, device, numel, ..."""
+    """Returns the checked fields after "storage" of a persistent id: type, key, device, numel, ..."""
     match identifier:
         case ("storage", Name(dtype=np.dtype()), str(key), _, int(numel), *_) if (
             len(identifier) == length and 0 <= numel < 2**63 and len(key) <= MAX_STORAGE_KEY
@@ -66,7 +66,7 @@ def _storage_id(identifier: Any, length: int) -> tuple[Any, ...]:
 
 
 def _read_zip(data: bytes) -> Any:
-    # Counted first: an entry of the directory becomes an object of ten times its size.
+    # Counted first: a directory entry becomes an object of ten times its size.
     if data.count(b"PK\x01\x02") > MAX_RECORDS:
         raise WeightsError(f"the zip file holds more than {MAX_RECORDS:,} records; not written by torch.save")
     infos = zipfile.ZipFile(io.BytesIO(data)).infolist()
@@ -79,8 +79,8 @@ def _read_zip(data: bytes) -> Any:
     root = roots[0]
     if root + "constants.pkl" in records or any(name.startswith(root + "code/") for name in records):
         raise WeightsError(f"it is a TorchScript archive, which holds code and not only weights; {RESAVE}")
-    # torch never compresses, so what the records declare can never exceed the file: no zip bomb passes this, nor
-    # records that overlap.
+    # torch never compresses, so the declared record sizes cannot exceed the file. This rules out zip bombs and
+    # overlapping records.
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise WeightsError(
             f"the zip file is compressed; torch never compresses; unpack and zip it with -0, or {RESAVE}"
@@ -115,7 +115,7 @@ def _read_zip(data: bytes) -> Any:
 
 
 def _record(data: bytes, info: zipfile.ZipInfo) -> memoryview:
-    """The content of a stored record, not copied; `ZipFile.read` would copy it."""
+    """Returns a stored record's content without copying it, as `ZipFile.read` would."""
     header = data[info.header_offset : info.header_offset + 30]
     if header[:4] != b"PK\x03\x04" or info.flag_bits & 1:
         raise WeightsError(f"the record {brief(info.filename, 120)} is encrypted or not where it should be; damaged")
@@ -138,7 +138,7 @@ def _read_legacy(data: bytes) -> Any:
 
     def find_storage(identifier: Any) -> Storage:
         kind, key, _, numel, view = _storage_id(identifier, 6)
-        # Numbers are little-endian in this format, whatever machine wrote it.
+        # This format is always little-endian, whatever machine wrote it.
         root = roots.setdefault(key, Storage(kind.dtype, numel, lambda: contents[key], "little"))
         if root.dtype != kind.dtype or root.numel != numel:
             raise WeightsError(f"the storage {brief(key)} is declared twice, differently; the file is damaged")
@@ -155,7 +155,7 @@ def _read_legacy(data: bytes) -> Any:
     protocol, position = read_pickle(data, position, refuse)
     if type(protocol) is not int or protocol != LEGACY_PROTOCOL:
         raise WeightsError(f"it is a torch file of protocol {brief(protocol)}, wanted {LEGACY_PROTOCOL}; {RESAVE}")
-    _, position = read_pickle(data, position, refuse)  # sizes of C types on the writing machine
+    _, position = read_pickle(data, position, refuse)  # sizes of C types on the machine that wrote it
     result, position = read_pickle(data, position, find_storage)
     keys, position = read_pickle(data, position, refuse)
     is_list = type(keys) is list and all(type(key) is str for key in keys)
@@ -178,10 +178,10 @@ def _read_legacy(data: bytes) -> Any:
 
 
 def torch_file_bytes(state_dict: dict[str, np.ndarray], about: dict[str, Any]) -> bytes:
-    """A `.pth` with {"params": state_dict, "kdjax": about}.
+    """Returns a `.pth` file with {"params": state_dict, "kdjax": about}.
 
     Args:
-      state_dict: float32 arrays in torch's layout, in the order they shall have in the file.
+      state_dict: float32 arrays in torch's layout, in the order to write them.
       about: plain strings, numbers, booleans and dicts of them.
     """
     storages: list[np.ndarray] = []
@@ -202,7 +202,7 @@ def torch_file_bytes(state_dict: dict[str, np.ndarray], about: dict[str, Any]) -
 
 
 def _add(archive: zipfile.ZipFile, file: io.BytesIO, name: str, content: bytes) -> None:
-    """One record whose content begins at a multiple of ALIGNMENT, by an extra field of zeros before it."""
+    """Adds a record whose content is aligned to ALIGNMENT, padded by an extra field of zeros before it."""
     info = zipfile.ZipInfo(name)  # dated 1980, so that equal weights give equal files
     info.create_system = 3
     used = file.tell() + 30 + len(name) + 4
@@ -212,7 +212,7 @@ def _add(archive: zipfile.ZipFile, file: io.BytesIO, name: str, content: bytes) 
 
 
 def _pickled(value: Any) -> bytes:
-    """Protocol-2 opcodes that push a plain value."""
+    """Returns protocol-2 opcodes that push a plain value."""
     match value:
         case bool():
             return b"\x88" if value else b"\x89"

@@ -1,9 +1,10 @@
-"""Which of the tensors in a file are the network: the set that is wanted, without what stands around and beside it.
+"""Finds the network among the tensors of a file: the wanted set, without what surrounds it.
 
-Training programs wrap weights in dicts ("params_ema", "state_dict"), put several networks beside one another, in dicts
-("netG", "netD") or in one flat dict ("net_g.body...", "net_d.body..."), add counters, and put names of wrappers before
-or into every key ("module."). The moving average of the generator is preferred, then the generator, then what is
-called a model; a discriminator, an optimizer or a loss is never taken, and where several are left the caller is asked.
+Training programs wrap weights in dicts ("params_ema", "state_dict"). They store several networks together, in dicts
+("netG", "netD") or in one flat dict ("net_g.body...", "net_d.body..."). They add counters, and put the names of
+wrappers before or inside every key ("module."). The generator's moving average is preferred, then the generator, then
+anything called a model. A discriminator, optimizer or loss is never taken, and if several candidates remain, the caller
+is asked.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ _OTHER_WORDS = {
     "schedulers", "loss", "losses", "criterion", "vgg", "lpips", "percep", "perceptual", "metric", "metrics",
     "callbacks", "loops", "scaler", "kdjax",
 }  # fmt: skip
-# What DataParallel, torch.compile, FSDP and gradient checkpointing put into a key, at any place of it.
+# Inserted anywhere in a key by DataParallel, torch.compile, FSDP and gradient checkpointing.
 _WRAPPING_MODULES = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _COUNTERS = {"num_batches_tracked", "total_ops", "total_params"}  # buffers of BatchNorm and of thop
-_MAX_DEPTH = 5  # of dicts in dicts, and of names before every key
+_MAX_DEPTH = 5  # of nested dicts, and of prefixes before every key
 _SMALLEST_NETWORK = 4  # tensors: a DnCNN of two convolutions
 _MAX_SETS = 50  # networks side by side in a flat dict
 
 
 @lru_cache(maxsize=1024)
 def kind_of(name: str) -> int:
-    """What a name says: EMA, GENERATOR, NEUTRAL, OTHER (no network to restore with), or UNKNOWN."""
+    """Classifies a name: EMA, GENERATOR, NEUTRAL, OTHER (not a restoration network), or UNKNOWN."""
     words = {word.lower() for word in re.findall(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])", name)}
     if words & _OTHER_WORDS:
         return OTHER
@@ -54,15 +55,15 @@ def kind_of(name: str) -> int:
 
 
 def unwrap(content: Any, key: str) -> tuple[dict[Any, Any], tuple[str, ...], str]:
-    """The dict of tensors inside what a file holds.
+    """Returns the dict of tensors inside a file's content.
 
     Args:
-      content: what the file reader returned.
-      key: "auto", "bare" for the top level, the entry to take, a path of entries ("state_dict/net_g"), or what the
-        names of the wanted tensors begin with ("net_g").
+      content: the file reader's result.
+      key: "auto", "bare" for the top level, an entry to take, a path of entries ("state_dict/net_g"), or a prefix of
+        the wanted tensors' names ("net_g").
 
     Returns:
-      The dict; the entries that lead to it; and the part of `key` that is no entry, for `one_network`, or "".
+      The dict; the entries that lead to it; and the part of `key` that is not an entry, for `one_network`, or "".
     """
     if type(content) is not dict:
         raise WeightsError(f"it holds a {type(content).__name__}, wanted a dict of tensors (a state dict)")
@@ -83,10 +84,10 @@ def unwrap(content: Any, key: str) -> tuple[dict[Any, Any], tuple[str, ...], str
 
 
 def _best_entry(found: dict[Any, Any], path: list[str]) -> str | None:
-    """The entry to go into; None to stay.
+    """Returns the entry to descend into; None to stay.
 
     Raises:
-      WeightsError: several are as good, or all are something else than a network to restore with.
+      WeightsError: several are equally good, or none is a restoration network.
     """
     known: dict[int, int] = {}
     entries: dict[int, list[str]] = {kind: [] for kind in range(5)}
@@ -116,11 +117,11 @@ def _has_tensors(value: Any) -> bool:
 
 
 def _depth_of_tensors(value: Any, known: dict[int, int], left: int = _MAX_DEPTH) -> int:
-    """In how many dicts in one another the nearest tensor is; 0 when there is none. Each dict is looked at once."""
+    """Returns the nesting depth of the nearest tensor; 0 if there is none. Each dict is visited once."""
     if type(value) is not dict or not left:
         return 0
     if id(value) not in known:
-        known[id(value)] = 0  # it may hold itself
+        known[id(value)] = 0  # it may contain itself
         depths = (_depth_of_tensors(entry, known, left - 1) for entry in value.values())
         known[id(value)] = 1 if _has_tensors(value) else 1 + min(filter(None, depths), default=-1)
     return known[id(value)]
@@ -134,23 +135,23 @@ Fits = Callable[[Mapping[str, Tensor]], float]
 def one_network(
     tensors: Mapping[Any, Any], path: tuple[str, ...], rest: str, fits: Fits
 ) -> tuple[dict[str, Tensor], str]:
-    """The tensors of one network by their names in that network, and where they were: "state_dict/net_g", "bare".
+    """Returns one network's tensors by their names in that network, and their location: "state_dict/net_g", "bare".
 
     Args:
-      tensors: a dict of tensors, and of whatever else stands beside them; `check_cost` has seen it.
+      tensors: a dict of tensors and whatever else is stored beside them, already checked by `check_cost`.
       path: where the dict is in the file.
-      rest: what the names of the wanted tensors begin with, as some do; "" decides by the names.
-      fits: the part, from 0 to 1, of the keys of a state dict that the best supported layout knows.
+      rest: the prefix of the wanted tensors' names; "" to choose automatically.
+      fits: returns the fraction, from 0 to 1, of a state dict's keys that the best supported layout knows.
 
     Raises:
-      WeightsError: it cannot be decided which network is wanted.
+      WeightsError: it is ambiguous which network is wanted.
     """
-    # Numbers, texts and schedules beside the tensors are no part of a network.
+    # Numbers, strings and schedules beside the tensors are not part of a network.
     state = {key: value for key, value in tensors.items() if type(key) is str and isinstance(value, Tensor)}
     if rest:
         state, path = _prefixed(state, rest), (*path, rest)
     state = _without_wrapping_modules(_without_counters(state))
-    before: tuple[str, ...] = ()  # what stands before every key, as far as it was removed
+    before: tuple[str, ...] = ()  # the prefixes removed from every key
     for _ in range(_MAX_DEPTH):
         state, is_one_of_several = _without_others(state, path)
         heads = _groups(state)
@@ -170,7 +171,7 @@ def one_network(
 def _network_among(
     heads: Mapping[str, dict[str, Tensor]], state: Mapping[str, Tensor], path: tuple[str, ...], fits: Fits
 ) -> str | None:
-    """Which of the names that keys begin with is the wanted network; None when they are parts of one network."""
+    """Returns the key prefix of the wanted network; None if the prefixes are parts of one network."""
     if not 1 < len(heads) <= _MAX_SETS:
         return None
 
@@ -189,11 +190,11 @@ def _network_among(
     if fits(state) < 0.5 and (found := fitting(heads, 0.9)):
         return only(found)
     named = [name for name in heads if kind_of(name) in (EMA, GENERATOR)]
-    return named[0] if len(named) == 1 else None  # no supported network; the message can say which one it is
+    return named[0] if len(named) == 1 else None  # not a supported network, but the message can name it
 
 
 def _without_others(state: dict[str, Tensor], path: tuple[str, ...]) -> tuple[dict[str, Tensor], bool]:
-    """The tensors without losses and discriminators beside a network, and whether there were such."""
+    """Returns the tensors without losses and discriminators, and whether there were any."""
     heads = _groups(state)
     others = [name for name in heads if kind_of(name) == OTHER]
     if others and len(others) == len(heads):
@@ -203,7 +204,7 @@ def _without_others(state: dict[str, Tensor], path: tuple[str, ...]) -> tuple[di
 
 
 def _without_prefixes(state: dict[str, Tensor], fits: Fits) -> tuple[list[str], dict[str, Tensor]]:
-    """The names of enclosing modules that stand before every key, and the tensors without them."""
+    """Returns the wrapper names that precede every key, and the tensors without them."""
     names: list[str] = []
     inner = [state]
     heads = _groups(state)
@@ -213,8 +214,8 @@ def _without_prefixes(state: dict[str, Tensor], fits: Fits) -> tuple[list[str], 
         heads = _groups(inner[-1])
     depth = next((depth for depth, candidate in enumerate(inner) if fits(candidate) >= 0.5), None)
     if depth is None and any(kind_of(head) in (EMA, GENERATOR, OTHER) for head in heads):
-        depth = len(names)  # several networks within
-    if depth is None:  # no supported network; without its prefixes a message can say which one it is
+        depth = len(names)  # several networks inside
+    if depth is None:  # not a supported network, but without prefixes the message can name it
         is_part = [
             kind_of(name) == UNKNOWN or any(key[:1].isdigit() for key in keys)
             for name, keys in zip(names, inner[1:], strict=True)
@@ -224,7 +225,7 @@ def _without_prefixes(state: dict[str, Tensor], fits: Fits) -> tuple[list[str], 
 
 
 def _groups(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The entries by what stands before the first dot of their keys; "" where there is none."""
+    """Groups the entries by the text before the first dot of their keys; "" if there is no dot."""
     groups: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         head, dot, tail = key.partition(".")
@@ -233,7 +234,7 @@ def _groups(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _prefixed(state: Mapping[Any, Any], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose keys begin with `prefix`, as they are or without the modules that wrap, by what follows."""
+    """Returns the tensors whose keys start with `prefix`, with or without wrapping modules, keyed by the rest."""
     prefix = prefix.removesuffix(".") + "."
     tensors = {key: value for key, value in state.items() if type(key) is str and isinstance(value, Tensor)}
     for rename in (str, _unwrapped):
@@ -248,7 +249,7 @@ def _unwrapped(key: str) -> str:
 
 
 def _without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without numbers of steps and operations: no parameter of a supported network is a single number."""
+    """Drops counters of steps and operations: no parameter of a supported network is a single number."""
     return {
         key: value
         for key, value in state.items()
