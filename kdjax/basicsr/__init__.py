@@ -1,12 +1,13 @@
-"""Training YAMLs of BasicSR, Real-ESRGAN and the guide as configs: a mapping goes in, a config and an account come out.
+"""Converts training YAMLs of BasicSR, Real-ESRGAN and the guide to configs, with an account of every key.
 
-`keys.KEYS` is the translation: every key there is in those files, what it becomes here, and what it may be. `translate`
-reads a file's keys by it, one after another, then brings together what a config key takes from several of them
-(`_finish_*`). A key that is not in KEYS, or whose value cannot be honoured, is an error; all of them are told at once.
-Nothing is read from disk, nothing is imported. `reader.read_yaml` makes the mapping of a file.
+`keys.KEYS` is the translation table: every key of those files, what it becomes here, and its allowed values.
+`translate` reads a file's keys one by one, then combines the config values that depend on several of them
+(`_finish_*`). A key that is not in KEYS, or whose value cannot be honoured, is an error; all errors are reported
+together. Nothing is read from disk and nothing is imported. `reader.read_yaml` parses a file into the mapping that
+`translate` takes.
 
-A YAML is data. A network of the user's, `type: my_package.my_net:MyNet`, becomes an empty `student.arch`, which
-`kdjax.config` refuses until the command line names the class.
+A YAML is data. A user-defined network, `type: my_package.my_net:MyNet`, becomes an empty `student.arch`, which
+`kdjax.config` rejects until the command line names the class.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class Row(NamedTuple):
 
 
 class Translation(NamedTuple):
-    """The values for `kdjax.config.parse`, every key among them, and what became of every key, in the file's order."""
+    """The complete values for `kdjax.config.parse`, and what became of every key, in the file's order."""
 
     config: dict[str, Any]
     account: tuple[Row, ...]
 
 
-# What BasicSR and torch take where a file is silent, as far as the config's own defaults are others.
+# BasicSR's and torch's defaults, where they differ from the config's own.
 _DEFAULTS = {
     "data.hflip": False,
     "data.rot": False,
@@ -56,21 +57,21 @@ _REQUIRED = (  # one of each
     ("train.optim_g.lr",),
     ("train.total_iter",),
 )
-# Where BasicSR looks for VGG19 before it downloads it.
+# Where BasicSR looks for VGG19 before downloading it.
 _VGG19 = "experiments/pretrained_models/vgg19-dcbb9e9d.pth"
 
 MISSING = "missing, and needed"
-_MOST_FAULTS, _LONGEST_FAULT = 50, 600  # that one message tells; characters
+_MOST_FAULTS, _LONGEST_FAULT = 50, 600  # per message; in characters
 
 Tree = dict[str, Any]
-Faults = dict[str, str]  # what is wrong, by the key of the YAML
+Faults = dict[str, str]  # what is wrong, by YAML key
 
 
 def translate(options: Any) -> Translation:
-    """The config of a training YAML.
+    """Converts a training YAML to a config.
 
     Args:
-      options: what a YAML reader made of the file.
+      options: the parsed YAML.
 
     Raises:
       ConfigError: keys that are unknown, missing, or cannot be honoured; all of them in one message.
@@ -82,7 +83,7 @@ def translate(options: Any) -> Translation:
     if "train" not in options:
         raise ConfigError("the file has no group `train`, so it is for testing; measure with python -m kdjax.evaluate")
     rows: list[Row] = []
-    values: Tree = {}  # by the key of KEYS, nulls left out
+    values: Tree = {}  # by their key in KEYS, without nulls
     config: Tree = {}
     set_by: dict[str, str] = {}
     faults: Faults = {}
@@ -121,7 +122,7 @@ def translate(options: Any) -> Translation:
         (_finish_terms, ("train.",)),
         (_finish_train, ("train.",)),
     ):
-        if not any(key.startswith(groups) for key in unread):  # what it starts from has been read
+        if not any(key.startswith(groups) for key in unread):  # only if everything it needs could be read
             finish(config, values, faults)
     if faults:
         raise ConfigError(_told(faults))
@@ -131,7 +132,7 @@ def translate(options: Any) -> Translation:
     for section, given in config.items():
         is_group = isinstance(given, dict) and section not in ("terms", "degrade")
         finished[section] = finished[section] | given if is_group else given
-    # As it would be if the command line named the classes of the user's.
+    # As if the command line had named the user's classes.
     student, teacher = finished["student"], finished["teacher"]
     teacher = teacher | {"hparams": {name: value for name, value in teacher["hparams"].items() if name != "arch"}}
     student = student | {"arch": student["arch"] or config_lib.Student().arch}
@@ -140,7 +141,7 @@ def translate(options: Any) -> Translation:
 
 
 def format_account(rows: Sequence[Row]) -> str:
-    """The account as a table: a line for every key."""
+    """Formats the account as a table, one line per key."""
     cells = [("key", "value", "becomes", "note")]
     cells += [(_shortened(row.key, 80), _shortened(row.value), _shortened(row.becomes, 80), row.note) for row in rows]
     widths = [max(len(row[column]) for row in cells) for column in range(3)]
@@ -152,9 +153,9 @@ _GROUPS = {".".join(key.split(".")[:length]) for key in KEYS for length in range
 
 
 def _leaves(options: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Every key with its value, as (its path, the key of KEYS or the path again where there is none, value).
+    """Yields every key as (its path, its key in KEYS or else its path, its value).
 
-    A group is entered only if KEYS has keys inside it, so an unknown group is one unknown key.
+    A group is entered only if KEYS has keys inside it, so an unknown group counts as one unknown key.
     """
     datasets = options.get("datasets")
     sets = [str(name) for name in datasets] if isinstance(datasets, Mapping) else []
@@ -182,15 +183,15 @@ def _leaves(options: Mapping[Any, Any]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _is_group(rule: str) -> bool:
-    """Whether KEYS has keys inside it, and not it itself."""
+    """Whether KEYS has keys inside this key, but not the key itself."""
     return rule in _GROUPS
 
 
 def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
-    """Which folders the type of the data set uses, the canvas and the batch of all devices; the validation set."""
+    """Sets the data folders for the data set's type, the canvas, the batch over all devices, and the validation set."""
     data, train = config["data"], "datasets.train."
     gpus = values.get("num_gpu", 1)
-    if gpus == "auto":  # how many there are is known when the run starts, not when its config is read
+    if gpus == "auto":  # their number is known when the run starts, not when its config is read
         data["per_device"], gpus = True, 1
     gpus = max(1, gpus)
     data |= {name: data[name] * gpus for name in ("batch_size", "workers") if name in data}
@@ -229,7 +230,7 @@ def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
         faults[f"{train}dataroot_gt_unpaired"] = "only RealESRGANHybridDataset reads it; use that type, or remove it"
     if "lq" not in data or "unpaired" in data:
         scale = max(1, values.get("scale", 1))
-        data["canvas"] = -(-max(400, data["crop"]) // scale) * scale  # rounded up to a multiple of it
+        data["canvas"] = -(-max(400, data["crop"]) // scale) * scale  # rounded up to a multiple of `scale`
         config.setdefault("degrade", {})
     elif data.get("gt_usm"):
         faults["gt_usm"] = "true, but pairs are used as they are; remove it"
@@ -239,21 +240,21 @@ def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
         except ValueError as error:
             faults["the degradation"] = str(error)
     val = config.setdefault("val", {})
-    if "gt" not in val:  # there is none: BasicSR then does not validate, here some training images are measured
+    if "gt" not in val:  # BasicSR then skips validation; here some training images are measured
         val |= {name: data[name] for name in ("gt", "lq", "meta_info", "filename_tmpl") if name in data} | {"limit": 8}
-        val["crop"] = 0 if "lq" in val else data["canvas"]  # of one size: every size compiles the degradation anew
+        val["crop"] = 0 if "lq" in val else data["canvas"]  # one size: each size compiles the degradation anew
     if "lq" not in val and "canvas" in data:
-        val["degrade"] = config["degrade"]  # the same object: what the command line sets is set in both
+        val["degrade"] = config["degrade"]  # the same object, so that the command line sets both
     elif "lq" not in val:
         faults["datasets.val.dataroot_lq"] = f"{MISSING}: in training nothing is degraded"
 
 
 def _finish_networks(config: Tree, values: Tree, faults: Faults) -> None:
-    """The hyper-parameters of both networks, checked; and that weights are asked for as they are read."""
+    """Checks both networks' hyper-parameters, and that the options for weights match how kdjax reads them."""
     scale = values.get("scale", 1)
     student, teacher = config["student"], config.setdefault("teacher", {})
     hparams = _hparams(student["arch"], "network_g", student.get("hparams", {}), faults)
-    if not student["arch"]:  # of the user's, whose arguments are known once it is imported
+    if not student["arch"]:  # user-defined: its arguments are known once it is imported
         if (said := hparams.get("upscale", hparams.get("scale", 1))) != scale:
             faults["network_g.scale"] = f"{said}, but scale is {scale}; write what the class calls it, scale or upscale"
         student["hparams"] = hparams
@@ -286,7 +287,7 @@ def _finish_networks(config: Tree, values: Tree, faults: Faults) -> None:
 
 
 def _hparams(arch: str, group: str, given: Mapping[str, Any], faults: Faults) -> Tree:
-    """The given hyper-parameters as the architecture has them; any, where it is one of the user's."""
+    """Returns the given hyper-parameters in the architecture's form; for a user-defined one, anything goes."""
     kept = {}
     for name, value in given.items():
         value = _number_if_any(value)
@@ -302,7 +303,7 @@ def _hparams(arch: str, group: str, given: Mapping[str, Any], faults: Faults) ->
 
 
 def _finish_terms(config: Tree, values: Tree, faults: Faults) -> None:
-    """The loss terms; those of a weight of 0 stay, so that the command line can switch them on."""
+    """Sets the loss terms; those with weight 0 are kept, so that the command line can enable them."""
     terms = config.setdefault("terms", {})
     for name, kind, defaults in (
         ("task", "train.pixel_opt", {"weight": 1.0}),
@@ -337,7 +338,7 @@ def _finish_terms(config: Tree, values: Tree, faults: Faults) -> None:
 
 
 def _finish_train(config: Tree, values: Tree, faults: Faults) -> None:
-    """The learning rate as one schedule, and torch's default for AdamW."""
+    """Merges the learning rate into one schedule, and sets torch's default for AdamW."""
     train = config["train"]
     if train["optimizer"] == "adamw":
         train.setdefault("weight_decay", 0.01)
@@ -360,7 +361,7 @@ def _finish_train(config: Tree, values: Tree, faults: Faults) -> None:
             value = weights[0] * lr["value"] + (1 - weights[0]) * final
             lr = lr | {"value": value, "steps": periods[0], "final": final}
     else:
-        lr = {"gamma": 0.1} | lr  # of BasicSR's class
+        lr = {"gamma": 0.1} | lr  # the default of BasicSR's class
         restarts = values.get(f"{scheduler}restarts", (0,))
         if len(restarts) != len(weights):
             faults[f"{scheduler}restarts"] = (
@@ -374,7 +375,7 @@ def _finish_train(config: Tree, values: Tree, faults: Faults) -> None:
 
 
 def _with_restarts(lr: Tree, restarts: Mapping[int, float]) -> Tree:
-    """MultiStepRestartLR: `gamma` at every milestone, and weight x the first rate at every restart."""
+    """MultiStepRestartLR: `gamma` at every milestone, and weight x the initial rate at every restart."""
     milestones = lr["milestones"]
     boundaries = sorted({*restarts, *milestones})
     levels = [lr["value"]]
@@ -392,7 +393,7 @@ def _check_schedule(spec: Any, group: str, faults: Faults) -> None:
 
 
 def _number_if_any(value: Any) -> Any:
-    """A number that YAML 1.1 takes for text."""
+    """Returns the number in text that YAML 1.1 does not parse as one."""
     try:
         return number(value) if isinstance(value, str) else value
     except ValueError:
@@ -413,14 +414,14 @@ def _get(tree: Tree, path: str) -> Any:
 
 
 def _shortened(value: Any, length: int = 40) -> str:
-    """A value on one line; text as it stands in the file, as far as it can be shown."""
+    """Formats a value on one line; text appears as in the file, as far as it is printable."""
     if isinstance(value, str) and value.isprintable():
         return value if len(value) <= length else f"{value[: length - 3]}..."
     return "~" if value is None else brief(value, length)
 
 
 def _told(faults: Faults) -> str:
-    """One message with a line for every fault; keys with the same one share it."""
+    """Returns one message with a line per fault; keys with the same fault share a line."""
     keys: dict[str, list[str]] = {}
     for key, fault in faults.items():
         fault = fault if len(fault) <= _LONGEST_FAULT else f"{fault[:_LONGEST_FAULT]}..."

@@ -1,7 +1,7 @@
-"""Every key of a training YAML of BasicSR, Real-ESRGAN and the guide: what it becomes here, and what it may be.
+"""Every key of a training YAML of BasicSR, Real-ESRGAN and the guide: what it becomes here, and its allowed values.
 
-KEYS is the table; above it are the functions that read one value, each of which says what it wanted. Numbers may be
-text, as which YAML 1.1 takes `1e-4`.
+KEYS is the table. Above it are the functions that read one value each and raise an error saying what they wanted.
+Numbers may be text, because YAML 1.1 reads `1e-4` as text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kdjax.models import MODELS, architecture
 from kdjax.models.custom import is_custom
 from kdjax.names import nearest, pick
 
-Read = Callable[[Any], Any]  # the value of a key as the config has it; a ValueError says what was wanted
+Read = Callable[[Any], Any]  # YAML value -> config value; raises ValueError with what was wanted
 
 
 # ---- what a value may be ---------------------------------------------------------------------------------------
@@ -33,7 +33,7 @@ def text(value: Any) -> str:
 
 
 def plain_name(value: Any) -> str:
-    """The name of a run, and of its folder."""
+    """Reads the name of a run, which is also its folder's name."""
     check_name(text(value), "name")
     return text(value)
 
@@ -60,7 +60,7 @@ def flag(value: Any) -> bool:
 
 
 def several(read: Read) -> Read:
-    """A list of values, each of which `read` takes."""
+    """Reads a list, each value with `read`."""
 
     def read_all(values: Any) -> tuple[Any, ...]:
         if not isinstance(values, Sequence) or isinstance(values, str):
@@ -71,7 +71,7 @@ def several(read: Read) -> Read:
 
 
 def named(read: Read) -> Read:
-    """A group of values, each of which `read` takes."""
+    """Reads a group, each value with `read`."""
 
     def read_all(values: Any) -> dict[str, Any]:
         if not isinstance(values, Mapping) or not values:
@@ -82,12 +82,12 @@ def named(read: Read) -> Read:
 
 
 def one_of(what: str, **names: Any) -> Read:
-    """A name; what it stands for here is returned."""
+    """Reads a name and returns what it stands for here."""
     return lambda value: pick(names, text(value), what)
 
 
 def only(*allowed: Any, why: str) -> Read:
-    """One of the values that mean what is done here anyway."""
+    """Accepts only values that describe what kdjax does anyway."""
 
     def read(value: Any) -> Any:
         if value not in allowed:
@@ -98,12 +98,12 @@ def only(*allowed: Any, why: str) -> Read:
 
 
 def never(why: str) -> Read:
-    """Refused, unless it is switched off."""
+    """Rejects the key unless it is switched off."""
     return only(False, 0, "", why=why)
 
 
 def network(value: Any) -> str:
-    """The architecture's name here; "" for "module:Class", which is not imported because a YAML says so."""
+    """Returns the architecture's name here; "" for "module:Class", because a YAML must not cause an import."""
     name = text(value)
     if is_custom(name):
         return ""
@@ -126,10 +126,10 @@ class Key(NamedTuple):
     """A key of the YAML.
 
     Attributes:
-      becomes: the key of the config, "-" where none is needed; a * is the key's own name.
-      note: what is different here, or why nothing takes the key's place.
-      read: what the value may be.
-      direct: whether the value is simply that of `becomes`; else it takes part in it, see `_finish_*`.
+      becomes: the config key, "-" if none is needed; a * is the key's own name.
+      note: what differs here, or why nothing replaces the key.
+      read: reads and checks the value.
+      direct: whether the value of `becomes` is simply this value; otherwise it contributes to it in `_finish_*`.
     """
 
     becomes: str
@@ -153,13 +153,13 @@ _CRITERIA = {"l1": "l1", "l2": "mse", "smooth_l1": "smooth_l1"}
 
 
 def _like(default: Any) -> Read:
-    """How to read a value of the type that another one has."""
+    """Returns a reader for values of the default's type."""
     if isinstance(default, tuple):
         return several(_like(default[0]))
     return {str: text, float: number, int: whole}[type(default)]
 
 
-# Of Real-ESRGAN, for clean images. In its own files some are at the root, in the guide's all are in datasets.train.
+# Real-ESRGAN's keys, for clean images. Its own files have some at the root; the guide has all in datasets.train.
 DEGRADATION = {name: _like(default) for name, default in preset("realesrgan").items() if name != "name"}
 
 DATASETS = {
@@ -169,7 +169,7 @@ DATASETS = {
     "RealESRGANHybridDataset": "both",
 }
 
-# "datasets.val" stands for the first validation set, whatever it is called; "datasets.*" for the others.
+# "datasets.val" stands for the first validation set, whatever its name; "datasets.*" for the others.
 KEYS: dict[str, Key] = {
     "name": Key("name", "the run's folder is runs/NAME, or --workdir", plain_name),
     "model_type": ignored(

@@ -1,12 +1,12 @@
-"""Reads a YAML as data, at a cost that its size bounds.
+"""Reads a YAML as data, at a cost bounded by its size.
 
-It is YAML 1.1, as BasicSR reads it, without what a training file has no use for and a hostile or damaged one can use:
-tags other than those of plain values, deep nesting, and aliases that make a small file large. Where YAML 1.1 takes a
-text for something that its writer hardly meant, it stays text (12:30:45, which would be 45045; 2024-05-01, a date) or
-is refused (0100, which would be 64; a key that is no text, such as yes). So is a key that stands twice in a group, of
-which readers keep the last.
+It reads YAML 1.1, like BasicSR, without features that a training file does not need and a hostile or damaged one can
+exploit: tags other than those of plain values, deep nesting, and aliases that make a small file large. Where YAML 1.1
+gives text a meaning its author hardly intended, it stays text (12:30:45, which would be 45045; 2024-05-01, a date) or
+is rejected (0100, which would be 64; a key that is not text, such as yes). A key that occurs twice in a group is
+rejected too; other readers keep the last.
 
-The nodes are counted while the file is composed, before any value is built from them.
+Nodes are counted while the file is composed, before any value is built from them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from kdjax.names import brief
 
 MAX_BYTES = 256 << 10  # the largest in BasicSR has 8 kB
 MAX_DEPTH = 32
-MAX_NODES = 10_000  # keys, values and groups, those of every alias counted again
-MAX_CHARACTERS = 2 * MAX_BYTES  # in them, counted likewise
+MAX_NODES = 10_000  # keys, values and groups; every use of an alias counts again
+MAX_CHARACTERS = 2 * MAX_BYTES  # in the nodes, counted the same way
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
@@ -31,10 +31,10 @@ _LONGEST_NUMBER = 64  # characters
 
 
 def read_yaml(content: bytes) -> Any:
-    """The value of a YAML file: dicts, lists, texts, numbers, booleans and None.
+    """Parses a YAML file into dicts, lists, strings, numbers, booleans and None.
 
     Raises:
-      ValueError: the content is no YAML, or one that is not read here; the message says where.
+      ValueError: the content is not YAML, or uses unsupported features; the message says where.
     """
     if len(content) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES:,} bytes, which no training YAML has")
@@ -49,19 +49,19 @@ def read_yaml(content: bytes) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader in Python, with limits; libyaml's overflows its stack before it could be stopped."""
+    """PyYAML's safe loader in Python, with limits; libyaml's loader overflows its stack before it can be stopped."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._nodes = self._characters = 0
-        self._sizes: dict[str, tuple[int, int]] = {}  # nodes and characters of what has an anchor
+        self._sizes: dict[str, tuple[int, int]] = {}  # node and character counts of anchored values
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self._sizes:
                 raise _Refused(f"the alias *{brief(event.anchor)} stands inside what it stands for", event.start_mark)
-            nodes, characters = self._sizes.get(event.anchor, (0, 0))  # an unknown one is PyYAML's to refuse
+            nodes, characters = self._sizes.get(event.anchor, (0, 0))  # PyYAML rejects unknown ones
             self._count(nodes, characters, event.start_mark)
             return super().compose_node(parent, index)
         if event.tag is not None and event.tag not in _PLAIN_TAGS:
@@ -120,14 +120,14 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """What this reader does not take."""
+    """Something this reader does not support."""
 
     def __init__(self, problem: str, mark: yaml.Mark | None) -> None:
         super().__init__(problem=problem, problem_mark=mark)
 
 
 def _told(error: yaml.YAMLError) -> str:
-    """One line, without the lines of the file that PyYAML shows."""
+    """Returns the error as one line, without PyYAML's excerpt of the file."""
     mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
     if not isinstance(error, yaml.MarkedYAMLError) or mark is None:
         return " ".join(str(error).split())
