@@ -1,16 +1,17 @@
 """Degradations on the device: pure functions of a random key and one clean image, vmapped over the batch.
 
-Images are float32 HWC in [0, 1]. A config chooses one by name, with its own settings:
+Images are float32 HWC in [0, 1]. A config selects a degradation by name, with its own settings:
 
     degrade=dict(name="awgn", sigma=25.0)
     degrade=preset("realesrgan", noise_range=(1, 15))
 
-    awgn, awgn_blind   white Gaussian noise of one sigma, or of one drawn for every sample
-    poisson_gauss      the noise of a sensor: photons and read-out
-    jpeg               compression
+    awgn, awgn_blind   white Gaussian noise, with a fixed sigma or one drawn per sample
+    poisson_gauss      sensor noise: photon shot noise and read noise
+    jpeg               JPEG compression
     realesrgan         blur, resizing, noise and JPEG, twice (`kdjax.degradations.realesrgan`)
 
-Noise alone is neither clipped nor quantised, as the denoising benchmarks have it; what contains JPEG is 8-bit data.
+Pure noise is neither clipped nor quantised, as in the denoising benchmarks. Degradations that include JPEG produce
+8-bit data.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Awgn:
 
 @dataclasses.dataclass(frozen=True)
 class AwgnBlind:
-    """`sigma`: the range from which every sample's is drawn uniformly, in 0..255."""
+    """`sigma`: the range from which each sample's sigma is drawn uniformly, in 0..255."""
 
     sigma: Range
 
@@ -67,9 +68,9 @@ class AwgnBlind:
 
 @dataclasses.dataclass(frozen=True)
 class PoissonGauss:
-    """The noise of a sensor (Foi et al., 2008): variance `gain` x image + read_sigma^2.
+    """Sensor noise (Foi et al., 2008): variance `gain` x image + read_sigma^2.
 
-    `gain` is the brightness that one photon adds, drawn log-uniformly; `read_sigma` is in 0..255, drawn uniformly.
+    `gain` is the brightness one photon adds, drawn log-uniformly; `read_sigma` is in 0..255, drawn uniformly.
     """
 
     gain: Range = (1e-4, 1e-2)
@@ -82,7 +83,7 @@ class PoissonGauss:
 
 @dataclasses.dataclass(frozen=True)
 class Jpeg:
-    """`quality`: the range from which every sample's is drawn uniformly."""
+    """`quality`: the range from which each sample's quality is drawn uniformly."""
 
     quality: Range = (30.0, 95.0)
 
@@ -91,14 +92,14 @@ class Jpeg:
 
 
 class Degradation(NamedTuple):
-    """How a degradation is made.
+    """The implementation of a degradation.
 
     Attributes:
-      settings: the dataclass that checks them.
-      draw: (key, settings) -> (what is chosen for one sample, as a mapping or a NamedTuple; the key of its noise).
-      apply: (choices, key, image, settings) -> lq; of one that resizes (..., scale, window) -> that window of lq.
+      settings: the dataclass that checks its settings.
+      draw: (key, settings) -> (one sample's random choices, as a mapping or a NamedTuple; the key of its noise).
+      apply: (choices, key, image, settings) -> lq; if it resizes, (..., scale, window) -> that window of lq.
       resizes: whether lq can be smaller than the image.
-      is_8_bit: whether lq is 8-bit data, whole 255ths from 0 to 1.
+      is_8_bit: whether lq is 8-bit data, multiples of 1/255 from 0 to 1.
     """
 
     settings: type
@@ -109,7 +110,7 @@ class Degradation(NamedTuple):
 
 
 def add_gaussian_noise(choices: Mapping, key: jax.Array, image: jax.Array, *_: Any) -> jax.Array:
-    """White noise of standard deviation `sigma` (0..255 scale) on an (h, w, c) image."""
+    """Adds white noise of standard deviation `sigma` (0..255 scale) to an (h, w, c) image."""
     return image + choices["sigma"] / 255 * jax.random.normal(key, image.shape)
 
 
@@ -151,7 +152,7 @@ DEGRADATIONS: dict[str, Degradation] = {
 
 
 def preset(name: str, **overrides: Any) -> dict[str, Any]:
-    """The dict of a degradation for a config, complete, so that each of its keys can be set on the command line.
+    """Returns the complete dict of a degradation for a config, so that every key can be set on the command line.
 
     Raises:
       ValueError: an unknown name or key, a missing setting, or a value out of range.
@@ -160,9 +161,9 @@ def preset(name: str, **overrides: Any) -> dict[str, Any]:
 
 
 def make_degrade(spec: Mapping[str, Any], *, scale: int = 1) -> Degrade:
-    """`degrade(key, image, window=None) -> lq` from a dict with a `name` and the degradation's own settings.
+    """Returns `degrade(key, image, window=None) -> lq` for a dict with a `name` and the degradation's own settings.
 
-    `image` is (h, w, c), lq is (h/scale, w/scale, c), or the `window` of it, which may cost less than all of it.
+    `image` is (h, w, c). lq is (h/scale, w/scale, c), or only the `window` of it, which may cost less than all of it.
 
     Raises:
       ValueError: an unknown name or setting, a value out of range, or a degradation that cannot change the size.
@@ -191,19 +192,18 @@ def make_degrade(spec: Mapping[str, Any], *, scale: int = 1) -> Degrade:
 
 
 def is_8_bit(spec: Mapping[str, Any]) -> bool:
-    """Whether what `make_degrade(spec)` makes is 8-bit data, whole 255ths from 0 to 1."""
+    """Whether `make_degrade(spec)` produces 8-bit data, multiples of 1/255 from 0 to 1."""
     return DEGRADATIONS[spec["name"]].is_8_bit
 
 
 def draw_choices(spec: Mapping[str, Any], key: jax.Array) -> Any:
-    """What `make_degrade(spec)` chooses for the sample with this key, but for its noise: a dict of arrays, or
-    `realesrgan.Choices`."""
+    """Returns what `make_degrade(spec)` chooses for this key, except noise: a dict or `realesrgan.Choices` of arrays."""
     settings = _settings(spec)
     return DEGRADATIONS[spec["name"]].draw(key, settings)[0]
 
 
 def _settings(spec: Mapping[str, Any]) -> Any:
-    """The checked settings of a degradation."""
+    """Returns a degradation's checked settings."""
     name = spec.get("name")
     cls: Any = pick(DEGRADATIONS, name, "degradation").settings
     fields = {field.name: field for field in dataclasses.fields(cls)}

@@ -1,7 +1,7 @@
-"""Images whose size is drawn at random, under static shapes.
+"""Images of random size under static shapes.
 
-A canvas is an array (c, H, W) of which the first `valid` = (h, w) rows and columns are the image. What lies beyond is
-finite, and means nothing.
+A canvas is an array (c, H, W) whose first `valid` = (h, w) rows and columns hold the image. The rest is finite and
+meaningless.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# (height, width), drawn or static. The length is not in the types: they are made by `tuple(... for ...)`.
+# (height, width), drawn or static. The types omit the length because these are made by `tuple(... for ...)`.
 Size = tuple[jax.Array | int, ...]
 Shape = tuple[int, ...]
 
@@ -24,17 +24,17 @@ class Window(NamedTuple):
 
 
 def whole(shape: Shape) -> Window:
-    """The window that shows everything."""
+    """Returns the window that covers everything."""
     return Window(jnp.zeros(2, jnp.int32), shape)
 
 
 def cut(image: jax.Array, window: Window) -> jax.Array:
-    """The window of an (h, w, c) image."""
+    """Returns the window of an (h, w, c) image."""
     return jax.lax.dynamic_slice(image, (*window.start, 0), (*window.shape, image.shape[2]))
 
 
 def reflected(index: jax.Array, count: jax.Array | int) -> jax.Array:
-    """The place in 0 ... count - 1 that a place beyond the ends mirrors, without repeating the ends."""
+    """Maps an index beyond the ends to its mirror image in 0 ... count - 1, without repeating the ends."""
     period = jnp.maximum(2 * (count - 1), 1)
     folded = index % period
     return jnp.minimum(folded, period - folded)
@@ -47,6 +47,6 @@ def is_valid(image: jax.Array, valid: Size) -> jax.Array:
 
 
 def resized_to(image: jax.Array, shape: Shape) -> jax.Array:
-    """The canvas cut, or filled with zeros at the bottom and right."""
+    """Crops the canvas, or pads it with zeros at the bottom and right."""
     image = image[:, : shape[0], : shape[1]]
     return jnp.pad(image, ((0, 0), (0, shape[0] - image.shape[1]), (0, shape[1] - image.shape[2])))

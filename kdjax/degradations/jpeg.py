@@ -1,7 +1,7 @@
-"""JPEG compression as arithmetic on the device: the DiffJPEG of Real-ESRGAN (Shin & Song, 2017), for any quality.
+"""JPEG compression as arithmetic on the device: Real-ESRGAN's DiffJPEG (Shin & Song, 2017), for any quality.
 
-Colour subsampling is 4:2:0. As there, and unlike libjpeg, the scaled tables are not rounded or limited to 1 ... 255,
-and the result is not rounded to 8 bits.
+Chroma subsampling is 4:2:0. As in DiffJPEG, and unlike libjpeg, the scaled tables are neither rounded nor clipped to 1
+... 255, and the result is not rounded to 8 bits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 
 from kdjax.degradations.canvas import Size, is_valid, resized_to
 
-# ITU-T T.81, annex K. DiffJPEG has the table of luma transposed, so high frequencies along rows are treated as those
-# along columns should be; it is kept, since degradations are compared with those of Real-ESRGAN.
+# ITU-T T.81, annex K. DiffJPEG transposes the luma table, so it treats high frequencies along rows as those along
+# columns should be. We keep that, because our degradations are compared with Real-ESRGAN's.
 _LUMA = np.array(
     [
         [16, 11, 10, 16, 24, 40, 51, 61],
@@ -31,7 +31,7 @@ _LUMA = np.array(
 ).T
 _CHROMA = np.full((8, 8), 99, np.float32)
 _CHROMA[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
-# JFIF: full-range BT.601. Cb and Cr are shifted by 128, and so is every plane before its transform: both cancel.
+# JFIF: full-range BT.601. Cb and Cr are shifted by 128, and so is every plane before its transform: the shifts cancel.
 _TO_YCBCR = np.array([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]], np.float32)
 _TO_RGB = np.array([[1, 0, 1.402], [1, -0.344136, -0.714136], [1, 1.772, 0]], np.float32)
 # The orthonormal 8-point DCT.
@@ -42,19 +42,19 @@ _DCT = np.array(
     ],
     np.float32,
 )
-# Of quality 100, where the formula has 0, which divides by zero; at 99.8 it is as small. The table is then below one
-# half everywhere, finer than 8 bits are.
+# For quality 100, where the formula gives 0, a division by zero. It is the factor of quality 99.8, and puts the whole
+# table below one half, finer than 8 bits.
 _SMALLEST_FACTOR = 0.004
 
 
 def jpeg(
     image: jax.Array, quality: jax.Array | float, valid: Size | None = None, *, straight_through: bool = False
 ) -> jax.Array:
-    """A (c, h, w) image in [0, 1], RGB or grey, after compression with this quality, from 0 (excluded) to 100.
+    """Compresses a (c, h, w) image in [0, 1], RGB or grey, with a quality from 0 (excluded) to 100.
 
     Args:
-      valid: the part of a canvas that is the image; all of it by default. As in DiffJPEG it is filled up with black.
-      straight_through: rounding passes gradients on as if it did nothing; else it has none.
+      valid: the image's size within a canvas; by default all of it. As in DiffJPEG, the image is padded with black.
+      straight_through: rounding passes gradients through unchanged; otherwise it has none.
     """
     channels, height, width = image.shape
     valid = valid or (height, width)
@@ -78,7 +78,7 @@ def jpeg(
 
 
 def _compress(plane: jax.Array, table: jax.Array | np.ndarray, straight_through: bool) -> jax.Array:
-    """(h, w), sides divisible by 8, through the quantised DCT and back."""
+    """Quantises (h, w), with sides divisible by 8, in the DCT domain."""
     height, width = plane.shape
     blocks = plane.reshape(height // 8, 8, width // 8, 8)
     highest = jax.lax.Precision.HIGHEST
@@ -93,7 +93,7 @@ def _compress(plane: jax.Array, table: jax.Array | np.ndarray, straight_through:
 
 
 def _half(plane: jax.Array) -> jax.Array:
-    """The mean of every 2 x 2 pixels, as a sum of four: as a reduction it takes 10 times as long on a CPU."""
+    """Averages 2 x 2 blocks as a sum of four arrays: a reduction takes 10 times as long on a CPU."""
     return jnp.asarray(sum(plane[i::2, j::2] for i in range(2) for j in range(2))) / 4
 
 

@@ -1,7 +1,7 @@
-"""Blur kernels of the Real-ESRGAN process (arXiv:2107.10833; BasicSR's degradations.py), and the filter.
+"""Blur kernels of the Real-ESRGAN degradation (arXiv:2107.10833; BasicSR's degradations.py), and filtering.
 
-A kernel is a float32 (side, side) array whose sum is 1: `side` is odd and static, the part of it that is used, `size`,
-may be drawn at random; the rest is 0. Everything works under jit and vmap with arrays in place of any number.
+A kernel is a float32 (side, side) array that sums to 1. `side` is odd and static. `size`, the part of it in use, may be
+drawn at random; the rest is 0. Everything works under jit and vmap, with arrays in place of any number.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from kdjax.degradations.canvas import Size, reflected
 
-# How a kernel falls off with the quadratic form q; and the names in configs: the same with one sigma, or with two.
+# How a kernel falls off with the quadratic form q. In configs, each shape has two names: with one sigma, or with two.
 SHAPES = ("gaussian", "generalized", "plateau")
 KINDS: dict[str, tuple[str, bool]] = {
     "iso": ("gaussian", True),
@@ -35,8 +35,8 @@ def bivariate_kernel(
     """exp(-q/2), exp(-q^beta/2) or 1/(1 + q^beta), as `shape` indexes SHAPES, with q the quadratic form of an ellipse.
 
     Args:
-      sigma: of the two axes, pixels.
-      theta: angle of the first axis, radians.
+      sigma: of the two axes, in pixels.
+      theta: angle of the first axis, in radians.
     """
     x, y = _grid(side)
     cos, sin = jnp.cos(theta), jnp.sin(theta)
@@ -48,7 +48,7 @@ def bivariate_kernel(
 
 
 def sinc_kernel(side: int, size: jax.Array | int, cutoff: jax.Array | float) -> jax.Array:
-    """The circular low-pass filter w J1(w r) / (2 pi r), with the cutoff w in radians per pixel; it rings."""
+    """The circular low-pass filter w J1(w r) / (2 pi r), with cutoff w in radians per pixel; it rings."""
     x, y = _grid(side)
     r = jnp.sqrt(jnp.square(x) + jnp.square(y))
     values = jnp.where(r > 0, _j1(cutoff * r, side + 24) / (2 * jnp.pi * jnp.where(r > 0, r, 1)), cutoff / (4 * jnp.pi))
@@ -56,9 +56,10 @@ def sinc_kernel(side: int, size: jax.Array | int, cutoff: jax.Array | float) -> 
 
 
 def filter2d(image: jax.Array, kernel: jax.Array, valid: Size) -> jax.Array:
-    """Correlates the valid part of a (c, h, w) canvas with a kernel; its border is reflected (not repeating the edge).
+    """Correlates the valid part of a (c, h, w) canvas with a kernel.
 
-    By Fourier transform: a 21 x 21 filter costs the same on every kind of device, whatever differs between samples.
+    The border is reflected, without repeating the edge. Uses FFTs: a 21 x 21 filter then costs the same on every kind
+    of device, whatever differs between samples.
     """
     _, height, width = image.shape
     rows, columns = (
@@ -68,14 +69,14 @@ def filter2d(image: jax.Array, kernel: jax.Array, valid: Size) -> jax.Array:
 
 
 def places_to_filter(start: jax.Array | int, extent: int, side: int, size: jax.Array | int) -> jax.Array:
-    """Which of `size` rows (or columns) `filter_inside` must be given to make those from `start`, `extent` of them."""
+    """Returns which of `size` rows (or columns) `filter_inside` needs as input for the `extent` rows from `start`."""
     return reflected(start - side // 2 + jnp.arange(_fast_length(extent + side - 1)), size)
 
 
 def filter_inside(image: jax.Array, kernel: jax.Array) -> jax.Array:
     """Correlates (c, h, w) with a kernel where it fits whole: (c, h - side + 1, w - side + 1)."""
     margin, shape = len(kernel) - 1, image.shape[1:]
-    # A convolution with the flipped kernel; nothing that wraps around the circle reaches what is kept.
+    # A convolution with the flipped kernel; the circular wrap-around does not reach the part that is kept.
     spectrum = jnp.fft.rfft2(image) * jnp.fft.rfft2(kernel[::-1, ::-1], s=shape)
     return jnp.fft.irfft2(spectrum, s=shape)[:, margin:, margin:]
 
@@ -92,17 +93,17 @@ def _normalised(values: jax.Array, size: jax.Array | int) -> jax.Array:
 
 
 def _j1(x: jax.Array, points: int) -> jax.Array:
-    """The Bessel function of the first kind and first order, by Bessel's integral with the midpoint rule.
+    """The Bessel function of the first kind and first order, from Bessel's integral by the midpoint rule.
 
-    J1 is the mean of cos(t - x sin t) over half a turn, and its error about J_2n(x) for n points. x is at most pi times
-    half the diagonal of a kernel, 2.3 x side: with side + 24 points that is below 1e-8 up to 51 x 51 pixels.
+    J1 is the mean of cos(t - x sin t) over half a turn; with n points, its error is about J_2n(x). x is at most pi
+    times half the diagonal of a kernel, 2.3 x side. With side + 24 points the error is below 1e-8 up to 51 x 51 pixels.
     """
     t = (jnp.arange(points) + 0.5) * (jnp.pi / points)
     return jnp.mean(jnp.cos(t - x[..., None] * jnp.sin(t)), -1)
 
 
 def _fast_length(least: int) -> int:
-    """The next length without prime factors above 5, for which Fourier transforms are fast; even."""
+    """Returns the next even length without prime factors above 5, for fast FFTs."""
 
     def is_fast(length: int) -> bool:
         for prime in (2, 3, 5):

@@ -1,6 +1,6 @@
-"""Noise fields on (c, h, w) canvases: Gaussian, Poisson, grey or colour, and the sensor model of the two together.
+"""Noise fields on (c, h, w) canvases: Gaussian, Poisson, grey or colour, and the sensor model that combines both.
 
-The value at a pixel depends on the key and the place of the pixel only, not on the size of the canvas.
+A pixel's value depends only on the key and the pixel's position, not on the canvas size.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 
 from kdjax.degradations.canvas import Size, is_valid
 
-# ITU-R BT.601, as torchvision's rgb_to_grayscale has it.
+# ITU-R BT.601, as in torchvision's rgb_to_grayscale.
 _LUMA = (0.2989, 0.587, 0.114)
-# Up to this mean Poisson counts are found one by one, above it from the normal distribution.
+# Poisson counts are found one by one up to this mean, and from the normal distribution above it.
 _COUNTED_MEAN, _COUNTS = 10.0, 36
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A (c, h, w) field of numbers between 0 and 1, both excluded, in steps of 2^-23.
+    """Returns a (c, h, w) field of numbers between 0 and 1, both excluded, in steps of 2^-23.
 
-    Threefry-2x32 as `jax.random` has it (Salmon et al., SC 2011), written out: it becomes one loop with what uses it,
-    while `jax.random.bits` uses half of the bits and takes 14 times as long on a CPU (jax 0.10).
+    Threefry-2x32 as in `jax.random` (Salmon et al., SC 2011), written out so that it fuses into one loop with its
+    consumer. `jax.random.bits` uses half of the bits and takes 14 times as long on a CPU (jax 0.10).
     """
     channels, height, width = shape
     place = jnp.arange(height, dtype=jnp.uint32)[:, None] * jnp.uint32(1 << 16) + jnp.arange(width, dtype=jnp.uint32)
@@ -32,12 +32,12 @@ def uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A (c, h, w) field of standard normal numbers."""
+    """Returns a (c, h, w) field of standard normal numbers."""
     return _normal_quantile(uniform(key, shape))
 
 
 def gaussian_noise(key: jax.Array, image: jax.Array, sigma: jax.Array | float, gray: jax.Array | bool) -> jax.Array:
-    """Noise of standard deviation `sigma` (0..255 scale), the same in all channels where `gray`."""
+    """Returns noise of standard deviation `sigma` (0..255 scale), equal in all channels where `gray`."""
     field = normal(key, image.shape)
     return sigma / 255 * jnp.where(gray, field[:1], field)
 
@@ -45,9 +45,9 @@ def gaussian_noise(key: jax.Array, image: jax.Array, sigma: jax.Array | float, g
 def poisson_noise(
     key: jax.Array, image: jax.Array, scale: jax.Array | float, gray: jax.Array | bool, valid: Size
 ) -> jax.Array:
-    """`scale` x (Poisson(v x) / v - x) with x the image in 8 bits, or its luma where `gray`.
+    """Returns `scale` x (Poisson(v x) / v - x), with x the 8-bit image, or its luma where `gray`.
 
-    v is the number of levels that occur in the image, rounded up to a power of two, as in BasicSR: an image with few
+    v is the number of distinct levels in the image, rounded up to a power of two. As in BasicSR, an image with few
     levels counts as one with few photons.
     """
     luma = jnp.einsum("i,ihw->hw", jnp.array(_LUMA), image)[None] if image.shape[0] == 3 else image
@@ -55,7 +55,7 @@ def poisson_noise(
     level = jnp.round(jnp.clip(image, 0, 1) * 255).astype(jnp.int32)
     level_or_outside = jnp.where(is_valid(image, valid), level, 256)
     occurs = jnp.zeros(257, bool).at[level_or_outside].set(True)[:256]
-    # Exact for the 257 numbers that can come up, where log2 in float32 need not be.
+    # Exact for the 257 possible numbers; log2 in float32 need not be.
     counts = jnp.sum(occurs)
     vals = jnp.float32(2) ** jnp.sum(counts > 2 ** jnp.arange(9))
     u = uniform(key, image.shape)
@@ -64,12 +64,12 @@ def poisson_noise(
 
 
 def poisson_quantile(u: jax.Array, mean: jax.Array) -> jax.Array:
-    """The least count k with P(Poisson(mean) <= k) >= u, in float32.
+    """Returns the least count k with P(Poisson(mean) <= k) >= u, in float32.
 
-    Exact up to a mean of 10; above it a Cornish-Fisher expansion, which is off by one count for less than three in a
+    Exact up to a mean of 10. Above it, a Cornish-Fisher expansion is off by one count in less than three cases per
     thousand.
     """
-    u = jnp.minimum(u, 1 - 2.0**-21)  # the sum of the probabilities may end just below 1
+    u = jnp.minimum(u, 1 - 2.0**-21)  # the summed probabilities may end just below 1
     small = jnp.minimum(mean, _COUNTED_MEAN)
     probability = jnp.exp(-small)
     below, count = probability, jnp.zeros_like(u)

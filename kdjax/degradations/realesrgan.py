@@ -1,8 +1,8 @@
-"""The second-order degradation of Real-ESRGAN (arXiv:2107.10833): blur, resize, noise, JPEG, all twice; a sinc filter.
+"""Real-ESRGAN's second-order degradation (arXiv:2107.10833): blur, resize, noise, JPEG, all twice; a sinc filter.
 
-`draw` chooses everything that is random about one sample but its noise fields, `apply` does it. In BasicSR one choice
-of factor, mode and kind of noise holds for a batch, because its tensors must have one size; here every sample has its
-own.
+`draw` makes all random choices for one sample except its noise fields, and `apply` applies them. In BasicSR, a whole
+batch shares one resize factor, mode and kind of noise, because its tensors must have one size. Here, every sample has
+its own.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from kdjax.names import nearest
 Range = tuple[float, float]
 Factor = tuple[jax.Array | float, ...]
 
-# Canvases of the two rounds, as parts of the largest. More of them compute less and compile longer; with the default
-# ranges 0.67 and 0.84 are where the image keeps its size.
+# Canvas sizes of the two rounds, relative to the largest. More of them compute less but compile longer. With the
+# default ranges, 0.67 and 0.84 are the sizes of an image that is not resized.
 _FIRST_CANVASES, _SECOND_CANVASES = (0.35, 0.67, 0.84, 1.0), (0.5, 0.84, 1.0)
-_NUMBERS = 48  # at least as many as `draw` takes
+_NUMBERS = 48  # at least as many as `draw` consumes
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The keys of a Real-ESRGAN YAML, with its defaults. Ranges are (low, high), probabilities sum to 1.
+    """The keys of a Real-ESRGAN YAML, with its defaults. Ranges are (low, high); probabilities sum to 1.
 
-    Sigmas of blur are in pixels, those of noise in 0..255; the poisson_scale is 1 for natural strength.
+    Blur sigmas are in pixels, noise sigmas in 0..255. A poisson_scale of 1 is natural strength.
     """
 
     blur_kernel_size: int = 21  # the largest; kernels have 7, 9, ... pixels
@@ -83,12 +83,12 @@ class Settings:
 
 
 class Stage(NamedTuple):
-    """What was drawn for one round of blur, resizing, noise and JPEG."""
+    """The random choices of one round of blur, resizing, noise and JPEG."""
 
     kernel: jax.Array  # (side, side)
     blurs: jax.Array  # bool
-    mode: jax.Array  # place in MODES
-    factor: jax.Array  # of the first round in pixels of its input, of the second in those of the result
+    mode: jax.Array  # index into MODES
+    factor: jax.Array  # in the first round in pixels of its input, in the second in pixels of the result
     is_gaussian: jax.Array  # bool; Poisson noise otherwise
     sigma: jax.Array
     poisson_scale: jax.Array
@@ -97,21 +97,21 @@ class Stage(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What was drawn for one sample."""
+    """The random choices for one sample."""
 
     first: Stage
     second: Stage
     mode: jax.Array  # of the resize back
-    sinc: jax.Array  # kernel of the last filter
+    sinc: jax.Array  # kernel of the final filter
     has_sinc: jax.Array  # bool
-    jpeg_first: jax.Array  # bool: compress, then resize and filter; otherwise the other way round
+    jpeg_first: jax.Array  # bool: compress, then resize and filter; otherwise the reverse
 
 
 def draw(key: jax.Array, settings: Settings) -> tuple[Choices, jax.Array]:
-    """Everything random about one sample but its noise fields, and the key of those."""
+    """Returns one sample's random choices, except its noise fields, and the key for those."""
     key, noise_key = jax.random.split(key)
     s, side = settings, max(settings.blur_kernel_size, settings.blur_kernel_size2)
-    # One draw of many numbers, from each of which one choice follows: that compiles much faster than a draw for each.
+    # Draws many numbers at once and derives one choice from each, which compiles much faster than a draw per choice.
     numbers = iter(jax.random.uniform(key, (_NUMBERS,)))
     first_kernel = _draw_kernel(
         numbers, side, s.blur_kernel_size, s.kernel_list, s.kernel_prob, s.sinc_prob, s.blur_sigma, s.betag_range,
@@ -144,9 +144,9 @@ def draw(key: jax.Array, settings: Settings) -> tuple[Choices, jax.Array]:
 def apply(
     choices: Choices, key: jax.Array, image: jax.Array, settings: Settings, scale: int = 1, window: Window | None = None
 ) -> jax.Array:
-    """The degraded image (h/scale, w/scale, c) of a clean one (h, w, c) in [0, 1], in steps of 1/255, or its window.
+    """Degrades a clean (h, w, c) image in [0, 1]; returns (h/scale, w/scale, c) in steps of 1/255, or its window.
 
-    `key` is that of the noise fields. No gradient flows to the image.
+    `key` is for the noise fields. No gradient flows to the image.
     """
     image = jax.lax.stop_gradient(image)
     window = window or whole(tuple(extent // scale for extent in image.shape[:2]))
@@ -175,9 +175,9 @@ def apply_on(
     *,
     small_canvases: bool,
 ) -> jax.Array:
-    """`apply` on the smallest canvases that the sample fits into, or on the largest.
+    """Runs `apply` on the smallest canvases the sample fits into, or on the largest.
 
-    The smallest are worth it where samples come one after another: under vmap all branches of a condition are computed.
+    The smallest pay off only if samples run one after another: under vmap, every branch of a condition is computed.
     """
     image = image.transpose(2, 0, 1)
     shape = image.shape[1:]
@@ -189,13 +189,13 @@ def apply_on(
     largest, second_largest = canvases[-1], second_canvases[-1]
     valid, second_valid = _scaled(shape, first.factor, largest), _scaled(out, second.factor, second_largest)
     least, second_least = _smallest(shape, settings.resize_range), _smallest(out, settings.resize_range2)
-    # The first resize has the factor that was drawn, the others the ratios of their sizes.
+    # The first resize uses the drawn factor, the others the ratios of their sizes.
     counts = map(num_taps, shape, least)
     to_first = _taps(first.mode, shape, largest, valid, counts, (first.factor, first.factor))
     counts = map(num_taps, largest, second_least)
     to_second = _taps(second.mode, valid, second_largest, second_valid, counts)
     back = _taps(choices.mode, second_valid, out, out, map(num_taps, second_largest, out))
-    # After the resize back only the window is made: the JPEG blocks that it touches, and what the filter reads of them.
+    # After the resize back, only the window is computed: the JPEG blocks it touches, and what the filter reads of them.
     spans = [_blocks(*axis) for axis in zip(window.start, window.shape, out, strict=True)]
     starts, extents = tuple(start for start, _ in spans), tuple(extent for _, extent in spans)
     places = [kernels.places_to_filter(*span, len(choices.sinc), size) for span, size in zip(spans, out, strict=True)]
@@ -235,7 +235,7 @@ def apply_on(
 
 
 def _blocks(start: jax.Array | int, extent: int, size: int) -> tuple[jax.Array | int, int]:
-    """The 16-pixel blocks that `extent` pixels from `start` touch, of an image of `size`: their start and extent."""
+    """Returns start and extent of the 16-pixel blocks that `extent` pixels from `start` touch, for image size `size`."""
     blocks = 16 * math.ceil((extent + 15) / 16)
     return (0, size) if blocks >= size else (start // 16 * 16, blocks)
 
@@ -262,7 +262,7 @@ def _taps(
     counts: Iterable[int],
     factor: Factor | None = None,
 ) -> tuple[Taps, ...]:
-    """Those of rows and columns."""
+    """Returns the taps for rows and columns."""
     factor = factor or tuple(new / old for new, old in zip(new_valid, valid, strict=True))
     axes = zip(valid, new_canvas, new_valid, factor, counts, strict=True)
     return tuple(resize_taps(mode, *axis) for axis in axes)
@@ -273,20 +273,20 @@ def _resize(image: jax.Array, taps: tuple[Taps, ...], canvas: Shape) -> jax.Arra
 
 
 def _canvases(shape: Shape, resize_range: Range, parts: tuple[float, ...]) -> list[Shape]:
-    """The canvases for images of `shape` resized by factors of this range, the largest last."""
+    """Returns the canvases for images of `shape` resized by factors in this range, the largest last."""
     largest = tuple(max(extent, math.floor(extent * resize_range[1])) for extent in shape)
     return [tuple(math.ceil(extent * part) for extent in largest) for part in parts]
 
 
 def _smallest(shape: Shape, resize_range: Range) -> Shape:
-    """What images of `shape` can shrink to; the sizes are rounded down in float32."""
+    """Returns the smallest size that `shape` can shrink to; sizes are rounded down in float32."""
     return tuple(max(1, math.floor(extent * min(resize_range[0], 1) - 1e-3)) for extent in shape)
 
 
 def _on_canvas(function: Callable[[Shape], jax.Array], valid: Size, canvases: list[Shape]) -> jax.Array:
-    """`function(canvas)` with the smallest canvas that `valid` fits into, brought to the shape of the largest result.
+    """Returns `function(canvas)` on the smallest canvas that fits `valid`, padded to the largest result's shape.
 
-    What a pixel of the image becomes does not depend on the canvas.
+    A pixel's value does not depend on the canvas.
     """
     if len(canvases) == 1:
         return function(canvases[0])
@@ -298,7 +298,7 @@ def _on_canvas(function: Callable[[Shape], jax.Array], valid: Size, canvases: li
 
 
 def _scaled(shape: Shape, factor: jax.Array, largest: Shape) -> Size:
-    """The size after resizing; never larger than the canvas, which float32 could make it by one."""
+    """Returns the size after resizing, clipped to the canvas: float32 rounding could exceed it by one."""
     return tuple(
         jnp.clip(jnp.floor(extent * factor), 1, most).astype(jnp.int32)
         for extent, most in zip(shape, largest, strict=True)
@@ -344,7 +344,7 @@ def _draw_kernel(
     betag_range: Range,
     betap_range: Range,
 ) -> jax.Array:
-    """(side, side): one of the six kinds, or a sinc filter."""
+    """Returns (side, side): one of the six kinds, or a sinc filter."""
     size, kind = _kernel_size(next(numbers), largest), _choice(next(numbers), probabilities)
     shape = jnp.array([kernels.SHAPES.index(kernels.KINDS[name][0]) for name in names])[kind]
     is_round = jnp.array([kernels.KINDS[name][1] for name in names])[kind]
@@ -365,7 +365,7 @@ def _draw_kernel(
 
 
 def _beta(above: jax.Array, place: jax.Array, limits: Range) -> jax.Array:
-    """From 1 up, or from the lower end to 1 (so betap, from 1 on, is exactly 1 half of the time, as in BasicSR)."""
+    """Returns a beta above or below 1. As in BasicSR, betap, whose range starts at 1, is exactly 1 half of the time."""
     return jnp.where(above, _between(place, (1.0, limits[1])), _between(place, (limits[0], 1.0)))
 
 
@@ -373,7 +373,7 @@ def _kernel_size(number: jax.Array, largest: int) -> jax.Array:
     return kernels.SMALLEST + 2 * _one_of(number, (largest - kernels.SMALLEST) // 2 + 1)
 
 
-# What follows from a number between 0 and 1.
+# Conversions from a number between 0 and 1.
 
 
 def _between(number: jax.Array, limits: tuple[jax.Array | float, jax.Array | float]) -> jax.Array:
@@ -385,11 +385,11 @@ def _one_of(number: jax.Array, count: int) -> jax.Array:
 
 
 def _choice(number: jax.Array, probabilities: tuple[float, ...]) -> jax.Array:
-    """The place of one of them."""
+    """Returns the index drawn with these probabilities."""
     return jnp.asarray(sum((number >= limit).astype(jnp.int32) for limit in itertools.accumulate(probabilities[:-1])))
 
 
-# What the ranges must lie between; JPEG quality 0 has no table.
+# The limits of the ranges; JPEG quality 0 has no table.
 _LIMITS: dict[str, Range] = {
     "blur_sigma": (0.01, 100.0),
     "betag_range": (0.01, 100.0),
@@ -402,7 +402,7 @@ _LIMITS: dict[str, Range] = {
 
 
 def _check(name: str, value: object) -> None:
-    """Refuses a value that its key cannot have."""
+    """Raises an error for a value that its key cannot have."""
     kind = name.removesuffix("2")
     numbers = isinstance(value, tuple) and all(isinstance(x, int | float) for x in value)
     if kind in _LIMITS:

@@ -1,7 +1,8 @@
-"""Resizing as torch's `F.interpolate` does it, without antialiasing, by factors that are drawn at random.
+"""Resizing as in torch's `F.interpolate`, without antialiasing, by random factors.
 
-Along each axis an output pixel is a weighted sum of a few input pixels. Which ones and how much of each are arrays, so
-mode, factor and sizes may be too: no shape depends on them. The canvases do (`kdjax.degradations.canvas`).
+Along each axis, an output pixel is a weighted sum of a few input pixels. Their indices and weights are arrays, so mode,
+factor and sizes can be arrays too: no shape depends on them. Only the canvas size is static
+(`kdjax.degradations.canvas`).
 """
 
 from __future__ import annotations
@@ -13,30 +14,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_CUBIC_A = -0.75  # torch's
+_CUBIC_A = -0.75  # as in torch
 
 
 class Taps(NamedTuple):
-    """What the output pixels along one axis are made of: `index` and `weight` are (pixels, taps)."""
+    """The inputs of the output pixels along one axis; `index` and `weight` are (pixels, taps)."""
 
     index: jax.Array
     weight: jax.Array
 
     def at(self, pixels: jax.Array | slice) -> Taps:
-        """Those of some pixels."""
+        """Returns the taps of some pixels."""
         return Taps(self.index[pixels], self.weight[pixels])
 
 
 def resize(image: jax.Array, rows: Taps, columns: Taps) -> jax.Array:
-    """A (c, H, W) canvas whose new rows and columns are `rows` and `columns`: (c, H2, W2)."""
-    # Channel by channel, for the loop keeps XLA from merging a transpose into the gathers, which on a CPU makes them 4
-    # times slower; both axes are then sums of whole rows. Matrix products with dense weights take 6 times longer.
+    """Resizes a (c, H, W) canvas to (c, H2, W2), with taps for its rows and columns."""
+    # Channel by channel: the loop keeps XLA from merging a transpose into the gathers, which makes them 4 times slower
+    # on a CPU, and both axes become sums of whole rows. Matrix products with dense weights take 6 times longer.
     image = jax.lax.map(lambda plane: _weighted_rows(plane, rows), image)
     return jax.lax.map(lambda plane: _weighted_rows(plane, columns), image.transpose(0, 2, 1)).transpose(0, 2, 1)
 
 
 def num_taps(size: int, new_size: int) -> int:
-    """How many taps resizing `size` pixels to `new_size` or more takes, in any mode."""
+    """Returns the number of taps needed to resize `size` pixels to `new_size` or more, in any mode."""
     return max(4, math.ceil(size / new_size) + 1)
 
 
@@ -48,19 +49,21 @@ def resize_taps(
     factor: jax.Array | float,
     count: int,
 ) -> Taps:
-    """`new_extent` output pixels, of which the first `new_size` resize `size` input pixels; the others are arbitrary.
+    """Returns taps for `new_extent` output pixels.
+
+    The first `new_size` of them resize `size` input pixels; the rest are arbitrary.
 
     Args:
-      mode: place in MODES.
-      factor: output pixels per input pixel, from which bilinear and bicubic take their coordinates. Torch uses the
-        factor it was given, or the ratio of the sizes where it was given sizes.
-      count: the number of taps, of `num_taps`.
+      mode: index into MODES.
+      factor: output pixels per input pixel, which sets the coordinates for bilinear and bicubic. Torch uses the factor
+        it was given, or the ratio of the sizes if it was given sizes.
+      count: the number of taps, from `num_taps`.
     """
     new = jnp.arange(new_extent)[:, None]
     centre = (new + 0.5) / factor - 0.5
     tap = jnp.arange(count)
     index, weight = jax.lax.switch(mode, [lambda f=f: f(new, tap, centre, size, new_size) for f in MODES.values()])
-    return Taps(jnp.clip(index, 0, size - 1), weight)  # pixels beyond the edge are the edge
+    return Taps(jnp.clip(index, 0, size - 1), weight)  # pixels beyond the edge repeat the edge
 
 
 def _weighted_rows(plane: jax.Array, taps: Taps) -> jax.Array:
