@@ -197,7 +197,7 @@ def is_8_bit(spec: Mapping[str, Any]) -> bool:
 
 
 def draw_choices(spec: Mapping[str, Any], key: jax.Array) -> Any:
-    """Returns what `make_degrade(spec)` chooses for this key, except noise: a dict or `realesrgan.Choices` of arrays."""
+    """Returns what `make_degrade(spec)` chooses for a key, except noise: a dict of arrays or `realesrgan.Choices`."""
     settings = _settings(spec)
     return DEGRADATIONS[spec["name"]].draw(key, settings)[0]
 

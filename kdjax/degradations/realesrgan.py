@@ -235,7 +235,7 @@ def apply_on(
 
 
 def _blocks(start: jax.Array | int, extent: int, size: int) -> tuple[jax.Array | int, int]:
-    """Returns start and extent of the 16-pixel blocks that `extent` pixels from `start` touch, for image size `size`."""
+    """Returns start and extent of the 16-pixel blocks that `extent` pixels from `start` touch, within `size`."""
     blocks = 16 * math.ceil((extent + 15) / 16)
     return (0, size) if blocks >= size else (start // 16 * 16, blocks)
 
