@@ -50,6 +50,8 @@ _RUN = {
     "train.steps": 2, "data.crop": 16, "data.batch_size": 4, "val.limit": 1, "val.crop": 32, "val.every": 2,
     "checkpoint.every": 2, "log.every": 1, "log.diagnose": False, "data.workers": 0,
 }  # fmt: skip
+# As in `:debug`, so that most pages find in the cache of compiled programs what another one has compiled.
+SMALL = " --config.student.hparams.num_feat=8 --config.student.hparams.num_conv=2"
 SHORT = {
     "kdjax.train": " ".join(f"--config.{key}={value}" for key, value in _RUN.items()),
     "kdjax.study": "--columns scratch output --config.seeds='(0,)' "
@@ -109,6 +111,8 @@ def shortened(line: str) -> str:
                 flags += " --config.data.canvas=32"
             elif "configs/" not in line and program == "kdjax.train":  # a config of one's own has fewer keys
                 flags = ""
+            if re.search(r"kdjax\.train .*configs/(denoise|realworld|frequency)\.py(?!:)", line):
+                flags += SMALL
             command, ampersand, rest = line.partition(" &")
             return f"{command} {flags}{ampersand}{rest}"
     return line
