@@ -121,7 +121,7 @@ def make_setting(
     Args:
       teacher: None if no term needs one; then `teacher_params` is None too.
       lq: shape (b, h, w, c) of the degraded images of a training batch.
-      key: for initializing adapters.
+      key: for initialising adapters.
     """
     image = jax.ShapeDtypeStruct(lq, jnp.float32)
     run = lambda apply, params: Forward(*jax.eval_shape(apply, params, image))  # noqa: E731
