@@ -47,8 +47,7 @@ def _gradients_in_xlas_form(x: jax.Array, kernel: jax.Array, gradient: jax.Array
 
 
 def _of_kernel_by_taps(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
-    """Gradient of a kernel with few outputs, such as a network's last: images by all shifts of the gradient, one
-    matmul.
+    """Gradient of a kernel with few outputs, such as a network's last: one matmul of images by all shifted gradients.
 
     XLA's convolution does as much work for 3 outputs as for 16.
     """
