@@ -180,7 +180,7 @@ def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _column(name: str) -> dict[str, Any]:
-    """How to display a column: numbers have a count of decimals, text has None; only metrics have a better direction."""
+    """How to display a column: numbers have a number of decimals, text None; only metrics have a better direction."""
     if name not in METRICS:
         title, digits = _TITLES.get(name, name), 0 if name == "images" else None
         return {"name": name, "title": title, "unit": "", "digits": digits, "higherIsBetter": None}

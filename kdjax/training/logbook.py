@@ -63,7 +63,7 @@ class Logbook:
             self._wandb.finish()
 
     def has(self, step: int, name: str) -> bool:
-        """Returns whether this metric was already logged at this step when the run resumed; all processes must call it."""
+        """Returns whether this step's metric was logged before the run was resumed; all processes must call it."""
         return sharding.exchange(any(row["step"] == step and name in row for row in self._kept))[0]
 
     def write(self, step: int, values: dict[str, float]) -> None:
