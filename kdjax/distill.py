@@ -198,8 +198,8 @@ def train_step(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: 
 
     Returns:
       The next state, and scalar metrics: `loss/total`; per term `loss/NAME` (unweighted), `weight/NAME` and
-        `weighted/NAME`; `lr`, `grad_norm`, and `finite`, which is false if the loss or the gradient is not finite. A
-        non-finite loss raises nothing: check `finite` before saving.
+      `weighted/NAME`; `lr`, `grad_norm`, and `finite`, which is false if the loss or the gradient is not finite. A
+      non-finite loss raises nothing: check `finite` before saving.
     """
     return learn(recipe, state, frozen, observe([recipe], [state.step], frozen, batch, key))
 
@@ -361,8 +361,8 @@ def diagnose(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: ja
 
     Returns:
       `share/NAME`: the term's fraction of the sum of all weighted gradient norms. With a teacher also
-        `psnr_student_teacher`, in dB, and `teacher_better`, the fraction of pixels (of samples with a clean image)
-        where the teacher is closer to the clean image than the student.
+      `psnr_student_teacher`, in dB, and `teacher_better`, the fraction of pixels (of samples with a clean image)
+      where the teacher is closer to the clean image than the student.
     """
     scene = observe([recipe], [state.step], frozen, batch, key)
     values_of = functools.partial(term_values, recipe, state.step, frozen)

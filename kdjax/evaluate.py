@@ -238,7 +238,7 @@ def _datasets(options: argparse.Namespace, channels: int, scale: int) -> list[Da
 
 
 def _context(options: argparse.Namespace) -> tuple[named.Context, dict[str, str]]:
-    """What the metrics need, and where that came from."""
+    """Returns what the metrics need, and where it came from."""
     contents, sources = {}, {}
     for name in options.metrics:
         if source := METRICS[name].source:

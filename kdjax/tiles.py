@@ -129,7 +129,7 @@ class Restorer:
 
         Returns:
           An iterator over (top, rows): the finished output rows from `top` on, float32 (n, w x scale, channels), not
-            clipped. In order, they make up the whole image.
+          clipped. In order, they make up the whole image.
 
         Raises:
           ValueError: as for `__call__`; nan and inf only when the iterator reaches them.
@@ -275,8 +275,8 @@ def restore_image(
 
     Returns:
       The image at h x scale, w x scale pixels, with the dtype and number of dimensions of `image`. Integers are clipped
-        and rounded; floats are neither. An RGB model gets a grey image repeated three times, and its output channels
-        are averaged; a grey model restores each colour separately. Alpha is kept, and enlarged bilinearly if scale > 1.
+      and rounded; floats are neither. An RGB model gets a grey image repeated three times, and its output channels
+      are averaged; a grey model restores each colour separately. Alpha is kept, and enlarged bilinearly if scale > 1.
 
     Raises:
       ValueError: if the image has another shape or dtype, contains nan, inf or floats far outside [0, 1], or if the

@@ -37,7 +37,7 @@ def load_lpips(path: str | os.PathLike[str], /) -> Network:
 
 
 def load(path: str) -> tuple[Network, str]:
-    """As `load_lpips`, and where the network came from."""
+    """Like `load_lpips`, but also returns a description of the file."""
     network = load_lpips(path)
     return network, f"{network.kind}, {path}, sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
 

@@ -1,7 +1,7 @@
 """Metrics by the names used in tables and on the command line.
 
-A metric is one entry of METRICS, and so is its option on the command line if it reads a file. What it needs beside the
-two images is in one `Context`, so that every metric is called in the same way.
+A metric is one entry of METRICS, including its command-line option if it reads a file. Whatever it needs besides the
+two images is in one `Context`, so all metrics are called the same way.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from kdjax.metrics.psnr_ssim import TooSmallError, psnr, ssim
 
 
 class Context(NamedTuple):
-    """What metrics need beside the images: pixels left out at each side, and by metric what it read from a file."""
+    """What metrics need besides the images: pixels cropped at each side, and, by metric, what it read from a file."""
 
     crop_border: int = 0
     files: Mapping[str, Any] = {}
 
 
 class Source(NamedTuple):
-    """The file a metric needs: how a command line shows the option, and `load(path) -> (content, where from)`."""
+    """The file a metric needs: how the command line shows its option, and `load(path) -> (content, origin)`."""
 
     metavar: str
     about: str
@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """How a metric is shown, which way is better, and `compute(output, gt, context)` on uint8 (h, w, c) images.
+    """How to display a metric, which way is better, and `compute(output, gt, context)` on uint8 (h, w, c) images.
 
     Attributes:
       source: the file it needs, or None.
