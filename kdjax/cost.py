@@ -336,7 +336,7 @@ def check_network_fits(network: models.Network) -> None:
     """Rejects a student too large to train here, before any of its parameters is created.
 
     Raises:
-      ConfigError: with the size that would fit.
+      ConfigError: if it does not fit; the message says what would.
     """
     for name, value in network.hparams.items() if network.architecture.is_checked else ():
         most = _MOST_CHANNELS if name in _CHANNELS else _MOST_LEVELS if name in _LEVELS else _MOST_BLOCKS
@@ -367,7 +367,7 @@ def check_data_fits(config: Config, *, channels: int, scale: int, process_count:
       channels, scale: of the student.
 
     Raises:
-      ConfigError: with the keys that ask for too much.
+      ConfigError: if they do not fit; the message names the keys that ask for too much.
     """
     options, workers, crop = config.data, config.data.workers, config.val.crop
     side = max(options.crop, options.canvas)

@@ -188,7 +188,7 @@ def train_together(
         states = train_group(group, folder, checkpoints, curve_images, stop)
     if loop.step_of(states) == config.train.steps:
         results = {c: make_result(group, c, states[c].params_ema, baseline, folder / c) for c in configs}
-        # All at once: finished columns leave the group, and the checkpoint of the others is named after the group.
+        # Together: a finished column leaves the group, whose checkpoint folder is named after its columns.
         for column, result in results.items():
             write_json(folder / column / "result.json", result)
         shutil.rmtree(checkpoint_folder)
