@@ -1,16 +1,16 @@
-"""How fast training images are read, compared with Pillow alone:
+"""Measures how fast training images are read, compared with Pillow alone:
 
     python benchmarks/data.py FOLDER [--output FILE]
 
-Three ways to the pixels of the same images, in one process that is bound to one core:
+Three ways of reading the same images, in one process pinned to one core:
 
-    pillow   every file opened, decoded and converted to RGB by Pillow: what no loader of files can avoid
+    pillow   every file opened, decoded and converted to RGB by Pillow: the minimum for any loader of image files
     folder   batches of `kdjax.data.training_batches` from the folder: decode, crop, flip, stack; nothing is cached
-    pack     the same batches from a pack of the folder, which is made first, in a temporary folder
+    pack     the same batches from a pack of the folder, made beforehand in a temporary folder
 
-They take turns, so that other work on the machine meets all of them. A rate is images for one second of processor time,
-which is what one core gives; the table has medians over the repeats, with the lowest and the highest. The files should
-be in the page cache: this measures the processor and not the disk.
+They take turns, so that other load on the machine affects all of them. A rate is images per second of CPU time, which
+is what one core delivers. The table has medians over the repeats, with minimum and maximum. The files should be in the
+page cache: this measures the CPU, not the disk.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from kdjax.data import ImagePair, find_pairs, spread, training_batches
 from kdjax.data.pack import pack
 from kdjax.files import whole_file
 
-BARS = {"folder": 0.8, "pack": 2.0}  # at least so many times the rate of Pillow alone
+BARS = {"folder": 0.8, "pack": 2.0}  # required minimum, as a multiple of the rate of Pillow alone
 
 
 def decode(pairs: list[ImagePair]) -> float:
-    """Images for a second of processor time, by Pillow alone."""
+    """Returns Pillow's images per second of CPU time."""
     started = time.process_time()
     for pair in pairs:
         with Image.open(pair.gt) as image:
@@ -47,10 +47,10 @@ def decode(pairs: list[ImagePair]) -> float:
 
 
 def load(pairs: list[ImagePair], *, crop: int, batch_size: int, seed: int) -> float:
-    """Images for a second of processor time, by the loader."""
+    """Returns the loader's images per second of CPU time."""
     steps = -(-len(pairs) // batch_size)
     with training_batches(pairs, crop=crop, batch_size=batch_size, seed=seed, cache_mb=0) as batches:
-        next(batches)  # what happens once; and as many batches are in the making now as at the end
+        next(batches)  # one-time start-up; from here on as many batches are in flight as at the end
         started = time.process_time()
         for _ in range(steps):
             next(batches)
@@ -88,7 +88,7 @@ def main() -> None:
                 if repeat >= 0:
                     rates[name].append(rate)
 
-    # A ratio is taken within a repeat: what slows all of them down does not move it.
+    # Take ratios within a repeat: what slows down all three then cancels.
     ratios = {name: [a / b for a, b in zip(rates[name], rates["pillow"], strict=True)] for name in BARS}
     print(f"{len(files)} images, crops of {options.crop}, batches of {options.batch_size}, {options.repeats} repeats;")
     print(f"Pillow {PIL.__version__}, Python {platform.python_version()}, {platform.machine()}")

@@ -1,13 +1,13 @@
-"""How fast the Real-ESRGAN degradation is, against the same process written plainly in PyTorch:
+"""Measures how fast the Real-ESRGAN degradation is, compared with a plain PyTorch version of the same process:
 
     pip install -e . torch
     python benchmarks/degradations.py [--batch-size 16] [--canvas 400] [--crop 256] [--output FILE]
 
-Both degrade the same photographs (those of the package) on the same device, in one run, in turns; both start from an
-array on the device and end with one. PyTorch runs eagerly on all cores, as Real-ESRGAN does: one choice of factor,
-mode and kind of noise holds for a batch, and its kernels are given, as its loaders make them. kdjax draws everything,
-kernels included, for every sample. The time of a batch depends on what was drawn, so rates are those of all batches
-together. Also measured: a distillation step with and without making its lq.
+Both degrade the same photographs (those in the package) on the same device, in one run, in turns; both start from an
+array on the device and end with one. PyTorch runs eagerly on all cores, as Real-ESRGAN does: one choice of factor, mode
+and noise type per batch, with the kernels given, as its data loaders make them. kdjax draws everything, kernels
+included, per sample. A batch's time depends on the random choices, so rates are over all batches together. Also
+measured: a distillation step with and without degrading its input.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ SETTINGS = preset("realesrgan")
 BARS = {"cpu": 2.0, "gpu": 10.0}
 
 
-# ---- the same in PyTorch ---------------------------------------------------------------------------------------
+# ---- PyTorch ---------------------------------------------------------------------------------------------------
 
 
 class Plain:
-    """Real-ESRGAN's process as its training code has it: NCHW tensors, one choice for the batch."""
+    """Real-ESRGAN's degradation as in its training code: NCHW tensors, one choice for the batch."""
 
     def __init__(self, torch: object, device: str, seed: int) -> None:
         self.torch, self.device = torch, device
@@ -143,13 +143,13 @@ class Plain:
 
 
 def photographs(count: int, side: int) -> np.ndarray:
-    """uint8 (count, side, side, 3) squares of the package's photographs."""
+    """Returns uint8 (count, side, side, 3) crops of the package's photographs."""
     images = data.load_images(data.find_pairs(gt=assets.locate("embedded", assets.TRAIN_PHOTOGRAPHS)), crop=side)
     return np.stack([images[i % len(images)].gt for i in range(count)])
 
 
 def degrade_side(gt: np.ndarray, crop: int) -> Callable[[int], None]:
-    """The run of one batch by kdjax."""
+    """Returns a function that runs one batch in kdjax."""
     recipe = recipe_of(crop)
     make = jax.jit(lambda batch, key: distill.make_pair(recipe, batch, key)[1])
     batch = {"gt": jnp.asarray(gt), "index": jnp.arange(len(gt))}
@@ -157,7 +157,7 @@ def degrade_side(gt: np.ndarray, crop: int) -> Callable[[int], None]:
 
 
 def plain_side(gt: np.ndarray, crop: int) -> Callable[[int], None]:
-    """The run of one batch by PyTorch."""
+    """Returns a function that runs one batch in PyTorch."""
     import torch
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
@@ -182,7 +182,7 @@ def plain_side(gt: np.ndarray, crop: int) -> Callable[[int], None]:
 
 
 def recipe_of(crop: int, teacher: models.Model | None = None) -> distill.Recipe:
-    """The guide's student; with a teacher, its losses."""
+    """Returns a recipe with the guide's student and, given a teacher, the guide's losses."""
     student = models.network("srvggnetcompact", dict(num_feat=32, num_conv=8, upscale=1)).init(jax.random.key(0))
     apply = student.network.make_apply()
     teacher_apply = teacher and teacher.network.make_apply()
@@ -205,7 +205,7 @@ def recipe_of(crop: int, teacher: models.Model | None = None) -> distill.Recipe:
 
 
 def step_side(gt: np.ndarray, crop: int) -> dict[str, Callable[[int], None]]:
-    """A distillation step from the embedded teacher that degrades, and one whose batch has its lq."""
+    """Returns steps of distillation from the embedded teacher: one degrades its input, the other is given its lq."""
     teacher = load_model(assets.locate("embedded", assets.TEACHER))
     student = models.network("srvggnetcompact", dict(num_feat=32, num_conv=8, upscale=1)).init(jax.random.key(0))
     recipe = recipe_of(crop, teacher)
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--step-repeats", type=int, default=3, help="distillation steps; 0 for none (default: 3)")
     parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
     options = parser.parse_args()
-    # The photographs of the package are smaller than a canvas; reflect them, as the loader does.
+    # The package's photographs are smaller than a canvas; reflect them, as the loader does.
     gt = photographs(options.batch_size, options.canvas)
     ways = {"kdjax": degrade_side(gt, options.crop), "torch": plain_side(gt, options.crop)}
     steps = step_side(gt, options.crop) if options.step_repeats else {}

@@ -1,12 +1,12 @@
-"""What a step of training takes in memory, what `student.remat` and `train.accumulate` save of it, and what they cost:
+"""Measures a training step's memory, what `student.remat` and `train.accumulate` save, and what they cost in time:
 
     pip install -e .
     python benchmarks/memory.py [--batch-size 8] [--crop 128] [--accumulate 4] [--teacher] [--output FILE]
 
 The student learns from clean images with noise of sigma 25, Charbonnier loss, Adam and EMA; with --teacher also from an
-RRDBNet 64x23. Every case runs in a process of its own: what XLA plans, as the training program reports it at start,
-what the step really took, and the time of the fastest step. On a CPU that is weights, state and batch, and the growth
-of the process while it runs some steps, all devices together; on an accelerator the peak of JAX's allocator.
+RRDBNet 64x23. Every case runs in its own process and reports what XLA plans, as the training program logs it at start,
+the memory actually used, and the time of the fastest step. On a CPU the memory is weights, state and batch, plus the
+growth of the process over a few steps, for all devices together; on an accelerator it is the peak of JAX's allocator.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STUDENTS = {
 
 
 def measure(student: str, remat: bool, accumulate: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One case, in this process."""
+    """Measures one case in this process."""
     sharding.use_all_cores(options.batch_size // accumulate)
     mesh = sharding.data_mesh()
     arch, hparams = STUDENTS[student]
@@ -83,14 +83,14 @@ def measure(student: str, remat: bool, accumulate: int, options: argparse.Namesp
 
 
 def start_counting() -> int:
-    """Bytes that the process holds; from here on its peak is counted (Linux)."""
-    ctypes.CDLL(None).malloc_trim(0)  # what compiling left behind would be used again without being seen
+    """Resets the peak and returns the bytes the process holds now (Linux)."""
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise memory freed after compiling would be reused unnoticed
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def peak() -> int:
-    """The most bytes that the process held since `start_counting`."""
+    """Returns the peak bytes the process has held since `start_counting`."""
     return _status("VmHWM")
 
 

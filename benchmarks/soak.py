@@ -1,21 +1,21 @@
-"""Endurance: a training run that is killed, stopped, starved and damaged at random, beside one that is left alone:
+"""Soak test: a training run that is killed, stopped, starved and damaged at random, next to one left alone:
 
     python benchmarks/soak.py --teacher teacher.pth --gt FOLDER --val FOLDER --minutes 60 --seed 0 --workdir DIR
 
 Both runs are `python -m kdjax.train` with one config: a real teacher, real photographs (two of them damaged), a tiny
-student, tiny crops, two data workers. The first one lies on a small disk of its own (a tmpfs, where root may mount one)
-and meets the events below, in an order and at moments drawn from the seed; after each the same command is started
-again. The second one makes as many steps, is left alone, and its memory is watched. At the end both must have the same
-parameters, EMA, metrics.jsonl and student.pth, bit for bit. After each event: the exit code and the message are the
-promised ones, the newest checkpoint is at most one interval old, and no process and no temporary file is left.
+student, tiny crops, two data workers. The first run is on its own small disk (a tmpfs, if root may mount one) and is
+hit by the events below, in an order and at times drawn from the seed; after each event the same command is started
+again. The second run makes the same number of steps undisturbed, while its memory is monitored. At the end both must
+have the same parameters, EMA, metrics.jsonl and student.pth, bit for bit. After every event the exit code and the
+message must be those promised, the newest checkpoint at most one interval old, and no process or temporary file left.
 
     sigkill           SIGKILL to the program                    sigterm, sigint   it saves, exits with 0
     worker            SIGKILL to a data worker: an error        nan               one batch is NaN: an error
     full_disk         the disk is filled: an error, also when started again; then freed
-    checkpoint        SIGKILL, then a file of the newest checkpoint is cut short: it continues from the one before
-    strays            SIGKILL, then half-written lines and files that are no images appear
+    checkpoint        SIGKILL, then a file of the newest checkpoint is truncated: it resumes from the one before
+    strays            SIGKILL, then partial lines and files that are not images appear
 
-Left out: power loss (files that were never flushed), flipped bits, and more than one process.
+Not covered: power loss (files that were never flushed), flipped bits, and more than one process.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ import numpy as np
 from kdjax.files import whole_file
 
 KINDS = ("sigkill", "sigterm", "sigint", "worker", "nan", "full_disk", "checkpoint", "strays")
-# What two equal runs need not share: time, and what a process has met since it was started.
+# What may differ between equal runs: time, and what a process has seen since it was started.
 OF_THE_PROCESS = {"images_per_second", "damaged_images"}
 CHECKPOINT_EVERY, VAL_EVERY, LOG_EVERY = 200, 1_000, 10
 DISK_MB = 48
-PATIENCE = 300  # seconds until a program that should react counts as hanging; other work may slow it down a lot
+PATIENCE = 300  # seconds without a reaction before a program counts as hung; other load may slow it down a lot
 ISOLATED = False  # whether this process may mount filesystems
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What is done to the run, `delay` seconds after it started to train; `number` seeds the choices within."""
+    """An event to inflict, `delay` seconds after training started; `number` seeds its random choices."""
 
     kind: str
     delay: float
@@ -66,18 +66,18 @@ class Event:
 
 @dataclasses.dataclass
 class Outcome:
-    """What an event led to; `violations` is empty when all was as promised."""
+    """The outcome of an event; `violations` is empty if everything was as promised."""
 
     kind: str
-    step: int  # the last one in the log before the event
-    checkpoint: int | None  # the newest after it
+    step: int  # the last one logged before the event
+    checkpoint: int | None  # the newest one after it
     exit_code: int | None
     note: str
     violations: list[str]
 
 
 def schedule(seed: int, mean_delay: float, kinds: Sequence[str] = KINDS) -> Iterator[Event]:
-    """Endless events: every kind once in random order, then again; delays are uniform from 0 to twice their mean."""
+    """Yields events forever: every kind in random order, over and over; delays are uniform from 0 to twice the mean."""
     rng = np.random.default_rng(seed)
     while True:
         for kind in rng.permutation(kinds):
@@ -85,7 +85,7 @@ def schedule(seed: int, mean_delay: float, kinds: Sequence[str] = KINDS) -> Iter
 
 
 def patiently(seconds: float) -> Iterator[None]:
-    """Every so often until that time has passed; a time in which this program itself was stopped does not count."""
+    """Yields every so often until the time has passed; time in which this program was suspended does not count."""
     while seconds > 0:
         yield
         time.sleep(0.2)
@@ -93,14 +93,14 @@ def patiently(seconds: float) -> Iterator[None]:
 
 
 class Run:
-    """One training run in `folder`, which `start` starts or continues; all it prints goes to `log`."""
+    """A training run in `folder`, started or resumed by `start`; its output goes to `log`."""
 
     def __init__(self, folder: Path, log: Path, flags: list[str]) -> None:
         self.folder, self._log, self._flags = folder, log, flags
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, steps: int = 10**9, nan_after: int = 0) -> None:
-        """Starts or continues it, up to that step; with `nan_after`, the batch that many steps later is NaN."""
+        """Starts or resumes the run, up to that step; with `nan_after`, the batch that many steps later is NaN."""
         program = [str(Path(__file__).resolve()), "--nan-after", str(nan_after)] if nan_after else ["-m", "kdjax.train"]
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -121,13 +121,13 @@ class Run:
             )
 
     def output(self) -> str:
-        """What it printed since it was started."""
+        """Returns what the run printed since it was started."""
         with self._log.open("rb") as file:
             file.seek(self._from)
             return file.read().decode(errors="replace")
 
     def wait_to_train(self) -> bool:
-        """Waits until it is past its start-up; false when it ended before."""
+        """Waits until the run has started training; false if it ended before."""
         for _ in patiently(PATIENCE):
             if "first step after" in self.output():
                 return True
@@ -136,19 +136,19 @@ class Run:
         return False
 
     def wait(self, seconds: float) -> int | None:
-        """Its exit code, None when it is still there after that time."""
+        """Waits for the run to end; returns its exit code, or None if it is still running after that time."""
         for _ in patiently(seconds):
             if self.process.poll() is not None:
                 break
         return self.process.returncode
 
     def kill(self) -> None:
-        """Ends it, if it is still there."""
+        """Kills the run if it is still there."""
         if self.process and self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def members(self) -> dict[int, str]:
-        """The state (R, S, Z, ...) of every process of its session: itself, its workers, orphans of it."""
+        """Returns the state (R, S, Z, ...) of every process in the run's session: itself, its workers, its orphans."""
         found = {}
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
@@ -161,11 +161,11 @@ class Run:
         return found
 
     def workers(self) -> list[int]:
-        """The processes that load images."""
+        """Returns the processes that load images."""
         return sorted(pid for pid in self.members() if b"spawn_main" in _command(pid))
 
     def left_over(self) -> str:
-        """Which processes have outlived it, after some seconds to end; orphans are ours to collect when they have."""
+        """Returns which processes outlive the run after some seconds' grace; reaps orphans that have ended."""
         for _ in patiently(30):
             for pid, state in self.members().items():
                 if state == "Z":
@@ -176,18 +176,18 @@ class Run:
         return ", ".join(f"{pid} {state} {_command(pid).decode()[:60]}" for pid, state in self.members().items())
 
     def checkpoints(self) -> list[int]:
-        """The steps of its complete checkpoints."""
+        """Returns the steps of the complete checkpoints."""
         folder = self.folder / "checkpoints"
         return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.exists() else []
 
     def logged_step(self) -> int:
-        """The step of the last whole line of its metrics, as they are now."""
+        """Returns the step of the last complete line of the metrics at this moment."""
         path = self.folder / "metrics.jsonl"
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
         return json.loads(lines[-1])["step"] if lines else 0
 
     def temporaries(self) -> list[str]:
-        """Files of the run that have a temporary name."""
+        """Returns the run's files that have a temporary name."""
         found = (path.relative_to(self.folder) for path in self.folder.rglob("*"))
         return [str(path) for path in found if path.name.startswith(".") or "tmp" in path.name]
 
@@ -208,7 +208,7 @@ def _rss_mb(pid: int) -> float | None:
 
 
 class Memory:
-    """Resident memory by time of a run's main process and of its workers together, and its zombies."""
+    """Resident memory over time, of a run's main process and of its workers together, and its zombies."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[float, float, float]] = []
@@ -224,7 +224,7 @@ class Memory:
             self.zombies = max(self.zombies, states.count("Z"))
 
     def slopes(self) -> dict[str, float]:
-        """MB at the end, and MB/hour by least squares without the first quarter."""
+        """Returns MB at the end, and MB/hour by least squares over all but the first quarter."""
         time_, main, workers = np.array(self.samples).T
         late = time_ > time_[0] + (time_[-1] - time_[0]) / 4
         hours = (time_[late] - time_[0]) / 3600
@@ -236,17 +236,17 @@ class Memory:
 
 
 class Trouble:
-    """Does the events to a run, and says what came of each."""
+    """Inflicts the events on a run and reports the outcome of each."""
 
     def __init__(self, run: Run, disk: Path | None, images: Path) -> None:
         self._run, self._disk, self._images = run, disk, images
-        self._shared: list[str] = []  # shared memory that was left before
-        self._cut = 0  # the step of a checkpoint that was cut short since the last start
+        self._shared: list[str] = []  # shared memory segments that existed before
+        self._cut = 0  # step of a checkpoint truncated since the last start
 
     def happen(self, event: Event) -> Outcome:
-        """Starts the run, waits for the moment and does it.
+        """Starts the run, waits for the moment and inflicts the event.
 
-        A third of the kills may come while the program starts; everything else comes after its first step.
+        A third of the kills may come during start-up; everything else comes after the first step.
         """
         run, rng = self._run, np.random.default_rng(event.number)
         before = [step for step in run.checkpoints() if step != self._cut]
@@ -339,7 +339,7 @@ class Trouble:
         self._sigkill(outcome, rng)
 
     def _cut_checkpoint(self, outcome: Outcome, rng: np.random.Generator) -> None:
-        """Cuts a file of the newest checkpoint short, if there is another one to go back to."""
+        """Truncates a file of the newest checkpoint, if there is another one to fall back to."""
         steps = self._run.checkpoints()
         if len(steps) < 2:
             outcome.note = "only one checkpoint: left alone"
@@ -363,7 +363,7 @@ class Trouble:
             with (run / "metrics.jsonl").open("ab") as file:
                 file.write([b'{"step": 99, "loss/to', b"\0" * 500, b"\xff\xfe\x80"][rng.integers(3)])
         half = photograph.read_bytes()[:1000]
-        (self._images / f"{photograph.name}.part").write_bytes(half)  # a download under way
+        (self._images / f"{photograph.name}.part").write_bytes(half)  # a download in progress
         (self._images / f".{photograph.name}").write_bytes(half)
         (self._images / "notes.txt").write_text("no image")
         (run / "picture.png").write_bytes(half)
@@ -372,7 +372,7 @@ class Trouble:
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """In what two finished runs of one config differ, other than in speed; empty when in nothing."""
+    """Lists how two finished runs of one config differ, apart from speed; empty if they do not."""
     found = []
     if (left / "student.pth").read_bytes() != (right / "student.pth").read_bytes():
         found.append("student.pth differs")
@@ -397,7 +397,7 @@ def differences(left: Path, right: Path) -> list[str]:
 
 
 def _arrays(run: Path) -> dict[bytes, bytes]:
-    """What the newest checkpoint of a run stores, by name: step, parameters, EMA, optimizer."""
+    """Returns the contents of a run's newest checkpoint, by name: step, parameters, EMA, optimizer."""
     import tensorstore
 
     newest = max((path for path in (run / "checkpoints").iterdir() if path.name.isdigit()), key=lambda p: int(p.name))
@@ -408,7 +408,7 @@ def _arrays(run: Path) -> dict[bytes, bytes]:
 
 
 def photographs(source: Path, folder: Path, count: int) -> None:
-    """Copies photographs, spread over the source; two of them damaged, as a user's might be."""
+    """Copies photographs evenly spread over the source, damaging two of them, as a user's might be."""
     files = sorted(path for path in source.iterdir() if path.suffix.lower() in (".jpg", ".png"))
     folder.mkdir(parents=True)
     for i in np.linspace(0, len(files) - 1, min(count, len(files))).round().astype(int):
@@ -419,10 +419,10 @@ def photographs(source: Path, folder: Path, count: int) -> None:
 
 
 def isolate() -> bool:
-    """Adopts the orphans of the runs, so that they are seen and collected; whether filesystems may be mounted.
+    """Adopts the orphans of the runs, so that they can be seen and reaped; returns whether filesystems may be mounted.
 
-    They are mounted in a namespace of this process and its children, and go with it. The runs get shared memory of
-    their own, in which nothing of other programs lies.
+    Mounts live in a private namespace of this process and its children and vanish with it. The runs get their own
+    shared memory, free of other programs' segments.
     """
     libc, adopt, namespace = ctypes.CDLL(None, use_errno=True), 36, 0x20000  # PR_SET_CHILD_SUBREAPER, CLONE_NEWNS
     libc.prctl(adopt, 1, 0, 0, 0)
@@ -433,18 +433,18 @@ def isolate() -> bool:
 
 
 def mount_small(folder: Path, megabytes: int) -> bool:
-    """Puts an empty filesystem of that size there."""
+    """Mounts an empty filesystem of that size on the folder."""
     command = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _shared_memory() -> list[str]:
-    """What lies in the shared memory of the runs; nothing where that is shared with other programs."""
+    """Lists the runs' shared memory; empty if it is shared with other programs."""
     return sorted(os.listdir("/dev/shm")) if ISOLATED else []
 
 
 def train_with_nan(after: int, arguments: list[str]) -> None:
-    """`python -m kdjax.train` with one batch of NaN, `after` steps from its start."""
+    """Runs `python -m kdjax.train` with one batch of NaN, `after` steps from its start."""
     from kdjax.data import TrainingData
 
     proper, count = TrainingData.__next__, 0
@@ -463,7 +463,7 @@ def train_with_nan(after: int, arguments: list[str]) -> None:
 
 
 def flags(options: argparse.Namespace, images: Path) -> list[str]:
-    """The command line of both runs, without the number of steps."""
+    """Returns the command line of both runs, without the number of steps."""
     values = {
         "student.hparams.num_feat": 4,
         "student.hparams.num_conv": 2,
@@ -488,7 +488,7 @@ def flags(options: argparse.Namespace, images: Path) -> list[str]:
 
 
 def unbroken(run: Run, memory: Memory, steps: int, every: float = 2.0) -> float:
-    """Runs to the end, watching the memory; returns the seconds."""
+    """Runs to the end, monitoring the memory; returns the seconds."""
     started = time.monotonic()
     run.start(steps=steps)
     while run.wait(every) is None:
@@ -499,7 +499,7 @@ def unbroken(run: Run, memory: Memory, steps: int, every: float = 2.0) -> float:
 
 
 def soak(options: argparse.Namespace) -> dict[str, Any]:
-    """Both runs; returns what came of them."""
+    """Performs both runs and returns the results."""
     begun = time.monotonic()
     workdir = options.workdir.resolve()
     workdir.mkdir(parents=True)
@@ -525,7 +525,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
             )
             if time.monotonic() - begun > 0.6 * options.minutes * 60:
                 break
-        # Only now is it known how many steps fit. The unbroken run has to make as many, without the starts.
+        # Only now is the number of steps known. The unbroken run has to make as many, without the restarts.
         steps = (broken.logged_step() // VAL_EVERY + 1) * VAL_EVERY
         broken.start(steps=steps)
         while broken.wait(1) is None:
@@ -568,7 +568,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: kinds of events, how often they came, how often all was as promised."""
+    """Formats as Markdown how often each kind of event came and how often everything was as promised."""
     counts = Counter(event["kind"] for event in result["events"])
     good = Counter(event["kind"] for event in result["events"] if not event["violations"])
     lines = ["| event | times | as promised |", "| --- | --- | --- |"]

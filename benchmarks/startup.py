@@ -1,13 +1,14 @@
-"""How long it takes from starting the program to the end of the first step, against PyTorch:
+"""Measures the time from starting the program to the end of the first step, compared with PyTorch:
 
     pip install -e . torch
     python benchmarks/startup.py [--repeats 2] [--compile] [--output FILE]
 
-An RRDBNet 64x23 at scale 1, read from a .pth that is written for it, teaches an SRVGGNetCompact 32x8; batch 4 of 128
-pixels. kdjax is `python -m kdjax.train` with the photographs inside the package and one validation image, which also
-measures the teacher on that image before it starts; with an empty compilation cache (JAX_COMPILATION_CACHE_DIR), and
-again with what the first start left there. PyTorch imports torch, reads the file, builds the networks and takes one
-step on random images; with --compile also with torch.compile, its caches empty. All in turns, each in its own process.
+An RRDBNet 64x23 at scale 1, read from a .pth written for the purpose, teaches an SRVGGNetCompact 32x8; batches are 4
+crops of 128 pixels. kdjax is `python -m kdjax.train` with the photographs in the package and one validation image, on
+which it also measures the teacher before it starts; once with an empty compilation cache (JAX_COMPILATION_CACHE_DIR),
+and once with the cache the first start left there. PyTorch imports torch, reads the file, builds the networks and takes
+one step on random images; with --compile also with torch.compile, with empty caches. All run in turns, each in its own
+process.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ DONE = "first step after"
 
 
 def time_to(line: str, command: list[str], environment: dict[str, str]) -> float:
-    """Seconds from starting a program until it prints something with `line`; then it is ended."""
+    """Starts a program; returns the seconds until it prints something containing `line`, and ends it."""
     started = time.perf_counter()
     process = subprocess.Popen(
         command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -59,7 +60,7 @@ def kdjax_command(teacher: Path, workdir: Path) -> list[str]:
 
 
 def torch_step(teacher_file: str, with_compile: bool) -> None:
-    """One step in PyTorch, in this process."""
+    """Takes one step in PyTorch, in this process."""
     import torch
     from torch_networks import Compact, RRDBNet
 
@@ -80,7 +81,7 @@ def torch_step(teacher_file: str, with_compile: bool) -> None:
 
 
 def ways(folder: Path, with_compile: bool) -> dict[str, Any]:
-    """What is measured: a name, and a function of the turn that gives the command and its environment."""
+    """Returns the cases by name, each a function from the turn to a command and its environment."""
     teacher = folder / "teacher.pth"
 
     def with_kdjax(turn: int, what: str) -> tuple[list[str], dict[str, str]]:
@@ -127,7 +128,7 @@ def main() -> None:
 
 
 def write_teacher(path: Path) -> dict[str, Any]:
-    """Writes a teacher with random weights; returns what machine this is. In a process of its own: JAX starts there."""
+    """Writes a teacher with random weights and describes the machine. Needs its own process: it starts JAX."""
     code = (
         "import json, sys, jax, kdjax; from kdjax import cost, models;"
         f"kdjax.save_model(models.network('rrdbnet', {TEACHER!r}).init(jax.random.key(0)), sys.argv[1]);"

@@ -1,4 +1,4 @@
-"""How fast a distillation step is, against the same step in PyTorch:
+"""Measures how fast a distillation step is, compared with the same step in PyTorch:
 
     pip install -e . torch
     python benchmarks/step.py [--batch-size 4] [--crop 128] [--parts step cached teacher student inference]
@@ -7,11 +7,11 @@
 An RRDBNet 64x23 at scale 1 teaches an SRVGGNetCompact 32x8: noise of sigma 25, Charbonnier loss to the clean image and
 L1 to the teacher's output, Adam, EMA. Both sides start from clean images on the device and run in one process, in turns
 (A B A B). PyTorch has its usual tuning: channels_last, foreach Adam and EMA, on a GPU bf16 autocast and TF32; with
---compile also torch.compile. Its networks (torch_networks.py) are written as BasicSR's are.
+--compile also torch.compile. Its networks (torch_networks.py) are written as in BasicSR.
 
     step        the whole step
-    cached      the step of kdjax from a cache of the teacher's images (`kdjax.cache`) against PyTorch's whole step,
-                teacher included: what caching saves, not a comparison of equal work
+    cached      kdjax's step with cached teacher outputs (`kdjax.cache`) against PyTorch's whole step, teacher included:
+                shows what caching saves, not a comparison of equal work
     teacher     the forward pass of the teacher alone
     student     the step without a teacher
     inference   the forward pass of the student alone
@@ -55,7 +55,7 @@ Run = Callable[[int], None]
 
 
 def torch_sides(gt: np.ndarray, parts: tuple[str, ...], *, with_compile: bool) -> dict[str, Run]:
-    """The run of every part by PyTorch."""
+    """Returns a function per part that runs it in PyTorch."""
     import torch
     from torch import nn
     from torch_networks import Compact, RRDBNet
@@ -101,7 +101,7 @@ def torch_sides(gt: np.ndarray, parts: tuple[str, ...], *, with_compile: bool) -
 
     work = {
         "step": lambda: train(True),
-        "cached": lambda: train(True),  # live: the other side is what caches
+        "cached": lambda: train(True),  # live teacher: only the other side is cached
         "teacher": lambda: teach(images),
         "student": lambda: train(False),
         "inference": infer,
@@ -119,7 +119,7 @@ def torch_sides(gt: np.ndarray, parts: tuple[str, ...], *, with_compile: bool) -
 
 
 def kdjax_sides(gt: np.ndarray, parts: tuple[str, ...]) -> dict[str, Run]:
-    """The run of every part by kdjax."""
+    """Returns a function per part that runs it in kdjax."""
     teacher_dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32  # as autocast on the other side
     teacher = models.network("rrdbnet", TEACHER).init(jax.random.key(0))
     student = models.network("srvggnetcompact", STUDENT).init(jax.random.key(1))
@@ -129,7 +129,7 @@ def kdjax_sides(gt: np.ndarray, parts: tuple[str, ...]) -> dict[str, Run]:
     batch = sharding.shard_batch({"gt": gt, "index": np.arange(len(gt))}, mesh)
     images = jax.device_put(np.float32(gt) / 255, sharding.split_batch(mesh))
     teacher, student = (dataclasses.replace(m, params=sharding.replicate(m.params, mesh)) for m in (teacher, student))
-    # As a cache has it; time does not depend on what is in it.
+    # In the format of a cache; the values do not affect the time.
     answers = {"output": images.astype(jnp.float16), "features": {}}
 
     def train(with_teacher: bool, cached: bool = False) -> Run:
@@ -181,11 +181,11 @@ def recipe_of(
     )
 
 
-# ---- both ------------------------------------------------------------------------------------------------------
+# ---- both sides ------------------------------------------------------------------------------------------------
 
 
 def measure(ways: dict[str, Run], repeats: int) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of each run, in turns, and those of the first run of each way, which compiles."""
+    """Returns the seconds of each run, in turns, and those of each way's first run, which compiles."""
     first, seconds = {}, {name: [] for name in ways}
     for name, run in ways.items():
         started = time.perf_counter()
@@ -211,7 +211,7 @@ def main() -> None:
     options = parser.parse_args()
     sharding.use_all_cores(options.batch_size)
     shape = (options.batch_size, options.crop, options.crop, 3)
-    gt = np.random.default_rng(0).integers(0, 256, shape, np.uint8)  # time does not depend on what is in an image
+    gt = np.random.default_rng(0).integers(0, 256, shape, np.uint8)  # the values do not affect the time
     parts = tuple(options.parts)
     sides = {"kdjax": kdjax_sides(gt, parts), "torch": torch_sides(gt, parts, with_compile=options.compile)}
     device = jax.devices()[0]

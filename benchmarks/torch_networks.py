@@ -1,4 +1,4 @@
-"""The networks of the benchmarks in PyTorch, written as BasicSR's are, with its names of weights."""
+"""The benchmarks' networks in PyTorch, written as in BasicSR, with its weight names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RRDB(nn.Module):
 
 
 class RRDBNet(nn.Module):
-    """Scale 1: the body works on 48 channels at a quarter of height and width."""
+    """RRDBNet at scale 1: the body works on 48 input channels at a quarter of height and width."""
 
     def __init__(self, feat: int, blocks: int, grow: int) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class RRDBNet(nn.Module):
 
 
 class Compact(nn.Module):
-    """SRVGGNetCompact of scale 1."""
+    """SRVGGNetCompact at scale 1."""
 
     def __init__(self, feat: int, convs: int) -> None:
         super().__init__()

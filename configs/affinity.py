@@ -1,8 +1,9 @@
-"""Affinity distillation (FAKD, ICIP 2020): pixels that resemble each other in the teacher do so in the student.
+"""Affinity distillation (FAKD, ICIP 2020): pixels similar in the teacher's features should be similar in the student's.
 
     python -m kdjax.train --config configs/affinity.py
 
-Needs no adapters. Published gains are within one family of networks; across families it may hurt, so watch the control.
+Needs no adapters. Published gains are within one family of networks; across families it may hurt, so compare with a
+control run.
 """
 
 from denoise import get_config as get_denoise

@@ -1,9 +1,9 @@
-"""Attention transfer (arXiv:1612.03928): the student is active where the teacher is.
+"""Attention transfer (arXiv:1612.03928): the student learns to be active where the teacher is.
 
     python -m kdjax.train --config configs/attention.py
 
-No adapters: maps of energy have one channel whatever the networks have. mode="guide" is the scaling of the BasicSR
-guide, which is switched off for all practical purposes; see `kdjax.losses.attention`.
+Needs no adapters: energy maps have one channel, whatever the networks have. mode="guide" is the BasicSR guide's
+scaling, at which the term has no effect; see `kdjax.losses.attention`.
 """
 
 from denoise import get_config as get_denoise
@@ -17,6 +17,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.terms.attention = dict(
         pairs=((student, "body.1", 1.0),),
         mode="paper",
-        weight=dict(share=0.02),  # of the gradient; docs/results.md has what a larger one did
+        weight=dict(share=0.02),  # of the gradient; docs/results.md shows what a larger share did
     )
     return config

@@ -1,10 +1,10 @@
-"""A training YAML of BasicSR or Real-ESRGAN as it is, the guide's among them:
+"""Runs a BasicSR or Real-ESRGAN training YAML unchanged, the guide's included:
 
     python -m kdjax.train --config configs/basicsr.py:train.yml [--config.train.steps=N ...]
 
-What became of every key is printed first; a key that cannot be honoured is an error. Any key of the config can still be
-set on the command line. A network of your own, `type: my_package.my_net:MyNet`, is imported only when the command line
-names it as well: --config.student.arch=my_package.my_net:MyNet. docs/migrating.md has the table.
+First prints how every key was translated; a key that cannot be honoured is an error. Any config key can still be set on
+the command line. A network of your own, `type: my_package.my_net:MyNet`, is imported only if the command line names it
+too: --config.student.arch=my_package.my_net:MyNet. See docs/migrating.md for the table of keys.
 """
 
 import sys
@@ -23,7 +23,7 @@ def get_config(path: str = "") -> ConfigDict:
         with Path(path).expanduser().open("rb") as file:
             options = read_yaml(file.read(MAX_BYTES + 1))
         config, account = translate(options)
-    except (ValueError, OSError, RuntimeError) as error:  # raised, it would come with a traceback around it
+    except (ValueError, OSError, RuntimeError) as error:  # raising it would print a traceback
         sys.exit(f"error: {path}: {error}")
     print(format_account(account))
     return ConfigDict(config)

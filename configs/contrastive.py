@@ -2,8 +2,8 @@
 
     python -m kdjax.train --config configs/contrastive.py
 
-The student's image is drawn to the teacher's and away from the noisy input. The published methods need VGG or VQGAN;
-here the teacher's layers are the feature space. Costs two more passes through these layers, and one back.
+Pulls the student's image to the teacher's and away from the noisy input. The published methods need VGG or VQGAN; here
+the teacher's layers are the feature space. Costs two more forward passes through these layers, and one backward.
 """
 
 from denoise import get_config as get_denoise

@@ -1,13 +1,13 @@
-"""The guide's recipe: a large pretrained RRDBNet teaches a small SRVGGNetCompact to remove noise.
+"""The guide's recipe: a large pretrained RRDBNet teaches a small SRVGGNetCompact to denoise.
 
     python -m kdjax.train --config configs/denoise.py \\
         --config.teacher.weights=teacher.pth --config.data.gt=FOLDER --config.val.gt=FOLDER
 
-Without those three it runs on the photographs and the teacher inside the package. `:quick` is a real run in a few
-minutes on two CPU cores; `:debug` takes seconds and only proves that everything runs.
+Without those three flags it uses the photographs and the teacher shipped with the package. `:quick` is a real run in a
+few minutes on two CPU cores; `:debug` takes seconds and only checks that everything runs.
 
-What is not set here has its default; docs/configuration.md lists every key. Any of them can be set on the command line.
-`configs/basicsr.py:FILE` runs the guide's YAML itself; docs/migrating.md says what became of each of its keys.
+Keys not set here have their defaults; docs/configuration.md lists all of them. Any key can be set on the command line.
+`configs/basicsr.py:FILE` runs the guide's YAML itself; docs/migrating.md says how each of its keys is translated.
 """
 
 from ml_collections import ConfigDict
@@ -25,12 +25,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config.teacher.weights = "embedded"
     config.terms = dict(
         task=dict(criterion="charbonnier", eps=1e-12, weight=1.0),
-        # The guide has l2 at 2.0: at |student - teacher| = 0.01 that is 4 % of the gradient.
-        # Its schedule is weight=dict(name="multistep", value=5.0, milestones=(50_000, ...), gamma=0.5).
+        # The guide uses l2 at 2.0: at |student - teacher| = 0.01 that is 4 % of the gradient. Its schedule is
+        # weight=dict(name="multistep", value=5.0, milestones=(50_000, ...), gamma=0.5).
         output=dict(criterion="l1", weight=1.0),
     )
     config.degrade = dict(name="awgn", sigma=25.0)
-    # The guide has crops of 400, where the teacher's memory is the limit.
+    # The guide crops at 400, where the teacher's memory is the limit.
     config.data.update(gt="embedded", workers=4)
     config.val.gt = "embedded"
     config.train.lr = dict(
@@ -53,12 +53,12 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def cosine(config: ConfigDict, value: float, *, final: float = 1e-5, warmup: int = 50) -> dict:
-    """A learning rate whose cosine ends where training ends, also with --config.train.steps=N."""
+    """Returns a cosine learning rate that ends where training ends, even with --config.train.steps=N."""
     return dict(name="cosine", value=value, steps=config.train.get_oneway_ref("steps"), final=final, warmup=warmup)
 
 
 def shorten(config: ConfigDict) -> None:
-    """Makes a config one of seconds, for `:debug`."""
+    """Shortens a config to seconds, for `:debug`."""
     config.data.update(crop=16, batch_size=4, workers=0)
     config.val.update(crop=32, limit=1, every=2, save_images=1)
     config.train.steps = 4

@@ -1,8 +1,8 @@
-"""A better teacher from the same file: its mean over the eight flips and turns of the input (x8).
+"""A better teacher from the same file: its mean over the eight flips and rotations of the input (x8).
 
     python -m kdjax.train --config configs/ensemble.py
 
-Eight forward passes a step. Several teachers are averaged with
+Costs eight forward passes per step. Flags to average several teachers:
     --config.teacher.also="('second.pth',)" --config.teacher.mix="(0.7, 0.3)"
 """
 

@@ -1,9 +1,9 @@
-"""The recipe that `docs/results.md` recommends: output distillation, and its Haar bands (MTKD, arXiv:2404.09571).
+"""The recipe recommended in `docs/results.md`: output distillation plus its Haar bands (MTKD, arXiv:2404.09571).
 
     python -m kdjax.train --config configs/frequency.py
 
 The fine bands, where students blur, count as much as the coarse one. `config.terms.fft = dict(weight=dict(share=0.2))`
-does the same in the Fourier transform (arXiv:2108.05054).
+does the same in the Fourier domain (arXiv:2108.05054).
 """
 
 from denoise import get_config as get_denoise

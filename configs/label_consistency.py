@@ -1,10 +1,9 @@
-"""Label consistency (DUKD, arXiv:2309.14162): the student also learns what the teacher makes of inverted, flipped and
-transposed inputs.
+"""Label consistency (DUKD, arXiv:2309.14162): also match the teacher on inverted, flipped and transposed inputs.
 
     python -m kdjax.train --config configs/label_consistency.py
 
-Costs one more forward pass of the teacher. Both terms are gated: a pixel is imitated only where the teacher is nearer
-to the clean image than the student (after arXiv:1908.00858).
+Costs one more forward pass of the teacher. Both terms are gated: the student imitates only pixels where the teacher is
+closer to the clean image than the student is (after arXiv:1908.00858).
 """
 
 from denoise import get_config as get_denoise

@@ -3,7 +3,7 @@
     python -m kdjax.train --config configs/perceptual.py \\
         --config.terms.perceptual.vgg=vgg19.pth --config.terms.perceptual.weight=1.0
 
-Needs torchvision's VGG file. Pictures look sharper; PSNR falls, which is why these are not part of `denoise.py`.
+Needs torchvision's VGG file. Images look sharper but PSNR falls, which is why `denoise.py` does without these losses.
 """
 
 from denoise import get_config as get_denoise

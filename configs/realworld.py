@@ -1,16 +1,16 @@
-"""The guide's YAML, complete: real-world restoration from pairs and from clean images that Real-ESRGAN's way degrades.
+"""The guide's full YAML: real-world restoration from pairs and from clean images degraded as in Real-ESRGAN.
 
     python -m kdjax.train --config configs/realworld.py --config.teacher.weights=teacher.pth \\
         --config.data.gt=PAIRS/gt --config.data.lq=PAIRS/lq --config.data.unpaired=FOLDER \\
         --config.val.gt=VAL/gt --config.val.lq=VAL/lq
 
-Without files it runs on the photographs inside the package, all of them degraded, with the teacher inside the package.
-That one removes Gaussian noise only, so this proves that everything runs; what a student can learn about blur and JPEG
-then comes from the task loss. `:quick` is a real run of a few minutes on two CPU cores; `:debug` is four steps, which
+Without files it uses the photographs in the package, all of them degraded, with the teacher in the package. That
+teacher only removes Gaussian noise, so this only checks that everything runs: the student can learn about blur and JPEG
+from the task loss alone. `:quick` is a real run of a few minutes on two CPU cores; `:debug` makes four steps, which
 take as long as compiling the degradation does.
 
-What is not set here is as in `denoise.py`. `configs/basicsr.py:FILE` runs the guide's YAML itself, and says what became
-of every key.
+Keys not set here are as in `denoise.py`. `configs/basicsr.py:FILE` runs the guide's YAML itself and says how every key
+was translated.
 """
 
 from denoise import cosine, shorten
@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "quick", "debug"):
         raise ValueError(f"there is no variant {variant!r}; there are :quick and :debug, or none")
     config.name = f"realworld_{variant}" if variant else "realworld"
-    # The guide has perceptual_opt at 1.0. Off: it lowers PSNR and needs torchvision's file, as `vgg`.
+    # perceptual_opt is 1.0 in the guide. Off here: it lowers PSNR and needs torchvision's file, as `vgg`.
     config.terms.perceptual = dict(
         vgg="",
         layer_weights=dict(conv1_2=0.1, conv2_2=0.1, conv3_4=1.0, conv4_4=1.0, conv5_4=1.0),
@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
         criterion="l1",
         weight=0.0,
     )
-    # The degradation keys of the guide; those of the second kernel and the last filter, which it lacks, are of
+    # The guide's degradation keys. Those of the second kernel and the last filter are missing there and come from
     # Real-ESRGAN.
     config.degrade = preset(
         "realesrgan",
@@ -62,8 +62,8 @@ def get_config(variant: str = "") -> ConfigDict:
         gray_noise_prob2=0.4,
         jpeg_range2=(30.0, 95.0),
     )
-    config.data.canvas = 400  # clean images are degraded at this size and cropped after that, as in Real-ESRGAN
-    # Without val.lq, gt is degraded as in training, the same way each time; every size of image compiles that anew.
+    config.data.canvas = 400  # clean images are degraded at this size, then cropped, as in Real-ESRGAN
+    # Without val.lq, gt is degraded as in training, the same way each time; this compiles again for every image size.
     config.val.update(degrade=config.degrade, crop=512)
 
     if variant == "quick":
@@ -78,5 +78,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.student.hparams.update(num_feat=8, num_conv=2)
         shorten(config)
         config.data.update(canvas=96, crop=32, batch_size=2)
-        config.log.diagnose = False  # compiles the degradation a second time, which takes longest here
+        config.log.diagnose = False  # would compile the degradation, the slowest part, a second time
     return config

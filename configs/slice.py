@@ -1,4 +1,4 @@
-"""A student of the teacher's family that starts as a slice of it: the first blocks, the channels that matter most.
+"""A student of the teacher's family, initialised with a slice of it: the first blocks and the most important channels.
 
     python -m kdjax.train --config configs/slice.py
 

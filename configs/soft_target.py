@@ -1,9 +1,9 @@
-"""Softened targets: a softmax over the positions of every channel (CWD, arXiv:2011.13256).
+"""Soft targets: a softmax over the positions of every channel (CWD, arXiv:2011.13256).
 
     python -m kdjax.train --config configs/soft_target.py
 
-The guide's softmax over colours is `space="rgb", temperature=3.0` (4.1): it sees no brightness, and its temperature has
-no effect. The other meaningful one is `laplace`, a likelihood of the teacher's features:
+The guide's softmax over colours is `space="rgb", temperature=3.0` (4.1); it ignores brightness, and its temperature has
+no effect. The other meaningful option is `laplace`, a likelihood of the teacher's features:
     laplace=dict(pairs=(("body.9", "body.1", 1.0),), weight=dict(share=0.02))
 """
 

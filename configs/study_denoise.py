@@ -1,10 +1,11 @@
-"""What does distillation add? The ladder of methods for Gaussian noise, several seeds each, beside no teacher at all.
+"""What does distillation add? A ladder of methods for Gaussian noise, several seeds each, against no teacher at all.
 
     python -m kdjax.study --config configs/study_denoise.py \\
         --config.base.teacher.weights=cdncnn_sigma25.pth --config.base.data.gt=FOLDER --config.base.val.gt=FOLDER
 
-The pairs of features are those of DnCNN to DnCNN, so the teacher must be one (KAIR's CDnCNN is). `:quick` does the same
-with the embedded RRDBNet teacher and photographs in some minutes; `:debug` takes seconds and proves only that all runs.
+The feature pairs are from DnCNN to DnCNN, so the teacher must be one (KAIR's CDnCNN is). `:quick` does the same in a
+few minutes with the embedded RRDBNet teacher and photographs; `:debug` takes seconds and only checks that everything
+runs.
 """
 
 from denoise import cosine
@@ -17,7 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     study = ConfigDict(type_safe=False)
     study.name = "study_denoise" + (f"_{variant}" if variant else "")
     study.seeds = (0, 1, 2)
-    study.curve_images = 8  # of the validation images, for the curve; results are measured on all
+    study.curve_images = 8  # number of validation images for the curve; results use all of them
 
     base.student.arch = "dncnn"
     base.student.hparams = dict(num_feat=16, depth=8)
@@ -32,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
         base.train.update(steps=1_500, ema_decay=0.99)
         base.train.lr = cosine(base, 2e-3)
         base.val.update(crop=0, limit=0, every=250)
-        base.log.update(every=250, diagnose=False)  # parts of the gradient: a second compilation for every column
+        base.log.update(every=250, diagnose=False)  # shares of the gradient would compile every column a second time
         base.checkpoint.every = 250
     if variant == "quick":
         base.train.steps = 300
@@ -62,6 +63,6 @@ def get_config(variant: str = "") -> ConfigDict:
         teacher_slice=dict(student=dict(weights="teacher"), terms=dict(output=output)),
         scratch_equal_compute=dict(compute_of="output"),
     )
-    if variant:  # a DnCNN is no slice of an RRDBNet
+    if variant:  # a DnCNN is not a slice of an RRDBNet
         del study.columns["teacher_slice"]
     return study

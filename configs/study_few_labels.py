@@ -1,10 +1,10 @@
-"""What is a teacher worth where few images have a clean partner, and many have none?
+"""What is a teacher worth if few images have a clean partner and many have none?
 
     python -m kdjax.study --config configs/study_few_labels.py \\
         --config.base.teacher.weights=cdncnn_sigma25.pth --config.base.data.gt=FOLDER --config.base.val.gt=FOLDER
 
-Four images have labels; `unlabelled` adds all images of the folder to every batch, half and half, of which only the
-teacher says what they should look like. The rest is `study_denoise.py`, `:quick` and `:debug` included.
+Four images have labels. `unlabelled` adds all images of the folder to every batch, half and half; for those only the
+teacher provides a target. The rest is `study_denoise.py`, including `:quick` and `:debug`.
 """
 
 from ml_collections import ConfigDict

@@ -2,8 +2,8 @@
 
     python -m kdjax.train --config configs/teacher.py --config.data.gt=FOLDER --config.val.gt=FOLDER
 
-The teacher inside the package was trained with this file; `kdjax/assets/MODEL_CARD.md` has the exact command and what
-it reached. `:quick` is a small network in a few minutes on two CPU cores, `:debug` runs in seconds.
+The teacher in the package was trained with this file; `kdjax/assets/MODEL_CARD.md` has the exact command and the
+results. `:quick` trains a small network in a few minutes on two CPU cores; `:debug` takes seconds.
 """
 
 from denoise import cosine, shorten
@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.name = f"teacher_{variant}" if variant else "teacher"
 
     config.student.arch = "rrdbnet"
-    # scale=1 un-shuffles the input 4 times, so num_feat below 4*4*3 = 48 would lose part of the image.
+    # scale=1 unshuffles the input by 4, so num_feat below 4*4*3 = 48 would lose part of the image.
     config.student.hparams = dict(scale=1, num_feat=64, num_block=2, num_grow_ch=32)
     config.terms = dict(task=dict(criterion="l1", weight=1.0))
     config.degrade = dict(name="awgn_blind", sigma=(0.0, 50.0))

@@ -1,19 +1,19 @@
 """Knowledge distillation for image denoising and restoration in JAX.
 
-Public names load on first use, so that `import kdjax` costs nothing:
+Public names load on first use, so `import kdjax` is cheap:
 
     load_model(path)             a Model from any supported .pth or .safetensors file
-    save_model(model, path)      the way back, by suffix
+    save_model(model, path)      the reverse; the suffix chooses the format
     restore_image(model, image)  an image of any size, in tiles; uint8, uint16 or float
     psnr, ssim                   BasicSR's metrics on uint8 images
 
-and the modules from which a training loop can be built (`examples/own_loop.py`):
+These modules are the building blocks of a training loop (`examples/own_loop.py`):
 
     kdjax.models        networks: `network("srvggnetcompact", hparams).init(key)` is a Model
     kdjax.data          batches of crops from image folders
     kdjax.degradations  noise, blur, JPEG, Real-ESRGAN, on the device
     kdjax.losses        distances between images and between features
-    kdjax.terms         the terms of a distillation loss, by name or of your own
+    kdjax.terms         the terms of a distillation loss, built-in or your own
     kdjax.schedules     learning rates and weights over time
     kdjax.distill       `Recipe`, `State` and `train_step`
 

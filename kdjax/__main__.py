@@ -1,4 +1,4 @@
-"""The command `kdjax`, also as `python -m kdjax`: lists the programs and starts one of them."""
+"""The `kdjax` command, also `python -m kdjax`: lists the programs and starts one of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PROGRAMS = {
 
 
 def summary(module: str) -> str:
-    """The first line of a program's docstring, which is read without importing what the program needs."""
+    """Returns the first line of a program's docstring without importing the program's dependencies."""
     source = _source(module)
     docstring = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
     return docstring.splitlines()[0].rstrip(":.")
@@ -47,7 +47,7 @@ def usage() -> str:
 
 
 def main() -> None:
-    """The entry point of the console script."""
+    """Entry point of the console script."""
     commandline.run(_dispatch)
 
 
@@ -58,7 +58,7 @@ def _dispatch() -> None:
         case ["--version"]:
             print(f"kdjax {kdjax.__version__}")
         case [name, *arguments] if name in PROGRAMS:
-            sys.argv = [f"kdjax {name}", *arguments]  # what its help calls it
+            sys.argv = [f"kdjax {name}", *arguments]  # the name shown in its help
             module = PROGRAMS[name]
             program = importlib.import_module(f"{module}.__main__" if _is_package(module) else module)
             commandline.keep_compiled()

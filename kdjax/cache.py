@@ -1,15 +1,15 @@
-"""Writes what the teacher says of a run's samples to disk, so that training reads it instead of running the teacher:
+"""Caches the teacher's outputs for a run's samples on disk, so that training can skip the teacher:
 
     python -m kdjax.cache --config configs/denoise.py --output CACHE --samples 100000 [--config.data.crop=64 ...]
     python -m kdjax.train --config configs/denoise.py --config.teacher.cache=CACHE [--config.data.crop=64 ...]
 
-The samples are the first ones of the run itself: the same images, crops, flips and noise. With each of them go the
-teacher's output, in float16, and of its features those that the config's loss terms read, in bfloat16;
-`kdjax.teacher.targets` has the rules and their reasons, `kdjax.data.cached` the format.
+The samples are the first ones of the run itself: same images, crops, flips and noise. Each is stored with the teacher's
+output, in float16, and those teacher features that the config's loss terms read, in bfloat16. See
+`kdjax.teacher.targets` for the storage rules and the reasons for them, `kdjax.data.cached` for the format.
 
-The program says first what it will need, and can be killed at any moment: the same command continues after the last
-complete shard. Several processes, on one host or many, share the work: each is given --num_processes and its own
---process_id, and writes shards of its own. They need not run at the same time, and do not wait for one another.
+The program first reports how much space it needs. It can be killed at any time: the same command resumes after the last
+complete shard. Several processes, on one host or many, can share the work: give each --num_processes and its own
+--process_id, and it writes its own shards. They need not run at the same time and do not wait for one another.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from kdjax.training import preparation
 log = logging.getLogger("kdjax")
 
 SHARD_BYTES = 256 * 2**20
-_LOCK = ".lock"  # at the end of the names of lock files, which begin with a dot
-_SPARE = 1.02  # of the bytes of the records: what the format adds
+_LOCK = ".lock"  # suffix of lock files, whose names start with a dot
+_SPARE = 1.02  # overhead of the format, as a factor on the bytes of the records
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A cache to be written; all of it has been checked but for the room on the disk."""
+    """A cache to be written; everything but the free disk space has been checked."""
 
     setup: preparation.Setup
     out: Path
@@ -64,28 +64,28 @@ class Job:
         return -(-self.samples // self.shard_samples)
 
     def count(self, shard: int) -> int:
-        """How many samples a shard has."""
+        """Returns the number of samples in a shard."""
         return min(self.shard_samples, self.samples - shard * self.shard_samples)
 
     def index(self) -> dict[str, Any]:
-        """What the index says, without the shards."""
+        """Returns the contents of the index, without the shards."""
         return {
             "samples": self.samples,
             "shard_samples": self.shard_samples,
-            "batch_size": self.setup.config.data.batch_size,  # of which the places of unlabelled images are a part
+            "batch_size": self.setup.config.data.batch_size,  # it decides where unlabelled images are
             "fields": [[field.name, field.dtype, list(field.shape)] for field in self.fields],
             "settings": preparation.sample_settings(self.setup),
         }
 
 
 def plan(setup: preparation.Setup, out: Path, samples: int, *, shard_bytes: int = SHARD_BYTES) -> Job:
-    """The job of writing the first `samples` samples of a run to the folder `out`.
+    """Plans to write the first `samples` samples of a run to the folder `out`.
 
     Args:
-      shard_bytes: about how large a shard becomes; it holds whole batches.
+      shard_bytes: approximate size of a shard; shards hold whole batches.
 
     Raises:
-      ConfigError: there is no teacher, a term needs it live, or `out` is something else already.
+      ConfigError: if there is no teacher, a term needs the live teacher, or `out` already holds something else.
     """
     if setup.teacher is None or not any(term.needs_teacher for term in setup.recipe.terms):
         raise ConfigError("no loss term of the config looks at the teacher, so there is nothing to keep of it")
@@ -108,7 +108,7 @@ def plan(setup: preparation.Setup, out: Path, samples: int, *, shard_bytes: int 
 
 
 def _check_same(job: Job, name: str) -> None:
-    """Refuses a folder that has, or was to have, another cache."""
+    """Refuses a folder that holds, or was meant to hold, another cache."""
     before = CACHE.read_index(str(job.out)) if name == CACHE.index else _read_plan(job.out / name)
     now = job.index()
     if differences := config_lib.changes({key: before.get(key) for key in now}, now):
@@ -131,7 +131,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 
 def describe(job: Job) -> str:
-    """What the cache will have and take, for the user."""
+    """Describes the contents and size of the cache for the user."""
     parts = [f"{f.name} {f.dtype} {'x'.join(map(str, f.shape)) or '1'}: {f.bytes:,}" for f in job.fields]
     if not any(field.name == "lq" for field in job.fields):
         parts.append("lq: 0, its noise is drawn again")
@@ -149,16 +149,16 @@ def write(
     tell: Callable[[str], None] = log.info,
     tell_every: float = 5.0,
 ) -> bool:
-    """Writes what is missing of the part of this process; whoever finds the last shard written writes the index.
+    """Writes the missing shards of this process; whichever process finds the last shard written writes the index.
 
     Returns:
-      Whether the cache is complete; otherwise other processes are still writing.
+      Whether the cache is complete; if not, other processes are still writing.
 
     Raises:
-      ConfigError: there is not enough room on the disk, or another process writes the same part.
-      shards.PackError: a shard cannot be written.
-      DataError: images cannot be read.
-      FloatingPointError: the teacher's output is not finite in float16.
+      ConfigError: if there is not enough disk space, or another process writes the same part.
+      shards.PackError: if a shard cannot be written.
+      DataError: if images cannot be read.
+      FloatingPointError: if the teacher's output is not finite in float16.
     """
     if (job.out / CACHE.index).exists():
         return True
@@ -178,13 +178,13 @@ def write(
 def _write_own(
     job: Job, process_index: int, process_count: int, tell: Callable[[str], None], tell_every: float
 ) -> None:
-    """Writes the shards of this process that are missing."""
+    """Writes the missing shards of this process."""
     missing = [shard for shard in range(job.shards) if not is_written(job, shard)]
     check_room(job, sum(job.count(shard) for shard in missing))
     write_json(job.out / PLAN, job.index())
     if len(missing) < job.shards:
         tell(f"{job.shards - len(missing)} of {job.shards} shards are there already")
-    # Shards that follow one another, so that the stream need not be opened anew for each.
+    # Consecutive shards, so that the data stream need not be reopened for each.
     block = range(process_index * job.shards // process_count, (process_index + 1) * job.shards // process_count)
     own = [shard for shard in missing if shard in block]
     pace = Pace(sum(job.count(shard) for shard in own))
@@ -204,7 +204,7 @@ def _write_own(
 
 @contextlib.contextmanager
 def _one_writer(folder: Path, part: str) -> Iterator[None]:
-    """Holds a part of the cache: two processes that were given the same work would write it side by side."""
+    """Locks a part of the cache, in case two processes were given the same work."""
     try:
         with locked(folder, part + _LOCK):
             yield
@@ -215,13 +215,13 @@ def _one_writer(folder: Path, part: str) -> Iterator[None]:
 
 
 def is_written(job: Job, shard: int) -> bool:
-    """Whether a shard is there, with all of its samples."""
+    """Returns whether a shard exists, with all of its samples."""
     path = job.out / shards.file_name(shard)
     return path.exists() and shards.count_records(path) == job.count(shard)
 
 
 def check_room(job: Job, samples: int) -> None:
-    """Raises ConfigError where the disk has no room for so many samples."""
+    """Raises ConfigError if the disk has no room for this many samples."""
     free = shutil.disk_usage(job.out).free
     needed = int(samples * job.sample_bytes * _SPARE)
     if needed > free:
@@ -233,17 +233,17 @@ def check_room(job: Job, samples: int) -> None:
 
 
 def _records(job: Job, own: list[int]) -> Generator[bytes]:
-    """The records of these shards, one after another; the teacher is one batch ahead of the disk."""
+    """Yields the records of these shards, one by one; the teacher runs one batch ahead of the disk."""
     setup = job.setup
     mesh = setup.mesh
-    assert setup.teacher is not None  # `plan` refuses a config without
+    assert setup.teacher is not None  # `plan` refuses a config without one
     params = sharding.replicate(setup.teacher.params, mesh)
     key = sharding.replicate(jax.random.key(setup.config.seed), mesh)
     answer = sharding.on_mesh(mesh, jax.jit(job.answer))
     batch_size = setup.config.data.batch_size
 
     def answers() -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        """The number of the first sample of every batch, and the fields of the batch."""
+        """Yields the number of each batch's first sample, with the batch's fields."""
         position = 0
         while position < len(own):
             end = position + 1
@@ -268,7 +268,7 @@ def _records(job: Job, own: list[int]) -> Generator[bytes]:
 
 
 def _rows(job: Job, first: int, fields: dict[str, jax.Array]) -> Iterator[bytes]:
-    """The records of a batch, without the samples after the last one."""
+    """Yields the records of a batch, up to the last sample."""
     arrays = jax.device_get(fields)
     for row in range(min(len(arrays["gt"]), job.samples - first)):
         if not np.isfinite(arrays["output"][row]).all():

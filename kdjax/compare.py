@@ -1,12 +1,12 @@
-"""Compares what models cost and what they reach: a teacher, and the students that are to replace it.
+"""Compares what models cost and how good they are: a teacher, and the students meant to replace it.
 
     python -m kdjax.compare --teacher teacher.pth --student runs/denoise/student.pth
     python -m kdjax.compare --teacher teacher.pth --student small=a.pth tiny=b.pth --size 256 720x1280 --batch 1 4 \\
         --bf16 --data photographs/test --sigma 25 --output comparison
 
-Parameters, multiply-accumulates, memory, latency, throughput and speed-up (`kdjax.cost`) at every size and batch size;
-with --data also PSNR, SSIM and the gap to the teacher (`kdjax.evaluate`). With --output the numbers are written as
-compare.json, compare.md and compare.png. `docs/comparing.md` explains them.
+Reports parameters, multiply-accumulates, memory, latency, throughput and speed-up (`kdjax.cost`) at every size and
+batch size; with --data also PSNR, SSIM and the gap to the teacher (`kdjax.evaluate`). With --output the numbers are
+written to compare.json, compare.md and compare.png. `docs/comparing.md` explains them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from kdjax.weights import Loaded, load_weights, parse_hparams
 
 
 def load_files(paths: Sequence[str], keys: Sequence[str], hparams: Sequence[str]) -> dict[str, Loaded]:
-    """The files of a command line, by short name.
+    """Loads the files of a command line, by short name.
 
     Args:
       paths: PATH or NAME=PATH.
@@ -42,7 +42,7 @@ def load_files(paths: Sequence[str], keys: Sequence[str], hparams: Sequence[str]
       hparams: NAME=VALUE, or MODEL:NAME=VALUE for one model only.
 
     Raises:
-      ValueError, OSError: a file cannot be read, two have the same short name, or an option names no model.
+      ValueError, OSError: if a file cannot be read, two have the same short name, or an option names no model.
     """
     named = named_paths(paths, "--student")
     options: dict[str, dict[str, Any]] = {name: {} for name in named}
@@ -51,7 +51,7 @@ def load_files(paths: Sequence[str], keys: Sequence[str], hparams: Sequence[str]
         for each in _of_owner(options, owner):
             each["key"] = key
     for text in hparams:
-        left, equals, value = text.partition("=")  # the value may have a colon: arch=my_package.my_net:MyNet
+        left, equals, value = text.partition("=")  # the value may contain a colon: arch=my_package.my_net:MyNet
         owner, _, name = left.rpartition(":")
         for each in _of_owner(options, owner):
             each.update(parse_hparams([f"{name}{equals}{value}"]))
@@ -59,7 +59,7 @@ def load_files(paths: Sequence[str], keys: Sequence[str], hparams: Sequence[str]
 
 
 def describe(name: str, loaded: Loaded, *, is_teacher: bool) -> Subject:
-    """What the tables say about a model."""
+    """Describes a model for the tables."""
     model = loaded.model
     return Subject(
         name=name,
@@ -76,10 +76,10 @@ def describe(name: str, loaded: Loaded, *, is_teacher: bool) -> Subject:
 
 
 def check_same_task(networks: dict[str, Model]) -> None:
-    """Quality can be compared only between models that do the same to the same images.
+    """Checks that the models do the same task; otherwise their quality cannot be compared.
 
     Raises:
-      ValueError: they differ in scale or in colour channels.
+      ValueError: if they differ in scale or in colour channels.
     """
     for what, attribute in (("scale", "scale"), ("colour channels", "channels")):
         values = {name: getattr(model.network, attribute) for name, model in networks.items()}
@@ -91,7 +91,7 @@ def check_same_task(networks: dict[str, Model]) -> None:
 
 
 def measure_quality(networks: dict[str, Model], samples: list[Sample]) -> list[Quality]:
-    """What every model reaches in float32, as `kdjax.evaluate` measures it; the first one is the teacher."""
+    """Measures every model's quality in float32, like `kdjax.evaluate`; the first model is the teacher."""
     rows: list[Quality] = []
     teacher_outputs: list[np.ndarray] = []
     for name, model in networks.items():
@@ -109,7 +109,7 @@ def measure_quality(networks: dict[str, Model], samples: list[Sample]) -> list[Q
 
 def main() -> None:
     options = _parse_options()
-    jax.config.update("jax_enable_compilation_cache", False)  # the time of compiling is measured, not that of reading
+    jax.config.update("jax_enable_compilation_cache", False)  # measure compiling, not reading the cache
     try:
         files = load_files([*options.teacher, *options.student], options.key, options.hparam)
         networks = {name: loaded.model for name, loaded in files.items()}
@@ -124,12 +124,12 @@ def main() -> None:
         print(text, end="")
         if options.output:
             write_all(comparison, text, options.output)
-    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+    except (ValueError, OSError) as error:  # caused by the user's input; a traceback would hide the message
         commandline.fail(str(error))
 
 
 def write_all(comparison: Comparison, text: str, folder: Path) -> None:
-    """Writes compare.json, compare.md and, if matplotlib is there, compare.png."""
+    """Writes compare.json, compare.md and, if matplotlib is installed, compare.png."""
     values = dataclasses.asdict(comparison)
     values["quality"] = [finite(row) for row in values["quality"]]
     write_json(folder / "compare.json", values)
@@ -149,7 +149,7 @@ def _compare(
 ) -> Comparison:
     machine = cost.describe_machine()
     dtypes = ["float32", "bfloat16"] if options.bf16 else ["float32"]
-    sizes, batches = dict.fromkeys(options.size), dict.fromkeys(options.batch)  # each once
+    sizes, batches = dict.fromkeys(options.size), dict.fromkeys(options.batch)  # without duplicates
     settings = [(size, batch, dtype) for size in sizes for batch in batches for dtype in dtypes]
     costs = []
     for number, (size, batch, dtype) in enumerate(settings, 1):
@@ -174,7 +174,7 @@ def _compare(
 
 
 def _load_samples(options: argparse.Namespace, model: Model) -> list[Sample]:
-    """The images of --data, as `kdjax.evaluate` reads them."""
+    """Loads the images of --data, like `kdjax.evaluate`."""
     scale = model.network.scale
     if options.lq is None and scale != 1:
         raise ValueError(f"these models enlarge {scale} times; give the small images with --lq")
@@ -189,12 +189,12 @@ def _load_samples(options: argparse.Namespace, model: Model) -> list[Sample]:
 
 
 def _of_owner(options: dict[str, dict[str, Any]], owner: str) -> list[dict[str, Any]]:
-    """The options of the model `owner`, or of all models when it is ""."""
+    """Returns the options of the model `owner`, or those of all models if it is ""."""
     return [pick(options, owner, "model in front of the colon")] if owner else list(options.values())
 
 
 def _parse_size(text: str) -> tuple[int, int]:
-    """Height and width of "256" or "720x1280"."""
+    """Parses "256" or "720x1280" to height and width."""
     match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted a side, 256, or HEIGHTxWIDTH, 720x1280")

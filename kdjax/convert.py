@@ -4,7 +4,7 @@
     python -m kdjax.convert --info student.pth
     python -m kdjax.convert compact_relu.pth out.pth --hparam act_type=relu
 
-`tools/convert_torch_weights.py` of the repository is the same program.
+`tools/convert_torch_weights.py` in the repository is the same program.
 """
 
 from __future__ import annotations

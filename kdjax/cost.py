@@ -1,12 +1,12 @@
-"""What a program costs to run: compiling it, its memory, the time of a pass, and the machine that was measured.
+"""What running a program costs: compile time, memory, time per pass, and the machine it was measured on.
 
-A pass is one call of the compiled model that returns its image only, so that XLA drops the features nobody asked for.
-Weights and input are on the device before the clock starts, and it stops when the result is ready there. Machines are
-noisy: models that are to be compared are run in turns, and times are given as quartiles.
+A pass is one call of the compiled model that returns only its image, so XLA drops unused features. Weights and input
+are on the device before the clock starts, and it stops when the result is ready there. Machines are noisy: models to be
+compared run in turns, and times are quartiles.
 
-`measure` is the whole account of several models at one size. Multiply-accumulates come from `kdjax.macs`.
-`Planned` is a step of training whose memory is known, and compared with the machine's, before it runs. What a config
-asks for is compared with it earlier, before networks and batches are made.
+`measure` does all this for several models at one size. Multiply-accumulates come from `kdjax.macs`. `Planned` wraps a
+training step and compares its memory with the machine's before it runs. The memory a config asks for is checked even
+earlier, before networks and batches are created.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from kdjax.names import brief
 
 log = logging.getLogger("kdjax")
 
-# Of the hyper-parameters of architectures here: blocks are made one by one, and a level has twice the channels of the
-# one before.
+# Upper bounds on hyper-parameters: blocks are created one by one, and each level doubles the channels of the one
+# before.
 _MOST_CHANNELS, _MOST_BLOCKS, _MOST_LEVELS = 1024, 256, 16
 _CHANNELS, _LEVELS = ("num_in_ch", "num_out_ch", "img_channel", "num_feat", "num_grow_ch", "width"), ("num_level",)
-_COPIES = 5  # of a student's parameters in training: themselves, their EMA, the gradient, Adam's two moments
-_WORKER_BYTES = 100 << 20  # of a decoding process that has read nothing yet: Python, NumPy, Grain
+_COPIES = 5  # of a student's parameters in training: parameters, EMA, gradient, Adam's two moments
+_WORKER_BYTES = 100 << 20  # of an idle decoding process: Python, NumPy, Grain
 
-WARM_UP = 3  # runs before the first that counts: caches, thread pools, clocks of a GPU
+WARM_UP = 3  # runs that do not count: they warm up caches, thread pools and GPU clocks
 
 
 class OutOfMemory(Exception):
-    """A program does not fit into the memory of the device; the message says what was wanted and what there is."""
+    """A program does not fit into device memory; the message says how much it needs and how much there is."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Quartiles:
-    """The median of some measurements, and the values that a quarter of them lie below and above."""
+    """Median and lower and upper quartile of a set of measurements."""
 
     low: float
     median: float
@@ -59,14 +59,14 @@ class Quartiles:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes that a compiled program takes on each of its devices in one pass, as XLA plans them.
+    """Bytes a compiled program uses per device in one pass, as planned by XLA.
 
     Attributes:
       arguments: weights and input.
-      outputs: the image; of a step of training, the next state.
-      temporaries: everything in between that is there at one time. Scratch that a library takes for itself while it
-        runs is not known to XLA: on a CPU that of convolutions is not in here.
-      peak: all three, without outputs that take the place of arguments.
+      outputs: the image; for a training step, the next state.
+      temporaries: peak of all intermediates. Scratch memory that libraries allocate at run time is unknown to XLA: on a
+        CPU, that of convolutions is not included.
+      peak: the sum of the three, minus outputs that alias arguments.
     """
 
     arguments: int
@@ -77,12 +77,12 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A model compiled for one shape of input.
+    """A model compiled for one input shape.
 
     Attributes:
-      run: one pass; returns the float32 image when it is ready. Raises `OutOfMemory`.
-      seconds: how long tracing and compiling took.
-      memory: None where the backend does not tell.
+      run: runs one pass; returns the float32 image when it is ready. Raises `OutOfMemory`.
+      seconds: time spent tracing and compiling.
+      memory: None if the backend does not report it.
     """
 
     run: Callable[[], jax.Array]
@@ -92,12 +92,12 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """The passes of a model: `seconds` of each, and what follows from them.
+    """Timed passes of a model: the `seconds` of each, and figures derived from them.
 
     Attributes:
-      milliseconds: of a pass, which is one batch.
-      images_per_second, megapixels_per_second: from the median; the pixels are those of the input.
-      speed_up: the first model's time over this one's, turn by turn; None where the first did not fit into memory.
+      milliseconds: per pass, which is one batch.
+      images_per_second, megapixels_per_second: from the median; megapixels are those of the input.
+      speed_up: time of the first model over this one's, turn by turn; None if the first did not fit into memory.
     """
 
     seconds: list[float]
@@ -109,9 +109,9 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What a model costs at one size, batch size and precision.
+    """Cost of a model at one size, batch size and precision.
 
-    What is None could not be measured, and `problem` says why. `macs` are of one image.
+    A field is None if it could not be measured; `problem` says why. `macs` are per image.
     """
 
     model: str
@@ -134,12 +134,12 @@ def measure(
     dtype: str = "float32",
     repeats: int = 20,
 ) -> list[Cost]:
-    """The costs of all models, by their names, on `batch` images of `size` (height, width), run in turns.
+    """Measures all models, by name, on `batch` images of `size` (height, width), in turns.
 
-    One that does not fit into memory has a `problem`, and the others are measured all the same.
+    A model that does not fit into memory gets a `problem`; the others are still measured.
 
     Raises:
-      ValueError: a network does not take images of this size.
+      ValueError: if a network does not accept images of this size.
     """
     rows: dict[str, Cost] = {}
     runs: dict[str, Callable[[], object]] = {}
@@ -152,7 +152,7 @@ def measure(
         except OutOfMemory as error:
             rows[name] = dataclasses.replace(rows[name], problem=f"out of memory: {error}")
             continue
-        except (ValueError, TypeError) as error:  # whatever the network makes of an image that it does not take
+        except (ValueError, TypeError) as error:  # networks fail in various ways on sizes they do not accept
             raise ValueError(f"{name} cannot be run on an image of {size[0]}x{size[1]}: {error}") from error
         rows[name] = dataclasses.replace(rows[name], compile_seconds=compiled.seconds, memory=compiled.memory)
         runs[name] = compiled.run
@@ -168,14 +168,14 @@ def measure(
 
 
 def compile_model(model: models.Model, shape: tuple[int, int, int, int], *, dtype: jnp.dtype = jnp.float32) -> Compiled:
-    """Compiles a model for an NHWC shape on the default device, with an image of random pixels to run it on.
+    """Compiles a model for an NHWC shape on the default device, with random pixels as its input.
 
     Args:
-      dtype: of weights and activations inside; input and output are float32.
+      dtype: of weights and activations; input and output are float32.
 
     Raises:
-      OutOfMemory: it does not fit.
-      ValueError: the network does not take this shape.
+      OutOfMemory: if it does not fit.
+      ValueError: if the network does not accept this shape.
     """
     apply = model.network.make_apply(dtype=dtype)
     image_only = jax.jit(lambda params, x: apply(params, x)[0])
@@ -198,10 +198,10 @@ def compile_model(model: models.Model, shape: tuple[int, int, int, int], *, dtyp
 def time_in_turns(
     runs: Mapping[str, Callable[[], object]], *, repeats: int, warm_up: int = WARM_UP
 ) -> dict[str, list[float]]:
-    """Seconds of every run, `repeats` of each, in turns: A B A B ... after `warm_up` turns that do not count.
+    """Returns the seconds of `repeats` calls of every run, in turns: A B A B ..., after `warm_up` uncounted turns.
 
-    So whatever else the machine does falls on all of them, and the ratios of one turn say more than those of medians.
-    A run that raises `OutOfMemory` is left out from then on, and is not in the result.
+    Other load on the machine then affects all runs alike, and the ratios within a turn are more reliable than ratios of
+    medians. A run that raises `OutOfMemory` is dropped and missing from the result.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(warm_up + repeats):
@@ -219,7 +219,7 @@ def time_in_turns(
 
 @contextmanager
 def telling_out_of_memory(needs: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """Turns what JAX and NumPy raise for want of memory into `OutOfMemory`, with what `needs` says behind it."""
+    """Converts the out-of-memory errors of JAX and NumPy to `OutOfMemory`, appending what `needs` returns."""
     try:
         yield
     except (MemoryError, OutOfMemory, jax.errors.JaxRuntimeError) as error:
@@ -230,13 +230,13 @@ def telling_out_of_memory(needs: Callable[[], str] = lambda: "") -> Iterator[Non
 
 
 class Planned:
-    """A jitted function that is compiled at its first call, and again for arguments of other shapes or types.
+    """A jitted function that compiles on its first call, and again for arguments of other shapes or dtypes.
 
-    The log then tells what memory it takes, and that there may be too little. On a CPU every device computes in the
-    same memory, which so has to hold what all of them take.
+    On compiling it logs the memory it uses and warns if that may not fit. On a CPU all devices share one memory, so it
+    must hold what they use together.
 
     Args:
-      jitted: from `jax.jit`; what it returns has to have the sharding of what it is called with next.
+      jitted: from `jax.jit`; its result must have the sharding of the next call's argument.
       what: what one call is, for messages, such as "a step".
     """
 
@@ -245,16 +245,16 @@ class Planned:
         self.needs = ""
 
     def __call__(self, *arguments: Any) -> Any:
-        """Calls it.
+        """Calls the function.
 
         Raises:
-          OutOfMemory: it does not fit, and was not run; or it was, and did not.
+          OutOfMemory: if it does not fit; either before running, or because running it failed.
         """
         with telling_out_of_memory():
             if self._compiled is not None:
                 try:
                     return self._compiled(*arguments)
-                except TypeError as error:  # raised before anything is run, or donated
+                except TypeError as error:  # raised before anything runs or is donated
                     log.info(f"compiling anew: {str(error).splitlines()[-1]}")
             self._compiled = self._compile(arguments)
             return self._compiled(*arguments)
@@ -285,23 +285,23 @@ class Planned:
 
 
 def amount(count: float) -> str:
-    """Bytes for people: "1.50 GiB", "20 MiB"."""
+    """Formats a number of bytes: "1.50 GiB", "20 MiB"."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """Of at least one value, interpolated linearly between neighbours."""
+    """Returns the quartiles of at least one value, with linear interpolation."""
     return Quartiles(*np.percentile(values, (25, 50, 75)).tolist())
 
 
 def describe_machine() -> dict[str, Any]:
-    """The conditions of a measurement: the device, its surroundings, how busy they were, versions, date."""
+    """Describes the conditions of a measurement: device, host, load, versions, date."""
     device = jax.devices()[0]
     return {
         "device": _cpu_name() if device.platform == "cpu" else device.device_kind,
         "platform": device.platform,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # of the last minute, all processes
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # last minute, all processes
         "system": platform.platform(),
         "python": platform.python_version(),
         "jax": jax.__version__,
@@ -311,7 +311,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def planned_memory(executable: jax.stages.Compiled) -> Memory | None:
-    """What a compiled program takes; None where the backend does not tell."""
+    """Returns the memory a compiled program uses; None if the backend does not report it."""
     plan = executable.memory_analysis()
     if plan is None:
         return None
@@ -320,10 +320,10 @@ def planned_memory(executable: jax.stages.Compiled) -> Memory | None:
 
 
 def device_memory() -> tuple[int, int]:
-    """Bytes that there are for programs: of an accelerator, as much as JAX may take of it; for a CPU, the machine's.
+    """Returns the bytes available to programs: on an accelerator JAX's limit, on a CPU the machine's memory.
 
     Returns:
-      In all, and what is free now; 0 where it is not known.
+      Total and currently free bytes; 0 if unknown.
     """
     if jax.default_backend() != "cpu":
         stats = jax.local_devices()[0].memory_stats() or {}
@@ -333,10 +333,10 @@ def device_memory() -> tuple[int, int]:
 
 
 def check_network_fits(network: models.Network) -> None:
-    """Refuses a student that is too large to be trained here, before any of its parameters is made.
+    """Rejects a student too large to train here, before any of its parameters is created.
 
     Raises:
-      ConfigError: with what there is room for.
+      ConfigError: if it does not fit; the message says what would.
     """
     for name, value in network.hparams.items() if network.architecture.is_checked else ():
         most = _MOST_CHANNELS if name in _CHANNELS else _MOST_LEVELS if name in _LEVELS else _MOST_BLOCKS
@@ -348,10 +348,10 @@ def check_network_fits(network: models.Network) -> None:
     shown = f"config.student.hparams={brief(network.hparams, 200)}"
     try:
         count = models.count_params(network.abstract_params)
-    except (TypeError, OverflowError) as error:  # of sizes beyond 64 bits, or of the user's own class
+    except (TypeError, OverflowError) as error:  # from sizes beyond 64 bits, or from a user's own class
         raise ConfigError(f"config.student: {network.arch} cannot be made with {shown}: {error}") from error
     there, _ = device_memory()
-    # On a CPU every device keeps a copy of its own in the same memory.
+    # On a CPU every device keeps its own copy in the same memory.
     needed = 4 * count * _COPIES * (jax.local_device_count() if jax.default_backend() == "cpu" else 1)
     if there and needed > there:
         raise ConfigError(
@@ -361,25 +361,25 @@ def check_network_fits(network: models.Network) -> None:
 
 
 def check_data_fits(config: Config, *, channels: int, scale: int, process_count: int = 1) -> None:
-    """Refuses batches, validation crops and decoding processes that memory cannot hold, before any is made.
+    """Rejects batches, validation crops and decoding processes that do not fit into memory, before creating any.
 
     Args:
       channels, scale: of the student.
 
     Raises:
-      ConfigError: with the keys that ask for too much.
+      ConfigError: if they do not fit; the message names the keys that ask for too much.
     """
     options, workers, crop = config.data, config.data.workers, config.val.crop
     side = max(options.crop, options.canvas)
     rows = -(-options.batch_size // process_count)
-    # Batches that are loaded ahead, and made while those wait: see `kdjax.data.pipeline`.
+    # Batches prefetched, plus those in the making: see `kdjax.data.pipeline`.
     batches = 2 + 3 * workers if workers else 8
     pixels = side**2 + (side // scale) ** 2 * bool(options.lq)
     asks = {
         f"config.data.workers={workers:,}, as processes that decode images": workers * _WORKER_BYTES,
         f"config.data.batch_size={options.batch_size:,} of squares of {side:,} pixels (config.data.crop and canvas),"
         f" {batches:,} batches ahead": batches * rows * pixels * channels,
-        f"config.val.crop={crop:,}, as the side of an image": 5 * channels * crop**2,  # in 8 bit and in float32
+        f"config.val.crop={crop:,}, as the side of an image": 5 * channels * crop**2,  # in 8 bits and in float32
     }
     there, _ = host_memory()
     for what, needed in asks.items():
@@ -388,10 +388,10 @@ def check_data_fits(config: Config, *, channels: int, scale: int, process_count:
 
 
 def check_it_fits(memory: Memory | None, what: str = "a pass", *, devices: int = 1) -> None:
-    """On a CPU, refuses what is larger than the machine: Linux would hand it out, and kill the process for using it.
+    """On a CPU, rejects what exceeds the machine's memory: Linux would overcommit and then kill the process.
 
     Raises:
-      OutOfMemory: `devices` that take `memory` each need more than there is.
+      OutOfMemory: if `devices` that each use `memory` need more than there is.
     """
     if memory is None or jax.default_backend() != "cpu":
         return
@@ -401,10 +401,10 @@ def check_it_fits(memory: Memory | None, what: str = "a pass", *, devices: int =
 
 
 def allocator_peak() -> int | None:
-    """The most bytes that were in use on an accelerator since the process began; None on a CPU, which does not count.
+    """Returns the peak bytes in use on an accelerator since the process started; None on a CPU, which does not count.
 
-    It cannot be set back, so it belongs to the most demanding model of all that ran, and to XLA's trials of kernels
-    while compiling.
+    It cannot be reset, so it belongs to the most demanding model run so far, and includes XLA's autotuning while
+    compiling.
     """
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
@@ -417,7 +417,7 @@ def _timing(seconds: list[float], first: list[float] | None, batch: int, size: t
 
 
 def _cpu_name() -> str:
-    """The processor's name; JAX only says "cpu"."""
+    """Returns the processor's name; JAX only says "cpu"."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -3,13 +3,14 @@
     pip install "kdjax[demo]"
     python -m kdjax.demo --model student.pth teacher.pth
 
-The page takes an image, adds noise to it if asked to, and shows input and output with a slider between them, and how
-long that took.
+The page takes an image, optionally adds noise, and shows input and output with a slider between them, and the time it
+took.
 
-It listens on localhost, and refuses whoever calls it by another name, the pages of other sites in the same browser, and
-files that are no images. Nothing is sent anywhere else. Images and results are in a temporary folder that only its user
-can read, and are deleted after an hour, or when the program ends; what a killed program leaves, the next one deletes.
-Ctrl-C ends it with exit code 0, SIGTERM with 143, SIGHUP (the terminal is closed) with 129.
+The server listens on localhost. It rejects requests under any other host name, requests from other sites' pages in the
+same browser, and uploads that are not images. Nothing leaves the machine. Images and results are kept in a temporary
+folder that only its user can read; they are deleted after an hour or when the program ends, and what a killed program
+leaves behind is deleted by the next one. Exit codes: 0 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP (the terminal
+was closed).
 """
 
 from __future__ import annotations
@@ -47,19 +48,19 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-_MOST_PIXELS = 20_000_000  # what a browser still shows
-_MOST_BYTES = 200_000_000  # of a file: those pixels in RGBA of 16 bits without compression are 160 MB
+_MOST_PIXELS = 20_000_000  # browsers can still display this
+_MOST_BYTES = 200_000_000  # of a file: those pixels as uncompressed 16-bit RGBA are 160 MB
 _MOST_NOISE = 75
 _KEPT_SECONDS = 3600
 _UPLOAD = "/gradio_api/upload"
 _FOLDER = "kdjax-demo-"
 _HOST = "127.0.0.1"
-# What the browser may load for the page, and who may frame it: some versions of Gradio fetch a script from elsewhere.
+# What the browser may load for the page, and who may frame it: some versions of Gradio load a script from elsewhere.
 _POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
 
 
 def add_noise(image: np.ndarray, sigma: float) -> np.ndarray:
-    """A uint8 image as float32 in about [0, 1], with Gaussian noise of `sigma` (0..255 scale), always the same."""
+    """Adds Gaussian noise of `sigma` (0..255 scale) to a uint8 image, always the same; float32 in about [0, 1]."""
     noise = np.random.default_rng(0).standard_normal(image.shape, np.float32)
     return np.float32(image) / 255 + np.float32(sigma / 255) * noise
 
@@ -67,10 +68,10 @@ def add_noise(image: np.ndarray, sigma: float) -> np.ndarray:
 def restore(
     model: models.Model, path: str | os.PathLike[str], sigma: float, *, tile: int, tile_pad: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """What the model was given and what it made of an image file, uint8 of one size, and the seconds that it took.
+    """Restores an image file; returns the model's input and output, uint8 of equal size, and the seconds it took.
 
     Raises:
-      ImageError: the file is not an image, or has too many pixels for a page.
+      ImageError: if the file is not an image, or has too many pixels for a page.
     """
     scale = model.network.scale
     check_image(path, scale)
@@ -85,10 +86,10 @@ def restore(
 
 
 def check_image(path: str | os.PathLike[str], scale: int = 1) -> None:
-    """Looks at the header of a file.
+    """Checks the header of a file.
 
     Raises:
-      ImageError: it is none of an image, or of one that has too many pixels for a page after enlarging `scale` times.
+      ImageError: if the file is not an image, or has too many pixels for a page after enlarging it `scale` times.
     """
 
     def check(image: Image.Image) -> None:
@@ -104,7 +105,7 @@ def check_image(path: str | os.PathLike[str], scale: int = 1) -> None:
 
 
 def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: int) -> gradio.Blocks:
-    """The page for models by name; `folder` is where Gradio puts what is uploaded, and nothing else is read."""
+    """Builds the page for models by name; Gradio keeps uploads in `folder`, and reads nothing else."""
     import gradio as gr
 
     def run(name: str, image: dict[str, Any] | None, sigma: float) -> tuple[tuple[np.ndarray, np.ndarray], str]:
@@ -121,7 +122,7 @@ def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: 
                 given, made, seconds = restore(model, path, sigma, tile=tile, tile_pad=tile_pad)
         except cost.OutOfMemory as error:
             raise _error(f"out of memory: {error}; start the page with a smaller --tile") from error
-        except ValueError as error:  # also an ImageError: what was dropped, not the program
+        except ValueError as error:  # including ImageError: a fault of the upload, not of the program
             raise _error(_without_folder(error, path)) from error
         height, width = made.shape[:2]
         megapixels = height * width / model.network.scale**2 / 1e6
@@ -148,13 +149,13 @@ def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: 
                 )
                 timing = gr.Markdown(elem_id="timing")
         name.change(lambda chosen: _about(loaded[chosen]), name, about, api_visibility="private")
-        # In its preprocessing Gradio would convert what is not 8-bit RGB, and say only "Error" of what it cannot open.
+        # Gradio's preprocessing would convert anything but 8-bit RGB, and report only "Error" for files it cannot open.
         button.click(run, [name, image, sigma], [slider, timing], api_name="restore", preprocess=False)
     return page
 
 
 def _error(message: str) -> Exception:
-    """What Gradio shows on the page as it is."""
+    """Returns the exception that Gradio shows on the page verbatim."""
     import gradio as gr
 
     return gr.Error(html.escape(message, quote=False), print_exception=False)
@@ -177,11 +178,11 @@ def _photographs() -> list[Path]:
 
 
 class _Guard:
-    """Stands before Gradio, which takes any file from anybody, and keeps half of an upload that broke off.
+    """Protects Gradio, which accepts any file from anyone and keeps partial uploads.
 
-    Refused are what a browser sends for the page of another site (403), unless it is following a link to this one; more
-    than `_MOST_BYTES` (413); and the upload of a file that is no image (415). An upload is passed on once it is whole.
-    Answers tell the browser to load nothing from elsewhere.
+    Rejects what a browser sends on behalf of another site's page (403), unless it follows a link to this one; more than
+    `_MOST_BYTES` (413); and uploads that are not images (415). An upload is passed on only once it is complete.
+    Responses tell the browser to load nothing from elsewhere.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -239,7 +240,7 @@ class _Guard:
 
 
 def _is_foreign(request: Request) -> bool:
-    """Whether a browser sends this for the page of another site; programs send neither of the two headers."""
+    """Returns whether a browser sends this for another site's page; other programs send neither header."""
     site, origin = (request.headers.get(name) for name in ("sec-fetch-site", "origin"))
     is_own = site in (None, "same-origin", "none") and (
         origin is None or urlsplit(origin).netloc == request.headers.get("host")
@@ -250,12 +251,12 @@ def _is_foreign(request: Request) -> bool:
 
 
 async def _read_body(request: Request) -> list[bytes] | None:
-    """The chunks of a request's body, at least one; None if it is too long.
+    """Reads the chunks of a request's body, at least one; None if it is too long.
 
     Raises:
-      ClientDisconnect: it broke off.
+      ClientDisconnect: if the upload was cut off.
     """
-    most = _MOST_BYTES + 2**16  # with what is around a file
+    most = _MOST_BYTES + 2**16  # allows for the form around the file
     if int(request.headers.get("content-length", 0)) > most:
         return None
     chunks, size = [b""], 0
@@ -268,7 +269,7 @@ async def _read_body(request: Request) -> list[bytes] | None:
 
 
 def _remove_what_is_no_image(paths: list[str]) -> str:
-    """Removes all the files of an upload if one of them is no image; returns what is wrong with it, or ''."""
+    """Deletes all files of an upload if any is not an image; returns the problem, or ''."""
     try:
         for path in paths:
             check_image(path)
@@ -283,14 +284,14 @@ def _remove_what_is_no_image(paths: list[str]) -> str:
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
-    """A folder that only this user can read, removed at the end, with those that killed programs left."""
+    """Yields a folder that only this user can read; on exit deletes it. Also deletes those left by killed programs."""
     folder = Path(tempfile.mkdtemp(prefix=_FOLDER))
     try:
         with locked(folder):
             for other in folder.parent.glob(f"{_FOLDER}*"):
                 with contextlib.suppress(FolderInUse, OSError):
-                    is_own = other.lstat().st_uid == folder.lstat().st_uid  # in /tmp, anybody can take a name
-                    if is_own and any(other.iterdir()):  # one that is being made is still empty
+                    is_own = other.lstat().st_uid == folder.lstat().st_uid  # in /tmp, anyone can take a name
+                    if is_own and any(other.iterdir()):  # an empty one is just being created
                         with locked(other):
                             shutil.rmtree(other)
             yield folder
@@ -318,7 +319,7 @@ def main() -> None:
         commandline.fail('the page needs Gradio; install it with pip install "kdjax[demo]"')
     sharding.use_all_cores()
     try:
-        _usable_port(options.port)  # before the wait
+        _usable_port(options.port)  # fail before the long start-up
         chosen = weights_options(options)
         paths = named_paths(options.model, "--model")
         loaded = {name: load_weights(assets.locate(path, assets.TEACHER), **chosen) for name, path in paths.items()}
@@ -327,12 +328,12 @@ def main() -> None:
         code = _serve(options, loaded)
     except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
         commandline.fail(str(error))
-    # Not sys.exit: a thread may be restoring an image, cannot be stopped, and would abort where the interpreter ends.
+    # Not sys.exit: a thread may be restoring an image, cannot be stopped, and would abort at interpreter shutdown.
     os._exit(code)
 
 
 def _serve(options: argparse.Namespace, loaded: dict[str, Loaded]) -> int:
-    """Serves the page until a signal ends it; returns the exit code."""
+    """Serves the page until a signal arrives; returns the exit code."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -351,7 +352,7 @@ def _serve(options: argparse.Namespace, loaded: dict[str, Loaded]) -> int:
 
 
 def _launch(page: gradio.Blocks, port: int, open_it: bool) -> str:
-    """Serves the page from a thread of its own; returns its URL."""
+    """Serves the page from its own thread; returns its URL."""
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -375,24 +376,24 @@ def _launch(page: gradio.Blocks, port: int, open_it: bool) -> str:
 
 
 def _set_environment(folder: Path) -> None:
-    """What Gradio reads from the environment, before it is imported: nothing that is meant for other pages."""
+    """Sets the environment variables that Gradio reads on import, and removes those meant for other apps."""
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    os.environ["GRADIO_EXAMPLES_CACHE"] = str(folder / "examples")  # else ./.gradio, which it serves
+    os.environ["GRADIO_EXAMPLES_CACHE"] = str(folder / "examples")  # otherwise ./.gradio, which it serves
     os.environ["GRADIO_ANALYTICS_ENABLED"] = os.environ["GRADIO_RUN_HISTORY"] = "False"
     direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = f"{direct},{_HOST}"  # it calls its own server
 
 
 def _usable_port(port: int) -> int:
-    """The port itself, or a free one for 0.
+    """Returns the port, or a free one for 0.
 
     Raises:
-      OSError: it cannot be used.
+      OSError: if it cannot be used.
     """
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: after another has ended
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: reuse a port just freed
         try:
             probe.bind((_HOST, port))
         except OSError as error:

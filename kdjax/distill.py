@@ -1,21 +1,22 @@
-"""The training step: teacher, student, every loss term, gradients, optimizer and EMA in one pure function.
+"""The training step: teacher, student, loss terms, gradients, optimizer and EMA in one pure function.
 
     total loss = sum over terms of weight(step) x value(student, teacher, batch)
 
-The step knows no files, no config object and no model classes: `Recipe` holds the functions, `State` the arrays that
-change, `frozen` those that do not: {"teacher": its parameters, "terms": {name: constants of that term}}. They are an
-argument of the step, and never in the state, the optimizer or a checkpoint. The caller jits:
+The step does no I/O and sees neither config objects nor model classes. `Recipe` holds the functions, `State` the arrays
+that change, and `frozen` the arrays that don't: {"teacher": its parameters, "terms": {name: constants of that term}}.
+Frozen arrays are an argument of the step; they never enter the state, the optimizer or a checkpoint. The caller jits:
 
     step = jax.jit(functools.partial(train_step, recipe), donate_argnums=0)
     state, metrics = step(state, frozen, batch, key)
 
-`kdjax.batch.Batch` says what a batch has. The noise of a sample depends on the key and its number only, not on devices,
-processes or workers.
+See `kdjax.batch.Batch` for the contents of a batch. A sample's noise depends only on the key and the sample number, not
+on devices, processes or workers.
 
-`train_step` is `observe` and then `learn`; `joint_step` lets several students learn from one teacher's forward pass.
+`train_step` is `observe` followed by `learn`. `joint_step` trains several students on one forward pass of the teacher.
 
-Both can take a batch in `accumulate` parts, one after another: every loss is a mean over samples, so that the mean over
-parts of equal size is that of the batch, and so is its gradient, while activations take the memory of one part.
+Both can split a batch into `accumulate` parts and process them in sequence (gradient accumulation). Every loss is a
+mean over samples, so averaging over equal parts gives the loss and gradient of the whole batch, with the activation
+memory of one part.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from kdjax.terms import Context, Forward, Setting, Term
 Metrics = dict[str, jax.Array]
 T = TypeVar("T")
 
-# A weight given as a share of the gradient is measured anew after so many steps: it costs one backward pass a term.
+# Weights given as a share of the gradient are re-measured this often, in steps: it costs one backward pass per term.
 SHARES_EVERY = 20
 
 
@@ -50,17 +51,16 @@ class Recipe:
     """Everything about a run that is not an array.
 
     Attributes:
-      student: a pure function `apply(params, x) -> (output, features)`, as `Network.make_apply` returns it.
-      teacher: the same; None where no term needs one, or where its answers come with the batch.
-      terms: from `kdjax.terms.make_terms`, and your own.
-      optimizer: any optax transformation; `make_optimizer` has those of a config.
-      learning_rate: only to be reported; the optimizer already contains it.
-      ema_decay: of the moving average of the student's parameters, in [0, 1); 0 follows them.
-      degrade: `degrade(key, image, window)` makes the lq of one (h, w, c) image where a batch has none.
-      crop: the side of the gt square that is learnt from, cut from larger images as if after they were degraded; 0
-        takes them whole.
+      student: a pure function `apply(params, x) -> (output, features)`, as returned by `Network.make_apply`.
+      teacher: likewise; None if no term needs a teacher, or if the batch already has its outputs.
+      terms: from `kdjax.terms.make_terms`, and any of your own.
+      optimizer: any optax transformation; `make_optimizer` builds those a config can name.
+      learning_rate: for logging only; the optimizer already contains it.
+      ema_decay: decay of the EMA of the student's parameters, in [0, 1); 0 copies them.
+      degrade: `degrade(key, image, window)` makes the lq of one (h, w, c) image if the batch has none.
+      crop: side of the gt crop to train on, cut from larger images as if after degrading them; 0 uses whole images.
       sharpen: sharpens gt first.
-      accumulate: the number of parts that a batch is taken in; it has to divide the batch.
+      accumulate: number of parts to split a batch into; must divide the batch size.
     """
 
     student: Apply
@@ -78,14 +78,14 @@ class Recipe:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-    """What training changes; a pytree of arrays, so that it can be jitted, donated and checkpointed.
+    """What training changes: a pytree of arrays that can be jitted, donated and checkpointed.
 
     Attributes:
       step: int32 scalar, the number of updates so far.
       params: {"student": ..., "adapters": {term: ...}}, all trained; only the student is exported.
-      params_ema: the moving average of the student's parameters.
-      opt_state: of `Recipe.optimizer`, for `params`.
-      balance: the present weight of every term whose weight is a share of the gradient.
+      params_ema: EMA of the student's parameters.
+      opt_state: state of `Recipe.optimizer` for `params`.
+      balance: current weight of each term whose weight is a share of the gradient.
     """
 
     step: jax.Array
@@ -96,7 +96,7 @@ class State:
 
 
 class Scene(NamedTuple):
-    """What a step looks at: the images of a batch, what the teacher says of them, and a key for each sample.
+    """The inputs of `learn`: a batch's images, the teacher's outputs for them, and a key per sample.
 
     `labelled` is as in `kdjax.terms.Context`.
     """
@@ -116,12 +116,12 @@ def make_setting(
     lq: tuple[int, ...],
     key: jax.Array,
 ) -> Setting:
-    """The setting for `kdjax.terms.make_terms`: shapes of both networks' results. Nothing is computed.
+    """Returns the setting for `kdjax.terms.make_terms`: the output shapes of both networks. Runs neither of them.
 
     Args:
-      teacher: None where no term needs one, and then so are `teacher_params`.
-      lq: the shape (b, h, w, c) of the degraded images of a training batch.
-      key: for the initial values of adapters.
+      teacher: None if no term needs one; then `teacher_params` is None too.
+      lq: shape (b, h, w, c) of the degraded images of a training batch.
+      key: for initialising adapters.
     """
     image = jax.ShapeDtypeStruct(lq, jnp.float32)
     run = lambda apply, params: Forward(*jax.eval_shape(apply, params, image))  # noqa: E731
@@ -130,7 +130,7 @@ def make_setting(
 
 
 def make_frozen(terms: Iterable[Term], teacher_params: Params | None) -> Params:
-    """The constant arrays of a step: {"teacher": its parameters, "terms": {name: constants of that term}}."""
+    """Returns the constant arrays of a step: {"teacher": its parameters, "terms": {name: constants of that term}}."""
     return {"teacher": teacher_params, "terms": {term.name: term.loss.frozen for term in terms}}
 
 
@@ -142,14 +142,14 @@ def make_optimizer(
     weight_decay: float = 0.0,
     grad_clip: float = 0.0,
 ) -> optax.GradientTransformation:
-    """Adam as torch has it, eps 1e-8 outside the root.
+    """Adam as in torch, with eps = 1e-8 outside the square root.
 
     Args:
-      name: "adam" (weight decay is added to the gradient: torch's Adam, L2) or "adamw" (decoupled decay).
-      grad_clip: the largest norm of the whole gradient; 0 for no clipping.
+      name: "adam" (weight decay is L2, added to the gradient, as in torch's Adam) or "adamw" (decoupled decay).
+      grad_clip: maximum global gradient norm; 0 disables clipping.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: if the name is unknown.
 
     Examples:
       >>> optimizer = make_optimizer("adam", lambda count: jnp.float32(0.1))
@@ -171,12 +171,12 @@ def make_optimizer(
 
 
 def init_state(recipe: Recipe, student_params: Params) -> State:
-    """The state before the first update; the EMA starts as a copy of the student.
+    """Returns the state before the first update; the EMA starts as a copy of the student.
 
-    `train_step` donates the state when it is jitted as above; `student_params` are part of it and gone after the first
-    update, unless they are NumPy arrays.
+    The state includes `student_params`. If `train_step` is jitted as above it donates the state, so the first update
+    invalidates them unless they are NumPy arrays.
     """
-    # Real copies of everything that comes from elsewhere: donating one buffer twice would fail.
+    # Copy everything that comes from elsewhere: donating the same buffer twice fails.
     adapters = {term.name: jax.tree.map(jnp.copy, term.loss.adapters) for term in recipe.terms if term.loss.adapters}
     params = {"student": student_params, "adapters": adapters}
     return State(
@@ -189,17 +189,17 @@ def init_state(recipe: Recipe, student_params: Params) -> State:
 
 
 def train_step(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: jax.Array) -> tuple[State, Metrics]:
-    """One update. Jit it with the recipe bound, as the module's docstring shows.
+    """Performs one update. Jit it with the recipe bound, as in the module docstring.
 
     Args:
       frozen: from `make_frozen`.
       batch: `gt` (b, h, w, c), uint8 or float in [0, 1], with `lq` or `index`; see `kdjax.batch.Batch`.
-      key: the run's key for noise; the same at every step.
+      key: the run's noise key, the same at every step.
 
     Returns:
-      The next state, and scalars: `loss/total`, and of every term `loss/NAME` (raw), `weight/NAME` and `weighted/NAME`;
-      `lr`, `grad_norm`, and `finite`, false when the loss or the gradient is not a finite number. Nothing is raised for
-      a loss that is not finite: look at `finite` before you save.
+      The next state, and scalar metrics: `loss/total`; per term `loss/NAME` (unweighted), `weight/NAME` and
+      `weighted/NAME`; `lr`, `grad_norm`, and `finite`, which is false if the loss or the gradient is not finite. A
+      non-finite loss raises nothing: check `finite` before saving.
     """
     return learn(recipe, state, frozen, observe([recipe], [state.step], frozen, batch, key))
 
@@ -207,10 +207,10 @@ def train_step(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: 
 def joint_step(
     recipes: Mapping[str, Recipe], states: Mapping[str, State], frozen: Params, batch: Batch, key: jax.Array
 ) -> tuple[dict[str, State], dict[str, Metrics]]:
-    """`train_step` of several students, by name, with one forward pass of the teacher for all of them.
+    """`train_step` for several named students, sharing one forward pass of the teacher.
 
     Args:
-      recipes: which have the same data.
+      recipes: by student; all must use the same data.
       frozen: {"teacher": its parameters, "terms": {student: {term: its constants}}}.
     """
     scene = observe(recipes.values(), [states[name].step for name in recipes], frozen, batch, key)
@@ -224,10 +224,10 @@ def joint_step(
 def observe(
     recipes: Iterable[Recipe], steps: Iterable[jax.Array], frozen: Params, batch: Batch, key: jax.Array
 ) -> Scene:
-    """Degrades the batch, and runs the teacher if one of the `recipes`, at its step, has use for it and its answers did
-    not come with the batch.
+    """Degrades the batch, and runs the teacher if any recipe needs it.
 
-    The recipes have the same data; the batch is taken in the parts that the first one wants.
+    The teacher is skipped if the batch already has its outputs, or if no recipe uses it at its current step. All
+    recipes must use the same data; the first one's `accumulate` decides how the batch is split.
     """
     recipes, steps = list(recipes), list(steps)
     batch = batch | {"index": _sample_numbers(batch)}
@@ -238,7 +238,7 @@ def observe(
 
 
 def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Params, batch: Batch, key: jax.Array) -> Scene:
-    """`observe` of one part, whose `labelled` are weights."""
+    """`observe` for one part; here `labelled` holds weights."""
     gt, lq = make_pair(recipes[0], batch, key)
     keys = sample_keys(jax.random.fold_in(key, Stream.TERMS), batch["index"])
     labelled = batch.get("labelled")
@@ -258,7 +258,7 @@ def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Params, batc
 
 
 def learn(recipe: Recipe, state: State, frozen: Params, scene: Scene) -> tuple[State, Metrics]:
-    """The student's part of `train_step`."""
+    """The student's half of `train_step`."""
     values_of = functools.partial(term_values, recipe, state.step, frozen)
     balance = state.balance
     if balance:
@@ -297,7 +297,7 @@ def learn(recipe: Recipe, state: State, frozen: Params, scene: Scene) -> tuple[S
 
 
 def term_values(recipe: Recipe, step: jax.Array, frozen: Params, params: Params, scene: Scene) -> Metrics:
-    """The raw value of every term; 0, and no work, for one whose weight is 0 at this step."""
+    """Returns the unweighted value of every term; one whose weight is 0 at this step is not computed and gives 0."""
     teacher = recipe.teacher
     ask_teacher: Any = teacher and (lambda images: Forward(*teacher(frozen["teacher"], images)))
     student = Forward(*recipe.student(params["student"], scene.lq))
@@ -317,14 +317,15 @@ def term_values(recipe: Recipe, step: jax.Array, frozen: Params, params: Params,
 
 
 def term_weights(recipe: Recipe, step: jax.Array, balance: dict[str, jax.Array]) -> Metrics:
-    """The weight of every term at this step."""
+    """Returns the weight of every term at this step."""
     return {term.name: balance[term.name] if term.share else term.weight(step) for term in recipe.terms}
 
 
 def gradient_norms(values_of: Callable[[Params, Scene], Metrics], params: Params, scene: Scene, parts: int) -> Metrics:
-    """The norm of the gradient of every raw term with respect to the student's parameters.
+    """Returns, for every unweighted term, the norm of its gradient with respect to the student's parameters.
 
-    One forward pass, then one backward pass a term, one after another; of each of the `parts`, before norms are taken.
+    Costs one forward pass and one backward pass per term, in sequence. Gradients are averaged over the `parts` before
+    norms are taken.
     """
     names = list(jax.eval_shape(values_of, params, scene))
 
@@ -341,10 +342,10 @@ def gradient_norms(values_of: Callable[[Params, Scene], Metrics], params: Params
 
 
 def rebalance(recipe: Recipe, step: jax.Array, norms: Metrics) -> dict[str, jax.Array]:
-    """The weights that give every term with a `share` r the part r of the sum of all weighted gradient norms.
+    """Returns the weights that give every term with a `share` r the fraction r of the summed weighted gradient norms.
 
-    With R the sum of the shares and B that of weight x norm over the other terms: weight = r / (1 - R) x B / norm.
-    A term without gradient gets 0.
+    Let R be the sum of the shares and B the sum of weight x norm over the other terms. Then weight = r / (1 - R) x B /
+    norm. A term with zero gradient gets weight 0.
     """
     weighted = [abs(term.weight(step)) * norms[term.name] for term in recipe.terms if not term.share]
     rest = sum(weighted) / (1 - sum(term.share for term in recipe.terms))
@@ -356,12 +357,12 @@ def rebalance(recipe: Recipe, step: jax.Array, norms: Metrics) -> dict[str, jax.
 
 
 def diagnose(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: jax.Array) -> Metrics:
-    """What `train_step` does not tell because it costs more: one backward pass a term. Changes nothing.
+    """Returns metrics too expensive for `train_step`: they cost one backward pass per term. Changes nothing.
 
     Returns:
-      `share/NAME`: the part of the term in the sum of all weighted gradient norms; and where there is a teacher
-      `psnr_student_teacher`, in dB, and `teacher_better`, the part of the pixels (of samples with a clean image) where
-      the teacher is nearer to the clean image than the student.
+      `share/NAME`: the term's fraction of the sum of all weighted gradient norms. With a teacher also
+      `psnr_student_teacher`, in dB, and `teacher_better`, the fraction of pixels (of samples with a clean image)
+      where the teacher is closer to the clean image than the student.
     """
     scene = observe([recipe], [state.step], frozen, batch, key)
     values_of = functools.partial(term_values, recipe, state.step, frozen)
@@ -389,14 +390,14 @@ def diagnose(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: ja
 
 
 def make_pair(recipe: Recipe, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The clean and the degraded images of a batch, as float [0, 1]."""
+    """Returns the clean and the degraded images of a batch, float in [0, 1]."""
     samples = {name: batch[name] for name in ("gt", "lq", "is_paired") if name in batch}
     return sharding.per_sample(jax.vmap(functools.partial(_pair_of, recipe, key)), _sample_numbers(batch), samples)
 
 
 def _pair_of(recipe: Recipe, key: jax.Array, index: jax.Array, sample: Batch) -> tuple[jax.Array, jax.Array]:
-    """`make_pair` of one sample."""
-    degrade: Any = recipe.degrade  # there, where it is needed
+    """`make_pair` for one sample."""
+    degrade: Any = recipe.degrade  # not None if this is reached
     whole_gt = gt = ops.to_float(sample["gt"])
     if recipe.sharpen:
         whole_gt = gt = usm_sharpen(gt)
@@ -418,7 +419,7 @@ def _pair_of(recipe: Recipe, key: jax.Array, index: jax.Array, sample: Batch) ->
 
 
 def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
-    """The key of every sample number in `index`; with the run's key, that of its degradation."""
+    """Returns one key per sample number in `index`; from the run's key, these are the degradation keys."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
@@ -427,16 +428,16 @@ def _sample_numbers(batch: Batch) -> jax.Array:
 
 
 def _in_parts(batch: T, parts: int) -> T:
-    """Every array (b, ...) as (parts, b / parts, ...).
+    """Reshapes every array (b, ...) to (parts, b / parts, ...).
 
-    Sample i is in part i % parts. A device has its samples side by side, so it has as many in every part, and no image
-    moves to another device.
+    Sample i goes to part i % parts. Each device holds consecutive samples, so it contributes equally to every part and
+    no image moves between devices.
     """
     return jax.tree.map(lambda array: array.reshape(-1, parts, *array.shape[1:]).swapaxes(0, 1), batch)
 
 
 def _map_parts(function: Callable[[Batch], Scene], batch: Batch, parts: int) -> Scene:
-    """The function of every part of a batch, one after another, put together again."""
+    """Applies the function to each part of a batch in sequence and reassembles the result."""
     if parts == 1:
         return function(batch)
     results = jax.lax.map(function, _in_parts(batch, parts))
@@ -444,7 +445,7 @@ def _map_parts(function: Callable[[Batch], Scene], batch: Batch, parts: int) -> 
 
 
 def _mean_over_parts(function: Callable[[Scene], Any], scene: Scene, parts: int) -> Any:
-    """The mean of the function, a tree of arrays, over the parts of a scene, one after another."""
+    """Returns the mean of the function, a tree of arrays, over the parts of a scene, computed in sequence."""
     if parts == 1:
         return function(scene)
     scenes = _in_parts(scene, parts)
@@ -455,5 +456,5 @@ def _mean_over_parts(function: Callable[[Scene], Any], scene: Scene, parts: int)
 
 
 def eval_step(apply: Apply, params: Params, lq: jax.Array) -> jax.Array:
-    """The restored images as uint8 (b, h*scale, w*scale, c)."""
+    """Returns the restored images as uint8 (b, h*scale, w*scale, c)."""
     return ops.to_uint8(apply(params, ops.to_float(lq))[0])

@@ -1,11 +1,11 @@
-"""Measures models on folders of images, any number of each in one table:
+"""Evaluates models on folders of images, any number of each in one table:
 
     python -m kdjax.evaluate --model FILE --data DIR --sigma 25
     python -m kdjax.evaluate --model ours=a.pth theirs=b.pth --data kodak cbsd68 --sigma 15 25 50 --output results
     python -m kdjax.evaluate --model FILE --pairs sidd sidd/gt sidd/noisy --metrics psnr_y ssim_y
 
-Clean images get the benchmark's noise (`kdjax.validation`: seed 0 per image, not clipped); the degraded partners of
-`--pairs` come from files. Outputs are rounded to 8 bit, metrics are those of `kdjax.metrics.named`, and a result is the
+Clean images get the benchmark's noise (`kdjax.validation`: seed 0 per image, not clipped); with `--pairs` the degraded
+images come from files. Outputs are rounded to 8 bits, metrics are those of `kdjax.metrics.named`, and a result is the
 mean over the images. `docs/evaluating.md` explains the options.
 """
 
@@ -38,13 +38,13 @@ from kdjax.tiles import Restorer
 from kdjax.validation import Restore, Sample, Score, Values
 from kdjax.weights import Loaded, load_weights, weights_options
 
-_NAME = r"\w[\w.+-]*"  # of a model or a set, which is also the name of a folder
+_NAME = r"\w[\w.+-]*"  # of a model or a set; also used as a folder name
 
 
 def evaluate(
     model: models.Model, samples: Sequence[Sample], *, show_progress: bool = False
 ) -> tuple[Score, dict[str, Score]]:
-    """The mean PSNR and SSIM of a model, and those of every image by name, in the order of `samples`."""
+    """Returns a model's mean PSNR and SSIM, and those of every image by name, in the order of `samples`."""
     progress = Progress(len(samples), sum(sample.gt.size for sample in samples), silent=not show_progress)
     each = lambda position, *_: progress.advance(samples[position].gt.size)  # noqa: E731
     values = validation.measure(make_restore(model), samples, ("psnr", "ssim"), named.Context(), each=each)
@@ -55,17 +55,17 @@ def evaluate(
 def make_restore(
     model: models.Model, *, tile: int = 0, tile_pad: int = 16, x8: bool = False, dtype: jnp.dtype = jnp.float32
 ) -> Restore:
-    """A function from float32 (h, w, c) images to (position, restored uint8 image), in any order.
+    """Makes a function from float32 (h, w, c) images to (position, restored uint8 image), in any order.
 
     Args:
-      tile: 0 gives every device a whole image at a time, and compiles once for each size; otherwise the side of the
-        tiles of one image, which are spread over the devices.
-      tile_pad: pixels around a tile that the network sees as well.
-      x8: the mean over the eight flips and rotations.
+      tile: 0 runs a whole image per device at a time, compiling once per size; otherwise the side of the tiles into
+        which an image is split to spread it over the devices.
+      tile_pad: context around a tile, in pixels.
+      x8: averages over the eight flips and rotations.
       dtype: of the computation inside the network.
 
     Raises:
-      ValueError: tiles that cannot be.
+      ValueError: if tile or tile_pad is out of range.
     """
     if tile:
         restorer = Restorer(model, tile=tile, tile_pad=tile_pad, x8=x8, dtype=dtype)
@@ -77,7 +77,7 @@ def make_restore(
     return lambda images: validation.restore(apply, model.params, images)
 
 
-# ---- what the command line asks for ----------------------------------------------------------------------------
+# ---- parsing the command line ----------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A set of images in memory: clean ones, or pairs where `lq` names a folder."""
+    """A set of images in memory: clean ones, or pairs if `lq` names a folder."""
 
     name: str
     gt: str
@@ -101,7 +101,7 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """All that was asked for, read and checked; `settings` says in words what the numbers depend on."""
+    """The whole request, loaded and checked; `settings` describes in words what the numbers depend on."""
 
     models: dict[str, Entry]
     datasets: list[Dataset]
@@ -111,7 +111,7 @@ class Request:
     settings: dict[str, str]
 
     def conditions(self) -> list[tuple[Dataset, float | None]]:
-        """Every set with every level of noise; None for pairs."""
+        """Every set with every noise level; None for pairs."""
         return [(one, sigma) for one in self.datasets for sigma in (self.sigmas if one.lq is None else [None])]
 
 
@@ -146,7 +146,7 @@ def make_parser() -> commandline.Parser:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; ends the program with a message and code 2 where they do not fit together."""
+    """Parses the options; exits with a message and code 2 if they do not fit together."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     if not options.data and not options.pairs:
@@ -171,10 +171,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def prepare(options: argparse.Namespace) -> Request:
-    """Reads models, images and the files of metrics, so that what cannot work fails before anything is computed.
+    """Loads models, images and metric files first, so that problems surface before anything is computed.
 
     Raises:
-      ValueError, OSError: what cannot be used.
+      ValueError, OSError: if something cannot be used.
     """
     chosen = weights_options(options)
     loaded = {
@@ -206,7 +206,7 @@ def prepare(options: argparse.Namespace) -> Request:
 
 
 def _common_kind(loaded: Mapping[str, Loaded]) -> tuple[int, int]:
-    """The channels and the scale that all models share."""
+    """Returns the channels and the scale that all models share."""
     kinds = {name: (one.model.network.channels, one.model.network.scale) for name, one in loaded.items()}
     if len(set(kinds.values())) > 1:
         listed = "; ".join(f"{name}: {channels} channels, scale {scale}" for name, (channels, scale) in kinds.items())
@@ -238,7 +238,7 @@ def _datasets(options: argparse.Namespace, channels: int, scale: int) -> list[Da
 
 
 def _context(options: argparse.Namespace) -> tuple[named.Context, dict[str, str]]:
-    """What the metrics need, and where that came from."""
+    """Returns what the metrics need, and where it came from."""
     contents, sources = {}, {}
     for name in options.metrics:
         if source := METRICS[name].source:
@@ -266,11 +266,11 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
 
 
 class Gallery:
-    """The images of one set and level that the first model restored worst, as every model restored them.
+    """The images of one set and noise level that the first model restored worst, as restored by every model.
 
     Args:
       count: how many to keep.
-      metric: what decides.
+      metric: what to rank by.
     """
 
     def __init__(self, count: int, metric: str) -> None:
@@ -280,7 +280,7 @@ class Gallery:
         self.outputs: dict[int, dict[str, np.ndarray]] = {}  # position -> model -> image
 
     def add(self, model: str, position: int, output: np.ndarray, values: Values) -> None:
-        """Takes an output; those of the first model choose the images, and come before those of all others."""
+        """Adds an output; the first model's outputs select the images, so add them before all others."""
         self._first = self._first or model
         if model != self._first:
             if position in self.outputs:
@@ -294,7 +294,7 @@ class Gallery:
 
 
 def run(request: Request, options: argparse.Namespace) -> None:
-    """Measures everything, prints rows as they come, writes the table after every set and level, the report at last."""
+    """Measures everything: prints rows as they come, rewrites the table after every set and level, then the report."""
     conditions = request.conditions()
     images = [image for dataset, _ in conditions for image in dataset.images]
     macs = sum(entry.macs for entry in request.models.values())
@@ -340,7 +340,7 @@ def run(request: Request, options: argparse.Namespace) -> None:
 def _measure_model(
     request: Request, name: str, samples: list[Sample], gallery: Gallery, progress: Progress, folder: Path | None
 ) -> list[Values]:
-    """The metrics of one model on every sample; the outputs go to the gallery and, if there is one, into the folder."""
+    """Returns one model's metrics on every sample; outputs go to the gallery and, if given, into the folder."""
     entry = request.models[name]
 
     def take(position: int, output: np.ndarray, values: Values) -> None:
@@ -360,13 +360,13 @@ def _means(values: list[Values]) -> Values:
 
 
 def _line(means: Values) -> str:
-    """PSNR 31.33 dB   SSIM 0.8852"""
+    """Formats the means: "PSNR 31.33 dB   SSIM 0.8852"."""
     parts = [f"{METRICS[name].title} {METRICS[name].text(value)} {METRICS[name].unit}" for name, value in means.items()]
     return "   ".join(part.rstrip() for part in parts)
 
 
 def _write_table(request: Request, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """results.json and results.md, whole, with the rows there are so far."""
+    """Writes results.json and results.md atomically, with the rows so far."""
     entries = {
         name: {
             "file": entry.loaded.path,
@@ -387,7 +387,7 @@ def _write_table(request: Request, rows: list[dict[str, Any]], options: argparse
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str], settings: Mapping[str, str]) -> str:
-    """The table, the best model of every set and level in bold, and what the numbers depend on."""
+    """Formats the table, the best model of every set and level in bold, and what the numbers depend on."""
     lines = []
     for row in rows:
         rivals = [
@@ -413,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         request = prepare(options)
         for folder in filter(None, [options.output, options.json and options.json.parent]):
             folder.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+    except (ValueError, OSError) as error:  # caused by the user's input; a traceback would hide the message
         commandline.fail(str(error))
     for name, entry in request.models.items():
         one, size = entry.loaded, models.count_params(entry.loaded.model.params)

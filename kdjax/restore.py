@@ -1,11 +1,11 @@
-"""Restores pictures and videos with a trained model:
+"""Restores images and videos with a trained model:
 
     python -m kdjax.restore --model student.pth photographs --output restored
     python -m kdjax.restore --model realesr-animevideov3.pth "scans/*.tif" clip.mp4 --output enlarged --suffix _x4
 
-Files of any size, in tiles (`kdjax.tiles`). Pictures keep their format, depth, alpha, colour profile and EXIF
-(`kdjax.media.pictures`), videos their sound and frame rate (`kdjax.media.videos`). A file whose output exists is done:
-the same command again continues. `docs/restoring.md` explains the options.
+Handles files of any size, in tiles (`kdjax.tiles`). Images keep their format, bit depth, alpha, colour profile and EXIF
+(`kdjax.media.pictures`), videos their sound and frame rate (`kdjax.media.videos`). Files whose output exists are
+skipped, so running the same command again resumes. `docs/restoring.md` explains the options.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from kdjax.tiles import Told, restore_image
 from kdjax.weights import load_weights, weights_options
 
 _FORMATS = ("png", "jpg", "webp", "tif", "bmp", "ppm")
-_SUFFIXES = (*data.IMAGE_SUFFIXES, *videos.VIDEO_SUFFIXES)  # that a folder is searched for
-_LISTED = 8  # suffixes that a message lists
+_SUFFIXES = (*data.IMAGE_SUFFIXES, *videos.VIDEO_SUFFIXES)  # what to look for in folders
+_LISTED = 8  # maximum number of suffixes listed in a message
 
 Restore = Callable[..., np.ndarray]  # (image, progress=Told) -> the restored image, of the same type
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One file to restore, and where the result goes."""
+    """One file to restore, and the target to write."""
 
     source: Path
     target: Path
@@ -58,19 +58,19 @@ class Job:
         return self.source.suffix.lower() in videos.VIDEO_SUFFIXES
 
 
-# ---- what is to be done ------------------------------------------------------------------------------------------
+# ---- planning ----------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be done, and what is not.
+    """What to restore, and what to leave out.
 
     Attributes:
-      ignored: files of folders that are no pictures or videos by their suffix.
-      hidden: how many names of folders have a dot in front.
-      repeated: files that were given more than once.
-      results: files that are left out because this run, with this suffix, would write them.
-      unread: folders that could not be read, with why.
+      ignored: files in folders whose suffix is not that of an image or video.
+      hidden: number of names in folders that start with a dot.
+      repeated: files given more than once.
+      results: files left out because this run, with this suffix, would write them.
+      unread: unreadable folders, with the reason.
     """
 
     jobs: list[Job] = dataclasses.field(default_factory=list)
@@ -82,20 +82,19 @@ class Plan:
 
 
 def plan(inputs: Sequence[str], output: Path, *, suffix: str = "", format: str | None = None) -> Plan:
-    """The files that `inputs` name, each with its target below `output`.
+    """Finds the files that `inputs` name, each with its target below `output`.
 
-    Every name has a target of its own, also where several of them are links to one file.
+    Every name gets its own target, even if several names are links to the same file.
 
     Args:
-      inputs: files, folders with all that is below them, linked folders too, or patterns such as "scans/**/*.tif". The
-        target of a file of a folder is in the same sub-folder. Names with a dot in front, and `output` itself, are left
-        out of folders.
-      suffix: is put between the name of a file and its suffix.
-      format: "png", "jpg", ... for pictures; by default they keep theirs, or become png where that is not written.
+      inputs: files, folders (searched recursively, following links), or patterns such as "scans/**/*.tif". Targets keep
+        the sub-folder structure. Names that start with a dot, and `output` itself, are skipped in folders.
+      suffix: inserted between a file's stem and its suffix.
+      format: "png", "jpg", ... for images; by default they keep their format, or become png if it cannot be written.
 
     Raises:
-      ValueError: an input does not exist, a target is an input or the target of another one, or there is nothing to do.
-      OSError: a folder that was given cannot be read.
+      ValueError: if an input does not exist, a target is an input or another file's target, or there is nothing to do.
+      OSError: if a given folder cannot be read.
     """
     found = Plan()
     jobs: dict[str, Job] = {}  # by the absolute name of the source
@@ -130,19 +129,19 @@ def plan(inputs: Sequence[str], output: Path, *, suffix: str = "", format: str |
 
 
 def _place(path: Path) -> str:
-    """Where a name is, whatever folders lead there; of a link, where the link is, which is what writing replaces."""
+    """Resolves the folders of a name, but not a link at its end: writing replaces the link itself."""
     return os.path.join(os.path.realpath(path.parent), path.name)
 
 
 def _is_same(one: Path, other: Path) -> bool:
     try:
         return os.path.samefile(one, other)
-    except OSError:  # links to nothing
+    except OSError:  # dangling links
         return _place(one) == _place(other)
 
 
 def _files(inputs: Sequence[str], output: Path, found: Plan) -> Iterator[tuple[Path, Path]]:
-    """Every file, and its name relative to what was given; tells `found` what it leaves out."""
+    """Yields every file with its name relative to the input; records in `found` what is left out."""
     for text in inputs:
         if "\0" in text:
             raise ValueError(f"{printable(text)!r} is no name of a file: it has a NUL character")
@@ -151,14 +150,14 @@ def _files(inputs: Sequence[str], output: Path, found: Plan) -> Iterator[tuple[P
             raise ValueError(f"{text}: there is no file or folder of this name, and none that fits it as a pattern")
         for path in map(Path, paths):
             if path.is_dir():
-                os.listdir(path)  # what was given has to be readable; what is below it, as far as it goes
+                os.listdir(path)  # an input must be readable; folders below it may be skipped
                 yield from ((path / name, name) for name in _names_in(path, output, found))
             else:
                 yield path, Path(path.name)
 
 
 def _names_in(folder: Path, output: Path, found: Plan) -> Iterator[Path]:
-    """The pictures and videos below a folder, relative to it."""
+    """Yields the images and videos below a folder, relative to it."""
 
     left = [(Path(), frozenset())]
     while left:
@@ -175,7 +174,7 @@ def _names_in(folder: Path, output: Path, found: Plan) -> Iterator[Path]:
             if entry.name.startswith("."):
                 found.hidden.append(folder / name)
             elif _is_folder(entry):
-                # Neither a link back to where it is found, nor what this program writes.
+                # Skip links back to a parent folder, and this program's own output.
                 if _identity(entry.path) not in above and os.path.realpath(entry.path) != os.path.realpath(output):
                     folders.append((name, above))
             elif entry.name.lower().endswith(_SUFFIXES):
@@ -198,7 +197,7 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 
 def left_out(found: Plan) -> list[str]:
-    """What is not done of what was given, in lines for the user."""
+    """Lists for the user what is left out."""
     lines = []
     if found.ignored:
         lines.append(f"not taken, for their suffixes are not those of pictures or videos: {_count(found.ignored)}")
@@ -240,7 +239,7 @@ def _target_name(name: Path, suffix: str, format: str | None) -> Path:
     return name.with_name(f"{name.stem}{suffix}{kind}")
 
 
-# ---- doing it ----------------------------------------------------------------------------------------------------
+# ---- restoring ---------------------------------------------------------------------------------------------------
 
 
 def run(
@@ -252,23 +251,23 @@ def run(
     *,
     max_pixels: float | None = None,
 ) -> list[str]:
-    """Restores the files one after the other and tells of each. Nothing about one of them ends the others.
+    """Restores the files one by one and reports on each. A file that fails does not stop the others.
 
     Args:
       restore: a function of an image, as `kdjax.tiles.restore_image` takes it, and of `progress`.
-      scale: how much it enlarges.
+      scale: its scale factor.
       quality: of JPEG and WebP (`kdjax.media.pictures.write_picture`).
-      stop: ends the work after the tile at hand.
-      max_pixels: larger pictures and frames fail (`kdjax.media.pictures.too_large`).
+      stop: stops after the current tile.
+      max_pixels: larger images and frames fail (`kdjax.media.pictures.too_large`).
 
     Returns:
-      For every file that could not be restored, why.
+      The reason for every file that could not be restored.
 
     Raises:
-      Stopped: a signal came.
-      OSError: the disk is full.
+      Stopped: if a signal arrived.
+      OSError: if the disk is full.
     """
-    sizes = [_bytes_of(job.source) for job in jobs]  # which stand for the work that they are
+    sizes = [_bytes_of(job.source) for job in jobs]  # file size is a proxy for the work
     progress, failures = Progress(len(jobs), sum(sizes), "files"), []
     for number, (job, size) in enumerate(zip(jobs, sizes, strict=True)):
 
@@ -287,7 +286,7 @@ def run(
                     what, notes = restore_picture(job, restore, scale, quality, told, max_pixels)
         except Stopped:
             raise
-        except Exception as error:  # files can be wrong in more ways than there are kinds of exceptions
+        except Exception as error:  # there are more ways for a file to be broken than exception types
             failures.append(_failure(job, error))
             print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
             if _is_disk_full(job, error):
@@ -304,12 +303,12 @@ def run(
 def _bytes_of(path: Path) -> int:
     try:
         return max(1, path.stat().st_size)
-    except OSError:  # it will fail, and say why
+    except OSError:  # it will fail and report why
         return 1
 
 
 def _make_room(target: Path) -> None:
-    """Makes the folder of a target, and raises an `OSError` where no file of this name can be, before any work."""
+    """Creates the target's folder; raises an `OSError` early if no file of this name can be written."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileNotFoundError):
         if stat.S_ISDIR(target.lstat().st_mode):
@@ -319,7 +318,7 @@ def _make_room(target: Path) -> None:
 def restore_picture(
     job: Job, restore: Restore, scale: int, quality: int | None, told: Told, max_pixels: float | None = None
 ) -> tuple[str, Sequence[str]]:
-    """Restores a picture; returns what was done, and notes, for the user."""
+    """Restores an image; returns what was done, and notes, for the user."""
     picture = pictures.read_picture(job.source, scale=scale, max_pixels=max_pixels)
     notes = picture.notes
     pictures.check_target(job.target, picture, scale)  # before any work
@@ -332,7 +331,7 @@ def restore_picture(
 def restore_video(
     job: Job, restore: Restore, scale: int, told: Told, max_pixels: float | None = None
 ) -> tuple[str, Sequence[str]]:
-    """As `restore_picture`, of a video."""
+    """Like `restore_picture`, for a video."""
     video = videos.probe(job.source)
     samples = 6 if video.deep else 3
     encoding = video.width * video.height * videos.BYTES_TO_CODE * scale**2
@@ -364,7 +363,7 @@ def _failure(job: Job, error: Exception) -> str:
 
 
 def _is_disk_full(job: Job, error: Exception) -> bool:
-    """Whether that is why a file could not be written, as an error of the system or in the words of a program."""
+    """Returns whether a write failed because the disk is full, judging by the OS error or by a program's message."""
     chain: BaseException | None = error
     while chain is not None:
         if isinstance(chain, OSError) and chain.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -402,7 +401,7 @@ def make_parser() -> commandline.Parser:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; ends the program with a message and code 2 where one is out of range."""
+    """Parses the options; exits with a message and code 2 if one is out of range."""
     parser = make_parser()
     options = parser.parse_args(arguments)
     for name in ("tile", "tile_pad"):
@@ -425,14 +424,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with StopSignals() as stop:
         try:
             failures = restore_all(options, stop)
-        except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+        except (ValueError, OSError) as error:  # caused by the user's input; a traceback would hide the message
             commandline.fail(str(error))
     if failures:
         commandline.fail("\n".join([f"{_count(failures)} could not be restored:", *shortened(failures)]))
 
 
 def restore_all(options: argparse.Namespace, stop: StopSignals) -> list[str]:
-    """Everything that the command line asks for; returns and raises as `run`, and ValueError for what cannot be."""
+    """Does everything the command line asks for; returns and raises as `run`, plus ValueError for invalid requests."""
     found = plan(options.inputs, options.output, suffix=options.suffix, format=options.format)
     loaded = load_weights(assets.locate(options.model, assets.TEACHER), **weights_options(options))
     model, scale, channels = loaded.model, loaded.model.network.scale, loaded.model.network.channels

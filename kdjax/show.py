@@ -1,9 +1,9 @@
-"""Draws what a config trains on: clean and degraded images side by side, with what was chosen for each.
+"""Draws what a config trains on: clean and degraded images side by side, with the degradation of each.
 
     python -m kdjax.show --config configs/realworld.py --output sheet.png [--count 8] [--step 0]
 
-The samples are those of the run itself: same files, crops, flips, degradations. Each row has gt, lq, the kernels that
-blurred it, and what was drawn, in the order in which it was done.
+The samples are those of the run itself: same files, crops, flips and degradations. Each row has gt, lq, the kernels
+that blurred it, and the random choices, in the order in which they were applied.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from kdjax.training import preparation
 
 _TEXT_WIDTH, _LINE, _GAP = 220, 15, 6
 _KERNEL_ZOOM = 4
-_LARGEST = 320  # of an image on the sheet, pixels
+_LARGEST = 320  # maximum side of an image on the sheet, in pixels
 
 
 def draw_sheet(setup: preparation.Setup, *, count: int, step: int = 0) -> np.ndarray:
-    """The sheet of the first `count` samples from training step `step` on, uint8 (h, w, 3)."""
+    """Draws the first `count` samples from training step `step` on, as uint8 (h, w, 3)."""
     key = jax.random.key(setup.config.seed)
     rows: list[np.ndarray] = []
     make_pair = jax.jit(lambda batch: distill.make_pair(setup.recipe, batch, key))
@@ -55,7 +55,7 @@ def draw_sheet(setup: preparation.Setup, *, count: int, step: int = 0) -> np.nda
 
 
 def _told(choices: Mapping[str, np.ndarray] | realesrgan.Choices) -> tuple[list[str], list[np.ndarray]]:
-    """The lines and the kernels that say what was chosen, without what then had no effect."""
+    """Returns text lines and kernels that describe the choices, omitting those that had no effect."""
     if not isinstance(choices, realesrgan.Choices):
         return [f"{name} {float(value):.4g}" for name, value in choices.items()], []
     modes, kernels, lines = tuple(MODES), [], []
@@ -77,7 +77,7 @@ def _told(choices: Mapping[str, np.ndarray] | realesrgan.Choices) -> tuple[list[
 
 
 def _row(gt: np.ndarray, lq: np.ndarray, lines: list[str], kernels: list[np.ndarray]) -> np.ndarray:
-    """gt, lq, kernels and text, side by side."""
+    """Places gt, lq, kernels and text side by side."""
     height = max(min(_LARGEST, gt.shape[0]), _LINE * len(lines))
     parts = [_shown(image, height) for image in (gt, lq)]
     if kernels:
@@ -90,7 +90,7 @@ def _row(gt: np.ndarray, lq: np.ndarray, lines: list[str], kernels: list[np.ndar
 
 
 def _shown(image: np.ndarray, height: int) -> np.ndarray:
-    """RGB, at most as large as a sheet shows, and white below."""
+    """Converts to RGB, shrinks to the sheet's maximum size, and pads with white below."""
     image = np.repeat(image, 3, 2) if image.shape[2] == 1 else image
     if max(image.shape) > _LARGEST:
         picture = Image.fromarray(image)
@@ -101,7 +101,7 @@ def _shown(image: np.ndarray, height: int) -> np.ndarray:
 
 
 def _kernel_picture(kernel: np.ndarray) -> np.ndarray:
-    """Magnified, from black at its least value to white at its largest."""
+    """Magnifies a kernel, from black at its minimum to white at its maximum."""
     scaled = (kernel - kernel.min()) / max(float(np.ptp(kernel)), 1e-12)
     picture = np.kron(np.uint8(255 * scaled), np.ones((_KERNEL_ZOOM, _KERNEL_ZOOM), np.uint8))
     return np.pad(np.repeat(picture[..., None], 3, 2), ((0, 0), (0, _GAP), (0, 0)), constant_values=255)

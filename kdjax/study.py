@@ -1,18 +1,18 @@
-"""Compares ways of distilling with each other and with training without a teacher, over several seeds:
+"""Compares distillation methods with each other and with training without a teacher, over several seeds:
 
     python -m kdjax.study --config configs/study_denoise.py
     python -m kdjax.study --config configs/study_denoise.py --columns scratch output --config.seeds="(0, 1, 2)"
 
-The config has a training config, `base`, and `columns`: name -> what that column changes in it. Runs of one seed have
-the same initial weights, images, crops and noise, and those with the same data and length are trained together, in one
-step with a single forward pass of the teacher. In the study's folder (studies/NAME by default):
+The config has a training config, `base`, and `columns`: name -> what that column changes in it. Runs of one seed share
+initial weights, images, crops and noise. Those with the same data and length are trained together, in one step with a
+single forward pass of the teacher. The study's folder (studies/NAME by default) contains:
 
     seed0/output/       config.json  metrics.jsonl  result.json  student.pth  student.safetensors
     results.json  results.md  results.png
 
-A run that has its result is not run again, so columns and seeds can be added later; one that was interrupted
-continues. `scratch` is the column that the others are compared with. A column with `compute_of="NAME"` is trained for
-as many steps as make its multiply-accumulates those of column NAME.
+Finished runs are not repeated, so columns and seeds can be added later; interrupted runs resume. All columns are
+compared with the column `scratch`. A column with `compute_of="NAME"` is trained for as many steps as it takes to match
+the multiply-accumulates of column NAME.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ log = logging.getLogger("kdjax")
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """What every student is compared with: PSNR of teacher and input over the validation images, in dB, and the
-    teacher's images."""
+    """The reference for every student on the validation images.
+
+    Holds the PSNR of teacher and input, in dB, and the teacher's images.
+    """
 
     teacher_psnr: float
     input_psnr: float
@@ -65,7 +67,7 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Columns that are trained together: all but the student, its losses and its learning is the same."""
+    """Columns that are trained together: only students, their losses and their learning differ."""
 
     setups: dict[str, preparation.Setup]
     teacher: Teacher
@@ -73,7 +75,7 @@ class Group:
 
     @property
     def first(self) -> preparation.Setup:
-        """The setup that stands for all where they are the same."""
+        """Any one setup, standing for all where they agree."""
         return next(iter(self.setups.values()))
 
     @property
@@ -82,14 +84,14 @@ class Group:
 
 
 def check_folder(workdir: Path) -> None:
-    """Refuses a folder whose files the study would replace.
+    """Refuses a folder containing files that the study would replace.
 
     Raises:
-      ConfigError: it has results of something else.
+      ConfigError: if it holds unrelated results.
     """
     try:
         before = read_json(workdir / "results.json")
-    except ValueError:  # emptied by a power cut, for example; it is written anew
+    except ValueError:  # emptied by a power cut, for example; it is written again
         before = {}
     foreign = [name for name in ("results.json", "results.md", "results.png", "train.log") if (workdir / name).exists()]
     ours = "rows" in before and "results" in before
@@ -101,13 +103,13 @@ def check_folder(workdir: Path) -> None:
 
 
 def run(study: Study, workdir: Path, columns: Sequence[str] | None = None) -> str:
-    """Trains what has no result yet and writes the tables; returns one line that says what came of it.
+    """Trains every run without a result and writes the tables; returns a one-line summary.
 
     Args:
-      columns: train these alone; None trains all. The tables have all that have a result.
+      columns: train only these; None trains all. The tables include every run with a result.
 
     Raises:
-      Stopped: a signal came; the same command continues.
+      Stopped: if a signal arrived; the same command resumes.
     """
     baselines: dict[str, Baseline] = {}
     with StopSignals() as stop:
@@ -126,10 +128,10 @@ def run(study: Study, workdir: Path, columns: Sequence[str] | None = None) -> st
 
 
 def is_finished(config: Config, folder: Path) -> bool:
-    """Whether the run in `folder` has its result.
+    """Returns whether the run in `folder` has a result.
 
     Raises:
-      ConfigError: it is a run with another config, or the folder holds something else.
+      ConfigError: if it is a run with another config, or the folder holds something else.
     """
     try:
         before = read_json(folder / "config.json")
@@ -144,9 +146,9 @@ def is_finished(config: Config, folder: Path) -> bool:
                 " new --workdir, rename the column, or move these files away"
             )
         return False
-    with contextlib.suppress(ConfigError):  # a key that is new since then has its default
+    with contextlib.suppress(ConfigError):  # keys added since then take their defaults
         before = config_lib.to_dict(config_lib.parse(before))
-    # What is logged, and how often a checkpoint is written, changes nothing.
+    # Logging and the checkpoint interval do not affect the result.
     changes = [c for c in config_lib.changes(before, config_lib.to_dict(config)) if not c.startswith(("log.", "check"))]
     if changes:
         raise ConfigError(
@@ -163,13 +165,13 @@ def train_together(
     stop: StopSignals,
     baselines: dict[str, Baseline] | None = None,
 ) -> None:
-    """Trains the columns of a group to their end, or until a signal, and writes their results.
+    """Trains the columns of a group to the end, or until a signal, and writes their results.
 
-    `baselines` keeps what was measured of the teacher for the next group: a large one takes minutes.
+    `baselines` caches the teacher's measurements for the next group: with a large teacher they take minutes.
 
     Raises:
-      ValueError, OSError: a config cannot be carried out.
-      NonFiniteLoss: a student diverged.
+      ValueError, OSError: if a config cannot be carried out.
+      NonFiniteLoss: if a student diverged.
     """
     group = make_group(configs)
     config = group.config
@@ -186,14 +188,14 @@ def train_together(
         states = train_group(group, folder, checkpoints, curve_images, stop)
     if loop.step_of(states) == config.train.steps:
         results = {c: make_result(group, c, states[c].params_ema, baseline, folder / c) for c in configs}
-        # All at once: columns that have their result leave the group, and the others' checkpoint goes by its name.
+        # Together: a finished column leaves the group, whose checkpoint folder is named after its columns.
         for column, result in results.items():
             write_json(folder / column / "result.json", result)
         shutil.rmtree(checkpoint_folder)
 
 
 def make_group(configs: Mapping[str, Config]) -> Group:
-    """Networks and data of the columns; one teacher, whether or not the first column needs it."""
+    """Creates networks and data for the columns; one teacher, even if the first column does not need it."""
     setups = {column: preparation.prepare(config) for column, config in configs.items()}
     first = next(iter(setups.values()))
     teacher = load_teacher(first.config.teacher, first.student)
@@ -203,7 +205,7 @@ def make_group(configs: Mapping[str, Config]) -> Group:
 def train_group(
     group: Group, folder: Path, checkpoints: Checkpoints, curve_images: int, stop: StopSignals
 ) -> loop.States:
-    """Trains the columns to their end, or until a signal; `metrics.jsonl` of each gets the curve of its PSNR."""
+    """Trains the columns to the end, or until a signal; logs each one's PSNR curve to its `metrics.jsonl`."""
     samples = group.samples[:: max(1, len(group.samples) // curve_images)][:curve_images]
     states = loop.start(group.setups, checkpoints)
     with contextlib.ExitStack() as stack:
@@ -215,7 +217,7 @@ def train_group(
             logbooks[column] = stack.enter_context(logbook)
 
         def validate(step: int, states: loop.States) -> float:
-            """The mean PSNR of the columns."""
+            """Returns the mean PSNR of the columns."""
             found = []
             for column, logbook in logbooks.items():
                 found.append(mean_psnr(group.setups[column].recipe.student, states[column].params_ema, samples))
@@ -239,7 +241,7 @@ def train_group(
 
 
 def make_result(group: Group, column: str, params: Params, baseline: Baseline, folder: Path) -> dict[str, Any]:
-    """Writes a finished student, and returns the account of its run."""
+    """Writes a finished student and returns the results of its run."""
     setup = group.setups[column]
     export(setup.student, params, folder)
     result: dict[str, Any] = {}
@@ -261,14 +263,14 @@ def make_result(group: Group, column: str, params: Params, baseline: Baseline, f
 
 
 def measure_baseline(samples: list[Sample], teacher: Teacher) -> Baseline:
-    """What the teacher makes of the validation images."""
+    """Measures the teacher and the input on the validation images."""
     outputs = restore_all(teacher.apply_float32, teacher.params, samples)
     scored = statistics.fmean(metrics.psnr(o, sample.gt) for o, sample in zip(outputs, samples, strict=True))
     return Baseline(scored, validation.input_score(samples).psnr, outputs)
 
 
 def measure(apply: Apply, params: Params, samples: list[Sample], teacher_outputs: list[np.ndarray]) -> dict[str, float]:
-    """What a finished student reaches on all validation images."""
+    """Measures a finished student on all validation images."""
     outputs = restore_all(apply, params, samples)
     score = validation.mean_score([validation.score(o, s.gt) for o, s in zip(outputs, samples, strict=True)])
     like = statistics.fmean(metrics.psnr(ours, theirs) for ours, theirs in zip(outputs, teacher_outputs, strict=True))
@@ -276,19 +278,19 @@ def measure(apply: Apply, params: Params, samples: list[Sample], teacher_outputs
 
 
 def mean_psnr(apply: Apply, params: Params, samples: list[Sample]) -> float:
-    """The mean PSNR over some images."""
+    """Returns the mean PSNR over some images."""
     outputs = restore_all(apply, params, samples)
     return statistics.fmean(metrics.psnr(o, sample.gt) for o, sample in zip(outputs, samples, strict=True))
 
 
 def restore_all(apply: Apply, params: Params, samples: list[Sample]) -> list[np.ndarray]:
-    """The restored images, in the order of the samples."""
+    """Returns the restored images, in the order of the samples."""
     restored = dict(validation.restore(apply, jax.device_get(params), [sample.lq for sample in samples]))
     return [restored[i] for i in range(len(samples))]
 
 
 def write_results(study: Study, workdir: Path) -> str:
-    """Writes the account of all runs that have a result; returns one line about it."""
+    """Writes the report of all runs that have a result; returns a one-line summary."""
     paths = [workdir / f"seed{seed}" / column / "result.json" for column, seed in study.runs]
     results = [result for path in paths if (result := _result(path))]
     if not results:
@@ -298,7 +300,7 @@ def write_results(study: Study, workdir: Path) -> str:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    """The result of a run; empty where there is none yet, or a damaged one, whose run is trained again."""
+    """Returns the result of a run; empty if there is none yet, or it is damaged and the run has to be repeated."""
     try:
         return read_json(path)
     except ValueError:

@@ -1,30 +1,30 @@
-"""A trained model over images of any size: tiles of one shape, run on all devices, blended where they meet.
+"""Runs a trained model on images of any size: equal tiles, on all devices, blended where they overlap.
 
     restored = restore_image("student.pth", photograph)             # uint8 in, uint8 out
     restorer = Restorer(model, tile=256, tile_pad=16)               # for many images
-    for top, rows in restorer.bands(np.memmap(...)): ...            # for those that do not fit into memory
+    for top, rows in restorer.bands(np.memmap(...)): ...            # for images larger than memory
 
-The network sees squares of tile + 2 x tile_pad pixels: a tile and what is around it. Of what it makes of them a rim of
-tile_pad pixels is thrown away, because the network did not see there that the image goes on. Tiles overlap by a few
-pixels, over which one fades into the next. The outermost squares end where the image ends, so that the network pads
-there as it pads a whole image. A side of the image that fits into one square is not divided.
+The network sees windows of tile + 2 x tile_pad pixels a side: a tile and its surroundings. The outer tile_pad pixels of
+its output are discarded, because there the network could not see that the image goes on. Tiles overlap by a few pixels
+and are cross-faded there. The outermost windows end at the image border, so the network pads there as it would for a
+whole image. A side of the image that fits into one window is not split.
 
-Where tile_pad covers what an output pixel depends on (the receptive field), the result is that of the whole image up to
-float rounding. Deep networks reach further, with little weight. Measured: the PSNR between the image in tiles and the
-whole one, both unclipped, in dB, and the largest difference in levels of 8 bits, 2026-11-25, float32 on two CPU cores:
+If tile_pad covers the receptive field, the result equals that of the whole image up to float rounding. Deep networks
+reach further, but with little weight. Measured 2026-11-25 in float32 on two CPU cores: PSNR in dB between the tiled and
+the whole-image output, both unclipped, and the largest difference in 8-bit levels:
 
     tile / tile_pad                  128/8     128/16    128/32    256/8     256/16    256/32
     embedded RRDBNet 64x2, x1        59  5.7   65  5.7   82  0.7   66  5.7   74  2.7   91  0.3
     KAIR's DnCNN of depth 20, x1     75  1.1   101 0.1   163 0.0   84  0.6   109 0.0   168 0.0
     RealESRGAN_x4plus_anime_6B, x4   51  37    57  26    74  2.1   65  9.8   69  3.5   91  0.4
 
-The first two: the embedded astronaut, 512x512, noise of sigma 25. The last: 200x321 pixels of CBSD68's 101085.
-So a network as deep as the last one wants a tile_pad of 32. Of a large image the network sees
-((tile + 2 tile_pad) / (tile - 8))^2 times the pixels: 1.35 with 256/16, 1.66 with 256/32, 1.78 with 128/16.
+The first two rows use the embedded astronaut, 512x512, with noise of sigma 25; the last uses 200x321 pixels of CBSD68's
+101085. A network as deep as the last needs tile_pad=32. On a large image the network processes ((tile + 2 tile_pad) /
+(tile - 8))^2 times as many pixels: 1.35 with 256/16, 1.66 with 256/32, 1.78 with 128/16.
 
-NAFNet is another case: its blocks average over all that they see, and at no tile_pad are its tiles the whole image.
-Which of the two is closer to what it learnt depends on its crops in training; the published weights saw 256 pixels
-(Chu et al., 2022, "Improving image restoration by revisiting global information aggregation", arXiv:2112.04491).
+NAFNet is different: its blocks average over everything they see, so no tile_pad makes tiles match the whole image.
+Which of the two is closer to what it learned depends on its training crops; the published weights saw 256 pixels (Chu
+et al., 2022, "Improving image restoration by revisiting global information aggregation", arXiv:2112.04491).
 """
 
 from __future__ import annotations
@@ -43,34 +43,34 @@ from kdjax import assets, models, ops, sharding
 from kdjax.models.ensemble import self_ensemble
 from kdjax.weights import load_model
 
-FEATHER = 8  # input pixels over which neighbouring tiles fade into each other, at least
-_LARGEST_FLOAT = 16.0  # of images meant to be in [0, 1]: noise reaches 2 or 3, an image in [0, 255] is beyond
+FEATHER = 8  # input pixels over which neighbouring tiles cross-fade, rounded up to the model's multiple
+_LARGEST_FLOAT = 16.0  # for images meant to be in [0, 1]: noise reaches 2 or 3, an image in [0, 255] exceeds this
 
-Told = Callable[[int, int], None]  # is told how many tiles are done, of how many
+Told = Callable[[int, int], None]  # called with (tiles done, tiles in total)
 
 
 class Restorer:
-    """A model ready for images of any size; it keeps the weights on the devices.
+    """A model ready for images of any size; its weights stay on the devices.
 
-    The first image of at least tile + 2 x tile_pad pixels a side compiles the model, for all larger ones. Smaller sides
-    compile once for each size.
+    The first image of at least tile + 2 x tile_pad pixels a side compiles the model for all larger ones. Shorter sides
+    compile once per size.
 
     Attributes:
       scale: output pixels per input pixel, along each side.
-      channels: of the images that it takes: 3 for RGB, 1 for grey.
+      channels: of the images it takes: 3 for RGB, 1 for grey.
 
     Args:
-      tile: side of a tile in input pixels, or 0 for the whole image at once, which compiles once for each size.
-      tile_pad: context on each side of a tile, in input pixels. Both are rounded up to what the sides of an image are
-        padded to by the model (`kdjax.models.Network.multiple`).
-      x8: the mean over the eight flips and quarter turns of every tile, at eight times the cost
+      tile: side of a tile in input pixels; 0 runs the whole image at once, compiling once per size.
+      tile_pad: context on each side of a tile, in input pixels. tile and tile_pad are rounded up to the multiple the
+        model pads image sides to (`kdjax.models.Network.multiple`).
+      x8: averages over the eight flips and quarter turns of every tile, at eight times the cost
         (`kdjax.models.ensemble.self_ensemble`).
-      dtype: of weights and activations inside; images are float32.
-      devices: those of this process by default.
-      tiles_per_device: how many tiles one device takes at a time.
+      dtype: of weights and activations; images stay float32.
+      devices: by default, those of this process.
+      tiles_per_device: tiles per device and batch.
 
     Raises:
-      ValueError: a tile, tile_pad or tiles_per_device that cannot be.
+      ValueError: if tile, tile_pad or tiles_per_device is out of range.
     """
 
     def __init__(
@@ -96,23 +96,23 @@ class Restorer:
         devices = list(jax.local_devices() if devices is None else devices)
         every, first = sharding.data_mesh(devices), sharding.data_mesh(devices[:1])
         params = sharding.replicate(model.params, every)
-        self._every, self._first = (every, params), (first, sharding.replicate(params, first))  # the same memory
+        self._every, self._first = (every, params), (first, sharding.replicate(params, first))  # share memory
         self._tiles_per_device = int(tiles_per_device)
 
     def __call__(self, image: np.ndarray, *, progress: Told | None = None) -> np.ndarray:
         """Restores one image.
 
         Args:
-          image: (h, w, channels), float in about [0, 1], or uint8 or uint16, which are divided by 255 or 65535.
-          progress: called with the number of tiles that are done, and of all, after each batch.
+          image: (h, w, channels): float in about [0, 1], or uint8 or uint16, which are divided by 255 or 65535.
+          progress: called after each batch with the number of tiles done and the total.
 
         Returns:
           float32 (h x scale, w x scale, channels), not clipped.
 
         Raises:
-          ValueError: an image of another shape or type, or with nan or inf.
+          ValueError: if the image has another shape or dtype, or contains nan or inf.
         """
-        output = np.empty((0, 0, 0), np.float32)  # its width and channels are those of the first rows
+        output = np.empty((0, 0, 0), np.float32)  # width and channels are set by the first rows
         for top, rows in self.bands(image, progress=progress):
             if not output.size:
                 output = np.empty((image.shape[0] * self.scale, *rows.shape[1:]), np.float32)
@@ -120,18 +120,19 @@ class Restorer:
         return output
 
     def bands(self, image: np.ndarray, *, progress: Told | None = None) -> Iterator[tuple[int, np.ndarray]]:
-        """Restores one image from top to bottom, holding no more of it than two rows of tiles.
+        """Restores one image from top to bottom, holding at most two rows of tiles.
 
         Args:
-          image: as for a call; anything with a shape, a dtype and slices, such as a np.memmap. It is read in squares.
-          progress: as for a call.
+          image: as for `__call__`; anything with a shape, a dtype and slicing, such as np.memmap. It is read in
+            windows.
+          progress: as for `__call__`.
 
         Returns:
-          An iterator over (top, rows): the finished rows of the output from `top` on, float32 (n, w x scale, channels),
-          not clipped. Together they are the whole image, in order.
+          An iterator over (top, rows): the finished output rows from `top` on, float32 (n, w x scale, channels), not
+          clipped. In order, they make up the whole image.
 
         Raises:
-          ValueError: as a call; nan and inf only once the iterator meets them.
+          ValueError: as for `__call__`; nan and inf only when the iterator reaches them.
         """
         self._check(image)
         return self._bands(image, progress)
@@ -157,16 +158,16 @@ class Restorer:
             unfinished = band[finished:]
 
     def _run(self, image: np.ndarray, height: _Side, width: _Side, progress: Told | None) -> Iterator[np.ndarray]:
-        """What the model makes of each window, row by row."""
+        """Yields the model's outputs for the windows, one row of windows at a time."""
         places = list(itertools.product(height.starts, width.starts))
         dispatched = self._dispatch(image, places, (height.window, width.window))
         done = 0
-        # pairwise asks for the next batch before it gives this one: the host cuts tiles while the devices compute.
+        # pairwise asks for the next batch before yielding this one, so the host cuts tiles while the devices compute.
         for batch, _ in itertools.pairwise(itertools.chain(dispatched, [None])):
-            assert batch is not None  # only the last one is, which is never the first of a pair
+            assert batch is not None  # only the last one is None, and it is never first in a pair
             output, count = batch
             tiles = np.asarray(output)[:count]
-            if not np.isfinite(tiles).all():  # it would become a white or black picture
+            if not np.isfinite(tiles).all():  # these would turn into white or black pixels
                 raise ValueError("the model makes nan or inf of this image; in bfloat16, try float32")
             done += count
             if progress:
@@ -176,13 +177,13 @@ class Restorer:
     def _dispatch(
         self, image: np.ndarray, places: Sequence[tuple[int, int]], window: tuple[int, int]
     ) -> Iterator[tuple[jax.Array, int]]:
-        """Batches of outputs that the devices may still be working on, and how many windows each one holds."""
-        alone = len(places) == 1  # other devices would only compute it again
+        """Yields batches of outputs, possibly still being computed, with the number of windows in each."""
+        alone = len(places) == 1  # more devices would only repeat the work
         mesh, params = self._first if alone else self._every
         batch_size = 1 if alone else mesh.size * self._tiles_per_device
         for first in range(0, len(places), batch_size):
             chunk = places[first : first + batch_size]
-            batch = np.zeros((batch_size, *window, self.channels), np.float32)  # the last one is filled with black
+            batch = np.zeros((batch_size, *window, self.channels), np.float32)  # the last batch is padded with black
             for position, place in enumerate(chunk):
                 batch[position] = self._cut(image, place, window)
             output = self._step(params, jax.device_put(batch, sharding.split_batch(mesh)))
@@ -202,7 +203,7 @@ class Restorer:
             raise ValueError(f"the image is {image.dtype}; wanted uint8, uint16, or float in [0, 1]")
 
     def _cut(self, image: np.ndarray, place: tuple[int, int], window: tuple[int, int]) -> np.ndarray:
-        """One window as float32, padded as the model itself pads where it reaches beyond the image."""
+        """Returns one window as float32, padded beyond the image border as the model itself pads."""
         top, left = place
         pixels = np.asarray(image[top : top + window[0], left : left + window[1]])
         pixels = pixels.astype(np.float32) / np.float32(_largest_value(pixels.dtype))
@@ -213,18 +214,18 @@ class Restorer:
         return np.pad(pixels, [*missing, (0, 0)], mode=self._pad_mode)
 
     def _divide(self, size: int) -> _Side:
-        """How `size` input pixels are divided into windows."""
+        """Splits `size` input pixels into windows."""
         window = self._tile + 2 * self._tile_pad
         if self._tile == 0 or size <= window:
             return _Side(size, (0,), np.ones((1, size * self.scale), np.float32))
-        # Aligned to the multiple: half a tile at most fades, so that a step is never less than the other half.
+        # Keep the overlap a multiple and at most half a tile, so that the stride is at least the other half.
         overlap = min(ops.round_up(FEATHER, self._multiple), self._tile // 2 // self._multiple * self._multiple)
         padded = ops.round_up(size, self._multiple)
         starts = (*range(0, padded - window, self._tile - overlap), padded - window)
         inside = (np.arange(window * self.scale) + 1) / self.scale
         rise = np.clip((inside - self._tile_pad) / (overlap + 1 / self.scale), 0, 1)
         weights = np.tile(np.minimum(rise, rise[::-1]), (len(starts), 1))
-        # Nothing is missing at the border of the image.
+        # The image border has no neighbour to fade into.
         weights[0] = rise[::-1]
         weights[-1] = rise
         total = np.zeros(padded * self.scale)
@@ -236,9 +237,9 @@ class Restorer:
 
 
 class _Side(NamedTuple):
-    """How one side of an image is divided: windows of `window` pixels, at `starts`.
+    """How one side of an image is split: windows of `window` pixels, at `starts`.
 
-    `weights` (windows, window x scale) is how much each output pixel of a window counts; they sum to 1.
+    `weights` (windows, window x scale) is the blending weight of each output pixel in a window; they sum to 1.
     """
 
     window: int
@@ -256,9 +257,9 @@ def restore_image(
     dtype: jnp.dtype = jnp.float32,
     progress: Told | None = None,
 ) -> np.ndarray:
-    """Restores an image as arrays from files usually are, and gives back the same kind.
+    """Restores an image array and returns the same kind of array.
 
-    Arguments that are not here are those of `Restorer`, which is better for many images.
+    Arguments not listed here are those of `Restorer`, which is the better choice for many images.
 
     Examples:
       >>> noisy = np.random.default_rng(0).normal(128, 25, (24, 32, 3)).astype(np.uint8)  # a grey wall
@@ -267,19 +268,20 @@ def restore_image(
       ((24, 32, 3), dtype('uint8'), True)
 
     Args:
-      model: a model, or a weight file that `kdjax.load_model` reads; "embedded" is the teacher of the package.
+      model: a model, or a weight file that `kdjax.load_model` reads; "embedded" is the teacher shipped with the
+        package.
       image: (h, w) grey, or (h, w, c) with c of 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha); uint8,
         uint16, or float in about [0, 1].
 
     Returns:
-      The image of h x scale, w x scale pixels, with the dtype and the dimensions of `image`. Integers are clipped and
-      rounded, floats are neither. A model for RGB gets a grey image three times, and the mean of its colours is taken;
-      a model for grey restores each colour by itself. Alpha stays as it is, enlarged bilinearly where scale is above 1.
+      The image at h x scale, w x scale pixels, with the dtype and number of dimensions of `image`. Integers are clipped
+      and rounded; floats are neither. An RGB model gets a grey image repeated three times, and its output channels
+      are averaged; a grey model restores each colour separately. Alpha is kept, and enlarged bilinearly if scale > 1.
 
     Raises:
-      ValueError: an image of another shape or type, with nan or inf, or with floats far beyond [0, 1]; or a model that
-        makes nan or inf of it.
-      WeightsError: the file cannot be read.
+      ValueError: if the image has another shape or dtype, contains nan, inf or floats far outside [0, 1], or if the
+        model returns nan or inf.
+      WeightsError: if the file cannot be read.
     """
     if not isinstance(model, models.Model):
         model = load_model(assets.locate(os.fspath(model), assets.TEACHER))
@@ -293,7 +295,7 @@ def restore_image(
             f"the image is {image.dtype} with values up to {np.max(np.abs(image)):g}; wanted [0, 1]: divide it, or give"
             " uint8 or uint16"
         )
-    number = planes.shape[2] - (planes.shape[2] in (2, 4))  # of colours, without alpha
+    number = planes.shape[2] - (planes.shape[2] in (2, 4))  # colours, without alpha
     inputs = _as_channels(planes[..., :number], restorer.channels)
     height, width = (size * restorer.scale for size in planes.shape[:2])
     restored = np.empty((height, width, planes.shape[2]), image.dtype)
@@ -314,7 +316,7 @@ def restore_image(
 
 
 def _as_channels(colours: np.ndarray, channels: int) -> list[np.ndarray]:
-    """A grey or RGB image (h, w, c) as one image of `channels` channels, or as one for each colour."""
+    """Converts a grey or RGB image (h, w, c) to one image of `channels` channels, or to one per colour."""
     number = colours.shape[2]
     if number == channels:
         return [colours]
@@ -328,14 +330,14 @@ def _as_channels(colours: np.ndarray, channels: int) -> list[np.ndarray]:
 
 
 def _largest_value(dtype: np.dtype) -> int | None:
-    """What stands for 1.0 in an image of this type; None if it is no type of an image."""
+    """Returns the value that stands for 1.0 in images of this dtype; None if images cannot have it."""
     if dtype.kind == "u" and dtype.itemsize <= 2:
         return np.iinfo(dtype).max
     return 1 if dtype.kind == "f" else None
 
 
 def _as_dtype(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A float image in the type of an image file: integers are clipped and rounded."""
+    """Converts a float image to an image dtype; integers are clipped and rounded."""
     if dtype.kind == "f":
         return image.astype(dtype)
     return np.round(np.clip(image, 0, 1) * np.float32(_largest_value(dtype))).astype(dtype)
@@ -345,7 +347,7 @@ def _as_dtype(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _compiled_step(
     network: models.Network, x8: bool, dtype: jnp.dtype
 ) -> Callable[[models.Params, jax.Array], jax.Array]:
-    """The model as a jitted function of parameters and images, which every Restorer of such a model shares."""
+    """Returns the model as a jitted function of parameters and images, shared by all its Restorers."""
     apply = network.make_apply(dtype=dtype)
     if x8:
         apply = self_ensemble(apply)

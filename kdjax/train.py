@@ -1,12 +1,12 @@
-"""Trains a student, or without distillation terms a teacher:
+"""Trains a student or, without distillation terms, a teacher:
 
     python -m kdjax.train --config configs/denoise.py [--workdir DIR] [--config.train.steps=N ...]
 
-`kdjax.training.preparation` turns the config into data, networks and the recipe of the step, and `kdjax.training.loop`
-trains. The same command started again continues from the last checkpoint. In the run's folder:
+`kdjax.training.preparation` turns the config into data, networks and the step's recipe, and `kdjax.training.loop`
+trains. Running the same command again resumes from the last checkpoint. The run's folder contains:
 
     config.json      the whole config          train.log       what was printed
-    metrics.jsonl    the numbers by step       checkpoints/    the state: the latest ones and the best
+    metrics.jsonl    metrics by step           checkpoints/    the state: the latest ones and the best
     val/STEP/*.png   input | student | teacher | clean
     student.pth, student.safetensors           the EMA student, at the end
 """
@@ -38,21 +38,21 @@ from kdjax.weights import WeightsError
 
 log = logging.getLogger("kdjax")
 
-_STUDENT = "student"  # the name of the only one
+_STUDENT = "student"  # the name of the only student
 
 
 def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
-    """Trains to the last step, and returns one line that says what came of it.
+    """Trains to the last step and returns a one-line summary of the result.
 
     Raises:
-      Stopped: a signal came; the state is saved.
-      ConfigError: `workdir` holds a run with another student or teacher.
+      Stopped: if a signal arrived; the state has been saved.
+      ConfigError: if `workdir` holds a run with another student or teacher.
       loop.NonFiniteLoss, cost.OutOfMemory, data.DataError: see `loop.train`.
     """
     config, setups = setup.config, {_STUDENT: setup}
 
     def result_of(step: int) -> dict[str, object]:
-        """What is known of the finished run, if all its files are there."""
+        """Returns the result of the finished run, if all its files exist."""
         return sharding.exchange(folder.finished_result(workdir, step) if sharding.is_first() else {})[0]
 
     with StopSignals() as stop, Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
@@ -73,7 +73,7 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
         ) as logbook:
 
             def validate(step: int, states: loop.States) -> float | None:
-                """The student's PSNR; at the last step also the files of the result. None when a signal came."""
+                """Returns the student's PSNR, or None on a signal; at the last step also writes the result files."""
                 params = states[_STUDENT].params_ema
                 psnr = monitor.validate(step, params, workdir, logbook, keep_going=lambda: not stop.requested)
                 if psnr is not None and step >= config.train.steps and sharding.is_first():
@@ -114,7 +114,7 @@ def make_parser() -> commandline.Parser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options, values = make_parser().parse(arguments)
-    commandline.start_logging()  # without a file: nothing is written for a config that is refused
+    commandline.start_logging()  # no log file yet: a rejected config must write nothing
     try:
         joined = sharding.connect(options.coordinator_address, options.num_processes, options.process_id)
     except sharding.ProcessError as error:
@@ -124,14 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     problem, workdir = "", Path()
     try:
         config = config_lib.parse(values)
-        if not joined:  # several processes must have equal numbers of devices, whatever their hosts are
+        if not joined:  # all processes need equal numbers of devices, whatever their hosts have
             sharding.use_all_cores(config.data.batch_size // config.train.accumulate)
         config = preparation.on_these_devices(config)
         with cost.telling_out_of_memory():
             setup = preparation.prepare(config)
             monitor = Monitor(config.val, setup.student, setup.teacher)
         workdir = (options.workdir or Path("runs") / config.name).absolute()
-    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+    except (ValueError, OSError) as error:  # caused by the user's input; a traceback would hide the message
         problem = str(error)
     except cost.OutOfMemory as error:
         problem = f"out of memory: {error}. {how_to_save_memory(config)}"
@@ -143,15 +143,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Stopped as stopped:
         log.info(stopped)
         sys.exit(stopped.exit_code)
-    except (sharding.AgreedError, ConfigError) as error:  # which all processes meet
+    except (sharding.AgreedError, ConfigError) as error:  # raised on all processes
         fail(str(error))
     except cost.OutOfMemory as error:
         fail(f"out of memory: {error}. {how_to_save_memory(config)}", alone=jax.process_count() > 1)
     except (CheckpointError, WeightsError, data.DataError, data.ImageError, OSError) as error:
-        cause = error.__cause__ if isinstance(error, data.ImageError) else error  # a picture of the validation
+        cause = error.__cause__ if isinstance(error, data.ImageError) else error  # a validation image
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         more = f": make room for {workdir}; the same command continues" if full else ""
-        # At once after a checkpoint that was not written: Orbax may wait for parts of it for minutes.
+        # Exit at once if a checkpoint could not be written: Orbax may wait minutes for parts of it.
         fail(f"{error}{more}", alone=jax.process_count() > 1 or isinstance(error, CheckpointError))
     except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:

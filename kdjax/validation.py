@@ -1,8 +1,8 @@
-"""Measuring a model on whole images: the noise protocol, the forward passes over all local devices, PSNR and SSIM.
+"""Measures a model on whole images: benchmark noise, forward passes on all local devices, PSNR and SSIM.
 
-The protocol is that of the colour denoising benchmarks (KAIR, Restormer): the noise of every image is drawn with
-`np.random.seed(0)` in RGB order, the noisy image is neither clipped nor rounded, the output is clipped and rounded to
-uint8, and the result of a set is the mean of its images' results.
+This follows the colour denoising benchmarks (KAIR, Restormer). Each image's noise is drawn with `np.random.seed(0)` in
+RGB order. The noisy image is neither clipped nor rounded; the output is clipped and rounded to uint8. The result of a
+set is the mean over its images.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from kdjax.metrics import named
 from kdjax.models import Apply, Params
 from kdjax.streams import Stream
 
-Values = dict[str, float]  # metric -> value
-# From float32 (h, w, c) images to (position, restored uint8 image), in any order.
+Values = dict[str, float]  # by metric
+# Takes float32 (h, w, c) images and yields (position, restored uint8 image), in any order.
 Restore = Callable[[Sequence[np.ndarray]], Iterator[tuple[int, np.ndarray]]]
 
 
@@ -46,25 +46,25 @@ class Score:
 
 
 def add_noise(gt: np.ndarray, sigma: float) -> np.ndarray:
-    """A uint8 (h, w, c) image plus the benchmark's Gaussian noise of `sigma` (0..255 scale), float32, not clipped."""
+    """Adds the benchmark's Gaussian noise of `sigma` (0..255 scale) to a uint8 (h, w, c) image; float32, unclipped."""
     noise = np.random.RandomState(0).normal(0, sigma / 255, gt.shape)
     return (gt / 255 + noise).astype(np.float32)
 
 
 def make_sample(name: str, gt: np.ndarray, lq: np.ndarray | None, sigma: float) -> Sample:
-    """A sample from a uint8 `gt` and its uint8 `lq`, or with the benchmark's noise where there is no `lq`."""
+    """Makes a sample from a uint8 `gt` and its uint8 `lq`, or with the benchmark's noise if `lq` is None."""
     return Sample(name, add_noise(gt, sigma) if lq is None else np.asarray(lq, np.float32) / 255, gt)
 
 
 def degraded_samples(
     names: Sequence[str], gts: Sequence[np.ndarray], degrade: Mapping[str, Any], scale: int = 1
 ) -> list[Sample]:
-    """Samples from uint8 images, degraded as a config says, always in the same way: the key is the place in the list.
+    """Degrades uint8 images as a config specifies; always the same way, since the key is the position in the list.
 
-    Every distinct size compiles once.
+    Compiles once per image size.
 
     Raises:
-      ValueError: a degradation that does not exist or cannot make small images.
+      ValueError: if the degradation does not exist or cannot downscale.
     """
     step = jax.jit(make_degrade(degrade, scale=scale))
     key = jax.random.fold_in(jax.random.key(0), Stream.VALIDATION)
@@ -79,10 +79,10 @@ def restore(
     *,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Restores float32 (h, w, c) images of any sizes, one on each local device at a time.
+    """Restores float32 (h, w, c) images of any size, one per local device at a time.
 
-    Every distinct size compiles once. Images come back as uint8, grouped by size, each with its position; the
-    iterator ends early when `keep_going()` is false.
+    Compiles once per image size. Yields each uint8 image with its position, grouped by size. Stops early when
+    `keep_going()` returns false.
     """
     mesh = sharding.data_mesh(jax.local_devices())
     params = sharding.replicate(params, mesh)
@@ -102,12 +102,12 @@ def restore(
 
 
 def values(image: np.ndarray, gt: np.ndarray, names: Sequence[str], context: named.Context) -> Values:
-    """The metrics of those names (`kdjax.metrics.named`) of a uint8 (h, w, c) image; nan where it is too small."""
+    """Returns the named metrics (`kdjax.metrics.named`) of a uint8 (h, w, c) image; nan if it is too small."""
     return {name: named.measure(name, image, gt, context) for name in names}
 
 
 def score(output: np.ndarray, gt: np.ndarray) -> Score:
-    """PSNR and SSIM of uint8 (h, w, c) images: RGB, no border left out. SSIM is nan below 11x11 pixels."""
+    """Returns PSNR and SSIM of uint8 (h, w, c) images: RGB, no border cropped. SSIM is nan below 11x11 pixels."""
     return Score(**values(output, gt, ("psnr", "ssim"), named.Context()))
 
 
@@ -119,7 +119,7 @@ def measure(
     *,
     each: Callable[[int, np.ndarray, Values], object] = lambda position, output, values: None,
 ) -> list[Values]:
-    """As `values`, of every sample once it is restored; `each` is told (position, output, values) as they come."""
+    """Returns the `values` of every sample; calls `each(position, output, values)` as samples are restored."""
     measured: dict[int, Values] = {}
     for position, output in restore([sample.lq for sample in samples]):
         measured[position] = values(output, samples[position].gt, names, context)
@@ -128,19 +128,19 @@ def measure(
 
 
 def input_picture(sample: Sample) -> np.ndarray:
-    """The lq as a uint8 picture of the size of gt, every pixel repeated where it is smaller."""
+    """Returns the lq as a uint8 image of gt's size; if lq is smaller, its pixels are repeated."""
     factor = sample.gt.shape[0] // sample.lq.shape[0]
     picture = np.round(np.clip(sample.lq, 0, 1) * 255).astype(np.uint8)
     return picture.repeat(factor, 0).repeat(factor, 1)
 
 
 def input_score(samples: Sequence[Sample]) -> Score:
-    """The mean score of the inputs themselves: what a model has to beat."""
+    """Returns the mean score of the unrestored inputs: the baseline a model has to beat."""
     return mean_score([score(input_picture(sample), sample.gt) for sample in samples])
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """The mean over images, as benchmarks report it; of SSIM over those it is defined for."""
+    """Returns the mean over images, as benchmarks report it; SSIM is averaged over the images where it is defined."""
     return Score(named.mean([s.psnr for s in scores]), named.mean([s.ssim for s in scores]))
 
 

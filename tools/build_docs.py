@@ -1,10 +1,10 @@
-"""Builds the documentation as a site, build/site: README.md is its index, docs/ are its pages.
+"""Builds the documentation site in build/site, with README.md as its index and docs/ as its pages.
 
     pip install -e ".[docs]"
     python tools/build_docs.py
 
-A link to a page, a heading or a file that is not there is an error, and so is a docstring of the reference that names a
-parameter its function does not have.
+Links to missing pages, headings or files are errors, and so are docstrings in the API reference that name parameters
+their function does not have.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "build" / "docs"
 FROM_THE_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
-# Code, which has no links; or the file that a link leads to.
+# Either code, which has no links, or the file that a link points to.
 LINK = re.compile(r"^```.*?^```|`[^`\n]*`|(?<=\]\()(?![a-z]+:|#)([^)#\s]+)", re.MULTILINE | re.DOTALL)
 
 
 def lay_out() -> None:
-    """Puts pages, and whatever they link to in the repository, into one folder, and adapts the links."""
+    """Copies the pages, and whatever they link to in the repository, into one folder, and adapts the links."""
     shutil.rmtree(PAGES, ignore_errors=True)
     shutil.copytree(ROOT / "docs", PAGES)
     for name, page in FROM_THE_ROOT.items():
@@ -37,10 +37,10 @@ def lay_out() -> None:
 
 
 def _placed(page: Path, link: str) -> str:
-    """What a link of this page is in the site.
+    """Translates a link on this page to the site.
 
     Raises:
-      SystemExit: it leads to no file of the repository.
+      SystemExit: if it points to no file of the repository.
     """
     target = Path(os.path.normpath(page.parent / link))
     if not target.is_file() or not target.is_relative_to(ROOT):

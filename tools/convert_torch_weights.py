@@ -2,7 +2,7 @@
 
     python tools/convert_torch_weights.py ESRGAN_old.pth teacher.safetensors
 
-Runs from a clone without installing; `python -m kdjax.convert` is the same program, and `--help` lists its options.
+Runs from a clone without installation. `python -m kdjax.convert` is the same program; `--help` lists its options.
 """
 
 import sys

@@ -1,6 +1,6 @@
-"""Files inside the package: a few free photographs and a small pretrained denoiser (see LICENSES.md, MODEL_CARD.md).
+"""Files shipped with the package: a few free photographs and a small pretrained denoiser (LICENSES.md, MODEL_CARD.md).
 
-A config names them with the word "embedded".
+A config refers to them with the word "embedded".
 """
 
 from __future__ import annotations
@@ -15,5 +15,5 @@ TEACHER = _FOLDER / "rrdbnet_denoiser.pth"
 
 
 def locate(path: str, embedded: Path) -> str:
-    """`path`, or the embedded file or folder when it is the word "embedded"."""
+    """Returns `path`, or the shipped file or folder if `path` is "embedded"."""
     return str(embedded) if path == EMBEDDED else path

@@ -1,10 +1,10 @@
-"""Writes a model in the formats that others run, and checks every file against the model before it gets its name.
+"""Exports a model to other formats, checking each file against the model before it gets its name.
 
     .pth, .safetensors   the weights alone, in torch's names and layouts: BasicSR, spandrel, chaiNNer
     .onnx                the network, NCHW, any batch, height and width: ONNX Runtime, also on phones and in browsers
-    .stablehlo           the network as `jax.export` serialises it, NHWC, any sizes, for cpu, cuda and tpu
+    .stablehlo           the network serialised by `jax.export`, NHWC, any size, for cpu, cuda and tpu
 
-`python -m kdjax.export` is the program; docs/exporting.md has a way to load each of them.
+`python -m kdjax.export` is the program; docs/exporting.md shows how to load each format.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from kdjax.files import whole_file
 from kdjax.weights import load_weights, save_model
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-# Images (batch, height, width) on which a file has to give what the model gives: an odd size, another shape, a batch.
+# Images (batch, height, width) on which file and model must agree: even sides, odd sides, a batch.
 CHECKED_SIZES = ((1, 48, 48), (1, 37, 21), (2, 24, 40))
-BOUND = 1e-4  # of the largest difference, for outputs in [-1, 1]; in proportion for larger ones
+BOUND = 1e-4  # on the largest difference, for outputs in [-1, 1]; scaled up for larger outputs
 
 
 class ExportError(ValueError):
-    """A file cannot be written, or does not give what the model gives; the message is for the user."""
+    """A file cannot be written, or does not reproduce the model; the message is meant for the user."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Artefact:
-    """One file that was written and found to be right.
+    """A file that was written and verified.
 
     Attributes:
-      checks: what it was compared on, in words and numbers, as the report has it.
+      checks: what it was compared on, in words and numbers, as in the report.
       versions: of the packages that wrote or ran it.
     """
 
@@ -51,14 +51,14 @@ class Artefact:
 
 
 def export_model(model: models.Model, path: Path, *, about: Mapping[str, str] | None = None) -> Artefact:
-    """Writes a model to `path`, in the format of its suffix; the file appears whole and verified, or not at all.
+    """Exports a model to `path`, in the format of its suffix; the file appears complete and verified, or not at all.
 
     Args:
       about: strings for the metadata of formats that have it (ONNX), such as the sha256 of the model's file.
 
     Raises:
-      ExportError: an unknown suffix, a package that is not installed, an operation that the format does not have, a
-        folder that cannot be written, or a file that differs from the model.
+      ExportError: if the suffix is unknown, a package is not installed, the format lacks an operation, the folder
+        cannot be written to, or the file differs from the model.
     """
     if path.suffix not in FORMATS:
         raise ExportError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(FORMATS)}")
@@ -86,10 +86,10 @@ def _write_weights(model: models.Model, path: Path, about: dict[str, str]) -> di
 
 
 def verify_weights(model: models.Model, path: Path) -> dict[str, Any]:
-    """Reads the file back: architecture, hyper-parameters and every bit of every parameter.
+    """Reads the file back and compares architecture, hyper-parameters and every bit of every parameter.
 
     Raises:
-      ExportError: something differs.
+      ExportError: if anything differs.
     """
     back = load_weights(path, arch=model.arch).model
     bits = [[np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)] for params in (model.params, back.params)]
@@ -119,7 +119,7 @@ def verify_onnx(model: models.Model, path: Path) -> dict[str, Any]:
     """Checks the file against the ONNX specification and runs it in ONNX Runtime, on the CPU.
 
     Raises:
-      ExportError: it cannot be run, or differs from the model.
+      ExportError: if it cannot be run or differs from the model.
     """
     import onnx
     import onnxruntime
@@ -135,7 +135,7 @@ def verify_onnx(model: models.Model, path: Path) -> dict[str, Any]:
         return _compare(model, run)
     except ExportError:
         raise
-    except Exception as error:  # of a dozen classes without a common base
+    except Exception as error:  # one of a dozen classes with no common base
         raise ExportError(f"ONNX Runtime cannot run it: {error}") from error
 
 
@@ -150,7 +150,7 @@ def _write_stablehlo(model: models.Model, path: Path, about: dict[str, str]) -> 
 
     image = _any_image(model)
     before = jax.config.jax_traceback_in_locations_limit  # ty: ignore[missing-attribute]
-    jax.config.update("jax_traceback_in_locations_limit", 0)  # else the file names the source files of this machine
+    jax.config.update("jax_traceback_in_locations_limit", 0)  # keeps local source paths out of the file
     try:
         exported = export.export(jax.jit(restore), platforms=PLATFORMS)(image)
         path.write_bytes(exported.serialize())
@@ -163,31 +163,31 @@ def verify_stablehlo(model: models.Model, path: Path) -> dict[str, Any]:
     """Reads the file back and calls it, on the CPU.
 
     Raises:
-      ExportError: it differs from the model.
+      ExportError: if it differs from the model.
     """
     return _compare(model, export.deserialize(bytearray(path.read_bytes())).call)
 
 
-# ---- for both ----------------------------------------------------------------------------------------------------
+# ---- shared ------------------------------------------------------------------------------------------------------
 
 
 def _any_image(model: models.Model) -> jax.ShapeDtypeStruct:
-    """An NHWC image of symbolic batch, height and width.
+    """Returns an NHWC image of symbolic batch, height and width.
 
     Raises:
-      ExportError: the network cannot be traced with it.
+      ExportError: if the network cannot be traced with it.
     """
     image = jax.ShapeDtypeStruct((*export.symbolic_shape("b, h, w"), model.network.channels), jnp.float32)
     try:
         jax.eval_shape(model.network.make_apply(), model.params, image)
-    except Exception as error:  # whatever a network of the user's does with a size that is no number
+    except Exception as error:  # a user's network may raise anything for a symbolic size
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ExportError(f"the network cannot be traced for all sizes of image at once: {reason}") from error
     return image
 
 
 def _compare(model: models.Model, run: Callable[[np.ndarray], Any]) -> dict[str, Any]:
-    """How far `run` is from the model on images of CHECKED_SIZES, both on the CPU in float32."""
+    """Compares `run` with the model on images of CHECKED_SIZES, both on the CPU in float32."""
     rng = np.random.default_rng(0)
     differences, bound = [], BOUND
     with jax.default_device(jax.devices("cpu")[0]):
@@ -198,7 +198,7 @@ def _compare(model: models.Model, run: Callable[[np.ndarray], Any]) -> dict[str,
                 raise ExportError(f"of an image {image.shape} it makes {found.shape}, the model {wanted.shape}")
             differences.append(float(np.abs(found - wanted).max()))
             bound = max(bound, BOUND * float(np.abs(wanted).max()))
-    if not max(differences) <= bound:  # nan is not
+    if not max(differences) <= bound:  # also catches nan
         raise ExportError(
             f"it differs from the model by up to {max(differences):.3g}, more than {bound:.3g}; nothing was kept"
         )

@@ -1,9 +1,9 @@
-"""Writes a model in other formats, and checks every file:
+"""Exports a model to other formats, and verifies every file:
 
     python -m kdjax.export --model FILE --output DIR [--format pth safetensors stablehlo onnx]
 
-Beside the files go NAME.md, the model card, and NAME.export.json, the report of what was written and checked. With a
-file in place of DIR only that file is written. Exit code 1 when a file could not be written or was not right.
+Next to the files go NAME.md, the model card, and NAME.export.json, a report of what was written and verified. If the
+output is a file instead of DIR, only that file is written. Exits with 1 if a file could not be written or was wrong.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         artefacts, failed = export_all(loaded, [folder / f"{name}{suffix}" for suffix in dict.fromkeys(suffixes)])
         write_text(folder / f"{name}.md", model_card(name, loaded, artefacts, run, license=options.license))
         write_json(folder / f"{name}.export.json", report(loaded, artefacts, failed))
-    except (ValueError, OSError) as error:  # what the user gave; a traceback would hide the message
+    except (ValueError, OSError) as error:  # caused by the user's input; a traceback would hide the message
         commandline.fail(str(error))
     print(f"{folder / name}.md, {folder / name}.export.json")
     if failed:
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def export_all(loaded: Loaded, paths: list[Path]) -> tuple[list[Artefact], dict[str, str]]:
-    """Writes what can be written: the files that were, and the messages of those that were not by file name."""
+    """Exports to all paths; returns the files that were written, and error messages by file name for the rest."""
     artefacts, failed = [], {}
     for path in paths:
         try:
@@ -79,7 +79,7 @@ def export_all(loaded: Loaded, paths: list[Path]) -> tuple[list[Artefact], dict[
 
 
 def report(loaded: Loaded, artefacts: list[Artefact], failed: dict[str, str]) -> dict[str, object]:
-    """What was exported, as JSON."""
+    """Returns what was exported, as JSON."""
     model = loaded.model
     return {
         "model": {
@@ -108,7 +108,7 @@ def report(loaded: Loaded, artefacts: list[Artefact], failed: dict[str, str]) ->
 
 
 def _the_model_itself(path: Path) -> Artefact:
-    """The file that is exported: never overwritten, since it may hold more than the weights that were taken from it."""
+    """The exported file itself: never overwritten, since it may hold more than the weights taken from it."""
     content = path.read_bytes()
     checks = {"source": "the file that was exported, left as it is"}
     return Artefact(path, hashlib.sha256(content).hexdigest(), len(content), checks, {})

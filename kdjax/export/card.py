@@ -1,7 +1,7 @@
-"""The model card beside exported files: what the model is, where it comes from as far as that is known, and the files.
+"""The model card next to exported files: what the model is, its known origin, and the files.
 
-What a card says of teacher, data, recipe and numbers is read from the folder of the run that trained the model, after
-its `student.pth` was found to be that model. Without one it says "not known".
+Teacher, data, recipe and numbers are read from the folder of the run that trained the model, after checking that its
+`student.pth` is that model. Without such a folder the card says "not known".
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ UNKNOWN = "not known"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What the folder of a finished run says.
+    """The contents of a finished run's folder.
 
     Attributes:
       config: the whole config, as this version of kdjax understands it.
-      teacher: "files" and "identity", or None where no loss needed one.
-      step: the last one.
-      numbers: what its last validation measured, by name.
+      teacher: "files" and "identity", or None if no loss needed one.
+      step: the last step.
+      numbers: metrics of its last validation, by name.
     """
 
     config: config_lib.Config
@@ -44,10 +44,10 @@ class Run:
 
 
 def find_run(loaded: Loaded, given: Path | None) -> Run | None:
-    """The run that trained a model: the folder that is `given`, or else that of the model's file.
+    """Finds the run that trained a model: the `given` folder, or else the one containing the model's file.
 
     Raises:
-      ExportError: the given folder is no finished run, or its student is another model.
+      ExportError: if the given folder is not a finished run, or its student is another model.
     """
     folder = given or Path(loaded.path).parent
     try:
@@ -90,7 +90,7 @@ def _read_run(folder: Path, model: models.Model) -> Run:
 
 
 def model_card(name: str, loaded: Loaded, artefacts: Sequence[Artefact], run: Run | None, *, license: str) -> str:
-    """The card as Markdown, with the front matter that model hubs read.
+    """Returns the card as Markdown, with the front matter that model hubs read.
 
     Args:
       license: its identifier, such as "apache-2.0", or "unknown".
@@ -156,7 +156,7 @@ def model_card(name: str, loaded: Loaded, artefacts: Sequence[Artefact], run: Ru
 
 
 def describe_checks(artefact: Artefact) -> str:
-    """What was checked of a file, in a few words."""
+    """Describes in a few words how a file was verified."""
     if "largest_differences" in artefact.checks:
         sizes, differences = artefact.checks["sizes"], artefact.checks["largest_differences"]
         return f"differs from the model by at most {max(differences):.1e} on {len(sizes)} sizes"
@@ -164,7 +164,7 @@ def describe_checks(artefact: Artefact) -> str:
 
 
 def _facts(rows: dict[str, str]) -> list[str]:
-    """A table of names, from elsewhere or not, and values that are Markdown."""
+    """Formats a table of names, which may be untrusted, and values that are Markdown."""
     return table(["", ""], [[literal(name), value] for name, value in rows.items()], align="ll").splitlines()
 
 

@@ -1,4 +1,4 @@
-"""A model as an ONNX file: its network, traced with symbolic batch, height and width, so that no size is baked in."""
+"""A model as an ONNX file, traced with symbolic batch, height and width so that no size is baked in."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from kdjax.export.onnx_graph import NCHW, Constant, Graph, Tensor
 from kdjax.export.onnx_rules import FUNCTIONS, PRIMITIVES
 
 OPSET = 17
-IR_VERSION = 8  # what came with that operator set: older runtimes refuse newer ones
+IR_VERSION = 8  # the one of that operator set: older runtimes refuse newer ones
 
 
 def onnx_model(model: models.Model, image: jax.ShapeDtypeStruct, about: dict[str, str]) -> onnx.ModelProto:
-    """The model as one ONNX graph: `input` (batch, channels, height, width) to `output`, float32, any sizes.
+    """Converts the model to one ONNX graph: `input` (batch, channels, height, width) to `output`, float32, any size.
 
     Args:
       image: what the network is traced with: NHWC, with the symbolic sizes b, h and w.
-      about: goes into the metadata of the file, beside what the model itself tells.
+      about: added to the file's metadata, along with what the model itself provides.
 
     Raises:
-      UnsupportedOperation: the network does something that has no rule here.
+      UnsupportedOperation: if the network uses an operation without a rule.
     """
     channels, scale = model.network.channels, model.network.scale
     apply = model.network.make_apply()
     params = jax.tree.map(np.asarray, model.params)
     closed = jax.make_jaxpr(lambda params, x: apply(params, x)[0])(params, image)
-    jaxpr, _ = dce_jaxpr(closed.jaxpr, [True], instantiate=True)  # features that the image does not need
+    jaxpr, _ = dce_jaxpr(closed.jaxpr, [True], instantiate=True)  # drops features that the image does not need
     named = [Constant(leaf, _dotted(path)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
 
     graph = Graph(PRIMITIVES, FUNCTIONS)

@@ -1,10 +1,10 @@
-"""An ONNX graph that is built from a jaxpr: its nodes and constants, and the walk through the equations.
+"""Builds an ONNX graph from a jaxpr: its nodes and constants, and the walk through the equations.
 
-Primitives and named functions are translated by rules that are handed in (`kdjax.export.onnx_rules`); every other call
-is entered, and what depends on the weights alone is computed here and now.
+The caller passes the rules that translate primitives and named functions (`kdjax.export.onnx_rules`). Every other call
+is inlined, and whatever depends only on the weights is evaluated immediately.
 
-A JAX array of any rank is a four-dimensional ONNX tensor, with size 1 where the array lacks an axis, and a note of
-which axis went where. So transposing, or adding an axis of size 1, costs no operator.
+A JAX array of any rank is a four-dimensional ONNX tensor, with size 1 for the axes it lacks, plus a record of where
+each axis went. So transposing, or adding an axis of size 1, costs no operator.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-SYMBOLS = {"b": 0, "h": 2, "w": 3}  # the sizes of the trace, and their axes in NCHW
-NCHW = (0, 2, 3, 1)  # where the axes of an NHWC array lie
+SYMBOLS = {"b": 0, "h": 2, "w": 3}  # the symbolic sizes of the trace, and their axes in NCHW
+NCHW = (0, 2, 3, 1)  # where the axes of an NHWC array are
 CALLS = {
     "jit",
     "closed_call",
@@ -31,17 +31,17 @@ CALLS = {
 
 
 class UnsupportedOperation(ValueError):
-    """The network has an operation without a rule; the message names it."""
+    """The network uses an operation without a rule; the message names it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array of the graph.
+    """An array in the graph.
 
     Attributes:
       name: of the four-dimensional ONNX tensor.
-      axes: axes[i] is where axis i of the JAX array lies in it.
-      unshuffle: the array is the tensor after `ops.pixel_unshuffle` by this, which is left to the next convolution.
+      axes: axes[i] is the tensor axis that holds axis i of the JAX array.
+      unshuffle: factor of an `ops.pixel_unshuffle` still to be applied to the tensor; the next convolution absorbs it.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """An array that is known: a parameter (then it has a name), or computed from parameters."""
+    """A known array: a parameter (then it has a name), or computed from parameters."""
 
     array: np.ndarray
     name: str = ""
@@ -59,7 +59,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A number that follows from the size of the image."""
+    """A number that depends on the image size."""
 
     dim: Any
 
@@ -69,11 +69,11 @@ Rule = Callable[..., Any]  # (graph, equation, *inputs) -> the result or the lis
 
 
 class Graph:
-    """The nodes so far, and the ways to add more.
+    """The nodes so far, and methods to add more.
 
     Args:
-      primitives: a rule for each name of a JAX primitive.
-      functions: a rule for each name of a jitted function, whose arguments after the first are known.
+      primitives: rules by name of a JAX primitive.
+      functions: rules by name of a jitted function whose arguments after the first are known.
     """
 
     def __init__(self, primitives: Mapping[str, Rule], functions: Mapping[str, Rule]) -> None:
@@ -85,16 +85,16 @@ class Graph:
         self._count: Counter[str] = Counter()
 
     def node(self, operator: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        """Adds a node with one output, and returns the output's name."""
+        """Adds a node with one output and returns the output's name."""
         return self.split_node(operator, *inputs, outputs=[output or self.new_name(operator)], **attributes)[0]
 
     def split_node(self, operator: str, *inputs: str, outputs: list[str], **attributes: Any) -> list[str]:
-        """Adds a node with several outputs, and returns their names."""
+        """Adds a node with several outputs and returns their names."""
         self.nodes.append(onnx.helper.make_node(operator, inputs, outputs, outputs[0], **attributes))
         return outputs
 
     def initializer(self, array: np.ndarray, name: str = "") -> str:
-        """The name of a constant, once for equal ones."""
+        """Returns the name of a constant; equal constants share one."""
         array = np.ascontiguousarray(array)
         key = (array.dtype.str, array.shape, array.tobytes(), name)
         if key not in self._known:
@@ -104,11 +104,11 @@ class Graph:
         return self._known[key]
 
     def size(self, dim: Any) -> str:
-        """The name of an int64 tensor of one entry: a dimension of the trace, which is an expression in b, h and w."""
+        """Returns the name of a one-element int64 tensor for a traced dimension, an expression in b, h and w."""
         return self._evaluate(ast.parse(str(dim).strip(), mode="eval").body)
 
     def operand(self, value: Value, axes: tuple[int, ...]) -> str:
-        """The name of a value as a tensor with the array's axes at `axes`; what lacks axes is left to broadcasting."""
+        """Returns the name of a value as a tensor with the array's axes at `axes`; missing axes broadcast."""
         if isinstance(value, Size):
             return self.node("Cast", self.size(value.dim), to=onnx.TensorProto.FLOAT)
         if isinstance(value, Constant):
@@ -126,7 +126,7 @@ class Graph:
         return value.name
 
     def run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
-        """Adds the nodes of a jaxpr, and returns its results."""
+        """Adds the nodes of a jaxpr and returns its results."""
         known: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
         known |= {var: Constant(np.asarray(const)) for var, const in zip(jaxpr.constvars, consts, strict=True)}
 
@@ -139,7 +139,7 @@ class Graph:
         return [read(atom) for atom in jaxpr.outvars]
 
     def merge_biases(self) -> None:
-        """Makes a constant that is added to a convolution its bias."""
+        """Turns a constant added to a convolution's result into its bias."""
         uses = Counter(name for node in self.nodes for name in node.input)
         convolutions = {node.output[0]: node for node in self.nodes if node.op_type == "Conv" and len(node.input) == 2}
         kept = []
@@ -158,12 +158,12 @@ class Graph:
         self.nodes = kept
 
     def used_initializers(self) -> list[onnx.TensorProto]:
-        """The constants that the nodes read."""
+        """Returns the constants that the nodes read."""
         used = {name for node in self.nodes for name in node.input}
         return [onnx.numpy_helper.from_array(array, name) for name, array in self._initializers.items() if name in used]
 
     def new_name(self, word: str) -> str:
-        """A name that no tensor has yet."""
+        """Returns a name that no tensor has yet."""
         self._count[word] += 1
         return f"{word}_{self._count[word]}"
 
@@ -181,7 +181,7 @@ class Graph:
         if known and len(known) == len(inputs) and all(type(size) is int for size in sizes):
             results = equation.primitive.bind(*(value.array for value in known), **params)
             results = results if equation.primitive.multiple_results else [results]
-            name = known[0].name if len(known) == 1 else ""  # a parameter in another shape
+            name = known[0].name if len(known) == 1 else ""  # a reshaped parameter
             return [Constant(np.asarray(result), name) for result in results]
         if name == "scan":
             return self._unroll(equation, inputs)
@@ -191,10 +191,10 @@ class Graph:
         return result if isinstance(result, list) else [result]
 
     def _unroll(self, equation: Any, inputs: list[Value]) -> list[Value]:
-        """A loop over known arrays, its passes one after another; its results are those of the last pass."""
+        """Unrolls a loop over known arrays; its results are those of the last iteration."""
         body, length = equation.params["jaxpr"], equation.params["length"]
-        # The inputs are constants, then the state, then what each pass takes a slice of. The counts are told by the
-        # shapes: how a scan writes them down differs between versions of JAX.
+        # The inputs are constants, then the state, then what each iteration takes a slice of. The shapes tell how many
+        # of each there are: how a scan stores that differs between JAX versions.
         longer = lambda atom, aval: len(atom.aval.shape) > len(aval.shape)  # noqa: E731
         sliced = sum(map(longer, equation.invars, body.in_avals))
         stacked = any(map(longer, equation.outvars, body.out_avals))
@@ -226,7 +226,7 @@ class Graph:
                 case ast.Call(ast.Name("mod"), [left, right]):
                     found = self.node("Mod", self._evaluate(left), self._evaluate(right))
                 case ast.Call(ast.Name("floordiv"), [left, right]):
-                    # ONNX rounds a quotient towards zero, so it has to be exact: (a - a mod b) / b.
+                    # ONNX rounds quotients towards zero, so make the division exact: (a - a mod b) / b.
                     left, right = self._evaluate(left), self._evaluate(right)
                     found = self.node("Div", self.node("Sub", left, self.node("Mod", left, right)), right)
                 case _:

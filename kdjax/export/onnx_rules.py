@@ -1,6 +1,6 @@
-"""What each JAX operation is in ONNX: primitives, and the functions of `kdjax.ops` that trace as one named call.
+"""ONNX rules for JAX operations: primitives, and the functions of `kdjax.ops`, which trace as one named call.
 
-A rule gets the graph, the equation and the values of its inputs, adds its nodes and returns the result.
+A rule takes the graph, the equation and the values of its inputs, adds nodes and returns the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kdjax.export.onnx_graph import NCHW, Constant, Graph, Rule, Size, Tensor, U
 
 
 def _elementwise(operator: str) -> Rule:
-    """The rule of an operator on arrays of one shape, or of shapes that broadcast."""
+    """Returns the rule of an operator on arrays of equal or broadcastable shapes."""
 
     def rule(graph: Graph, equation: Any, *inputs: Value) -> Tensor:
         axes = next((value.axes for value in inputs if isinstance(value, Tensor)), None)
@@ -101,7 +101,8 @@ def _conv(graph: Graph, equation: Any, x: Value, kernel: Value) -> Tensor:
     weight = kernel.array.transpose(rhs)  # OIHW
     strides, pads = np.array(params["window_strides"]), np.array(params["padding"]).T.reshape(-1)
     if f > 1:
-        # A k x k convolution of the un-shuffled image is one of kf x kf of the image, with stride f: as many products.
+        # A k x k convolution of the unshuffled image is a kf x kf convolution of the image with stride f, at equal
+        # cost.
         if params["feature_group_count"] != 1 or set(params["rhs_dilation"]) != {1}:
             raise UnsupportedOperation("pixel_unshuffle in front of a grouped or dilated convolution is not supported")
         o, i, k, m = weight.shape
@@ -166,7 +167,7 @@ def _broadcast(graph: Graph, equation: Any, x: Value, *_: Value) -> Tensor:
 
 
 def _reshape(graph: Graph, equation: Any, x: Tensor, *_: Value) -> Tensor:
-    """Axes of size 1 may come and go; anything else is none of ours."""
+    """Adds or removes axes of size 1; no other reshape is supported."""
     old, new = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     if [size for size in old if size != 1] != [size for size in new if size != 1]:
         raise UnsupportedOperation(
@@ -177,7 +178,7 @@ def _reshape(graph: Graph, equation: Any, x: Tensor, *_: Value) -> Tensor:
 
 
 def _placed(axes: Sequence[int | None]) -> tuple[int, ...]:
-    """Where the axes of an array lie, those that are new in the places that are left, in order."""
+    """Returns where the axes of an array are; new axes take the free places in order."""
     if len(axes) > 4:
         raise UnsupportedOperation(f"arrays of {len(axes)} axes are not supported")
     free = iter(sorted(set(range(4)) - set(axes)))
@@ -209,7 +210,7 @@ def _slice(graph: Graph, equation: Any, x: Tensor) -> Tensor:
 
 
 def _gather(graph: Graph, equation: Any, x: Value, indices: Value) -> Tensor:
-    """What x[:, :h] is when h is symbolic: the part of a given size that begins at constant indices."""
+    """Handles x[:, :h] with symbolic h: a slice of a given size from constant start indices."""
     params = equation.params
     numbers = params["dimension_numbers"]
     if (
@@ -275,7 +276,7 @@ def _channels(atom: Any) -> int:
 
 
 def _factor(equation: Any) -> int:
-    """How many times higher the result is."""
+    """Returns the upscaling factor."""
     return int(equation.outvars[0].aval.shape[1] // equation.invars[0].aval.shape[1])
 
 
@@ -308,7 +309,7 @@ def _resize(graph: Graph, equation: Any, x: Tensor, **how: str) -> Tensor:
 
 
 def _pad_to_multiple(graph: Graph, equation: Any, x: Tensor) -> Tensor:
-    """By gathering, as in `ops`: the padding modes of ONNX cannot reflect an image that is smaller than its border."""
+    """Gathers pixels, as in `ops`: ONNX's padding modes cannot reflect an image smaller than its border."""
     name = graph.operand(x, NCHW)
     scalar = lambda number: graph.initializer(np.array(number, np.int64))  # noqa: E731
     for axis in (1, 2):

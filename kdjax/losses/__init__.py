@@ -1,8 +1,8 @@
-"""The formulas of the losses: arrays (b, h, w, c) in, numbers out; no weights of terms, no state, no networks.
+"""The loss formulas: arrays (b, h, w, c) in, numbers out; no term weights, no state, no networks.
 
-Pixel criteria return the unreduced loss of every element. All others return a float32 scalar, the mean over the batch
-of one value a sample, so that a loss does not depend on what else is in the batch. Everything is computed in float32,
-also for bfloat16 arrays (Charbonnier's eps would vanish in it). `kdjax.terms` ties them to networks.
+Pixel criteria return the unreduced loss of every element. All others return a float32 scalar, the batch mean of one
+value per sample, so a sample's contribution does not depend on the rest of the batch. Everything is computed in
+float32, even for bfloat16 arrays, where Charbonnier's eps would vanish. `kdjax.terms` connects these to networks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _difference(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def l1(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    """|d|, with gradient 0 at d = 0 as in torch (JAX has 1 there)."""
+    """|d|, with gradient 0 at d = 0 as in torch (JAX gives 1)."""
     difference = _difference(prediction, target)
     return jnp.where(difference == 0, 0, jnp.abs(difference))
 
@@ -36,12 +36,12 @@ def mse(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def charbonnier(prediction: jax.Array, target: jax.Array, *, eps: float = 1e-12) -> jax.Array:
-    """sqrt(d^2 + eps). BasicSR adds `eps` to the square, not eps^2: 1e-12 is L1 except for |d| < 1e-6."""
+    """sqrt(d^2 + eps). Like BasicSR this adds `eps`, not eps^2: with 1e-12 it is L1 except for |d| < 1e-6."""
     return jnp.sqrt(jnp.square(_difference(prediction, target)) + eps)
 
 
 def smooth_l1(prediction: jax.Array, target: jax.Array, *, beta: float = 1.0) -> jax.Array:
-    """d^2 / (2 beta) where |d| < beta, else |d| - beta/2. With torch's beta = 1 that is MSE/2 on [0, 1] images."""
+    """d^2 / (2 beta) where |d| < beta, else |d| - beta/2. With torch's beta = 1 this is MSE/2 on images in [0, 1]."""
     size = jnp.abs(_difference(prediction, target))
     return jnp.where(size < beta, 0.5 * jnp.square(size) / beta, size - 0.5 * beta)
 
@@ -55,10 +55,10 @@ CRITERIA: dict[str, Callable[..., jax.Array]] = {
 
 
 def make_criterion(name: str, **options: float) -> Criterion:
-    """The criterion called `name` with its options (`eps` for charbonnier, `beta` for smooth_l1) fixed.
+    """Returns the criterion called `name` with its options bound (`eps` for charbonnier, `beta` for smooth_l1).
 
     Raises:
-      ValueError: an unknown criterion, an option it does not have, or an option that is not positive.
+      ValueError: if the criterion or an option is unknown, or an option is not positive.
 
     Examples:
       >>> make_criterion("smooth_l1", beta=0.5)(jnp.array([0.0, 1.0]), jnp.zeros(2)).tolist()
@@ -74,20 +74,20 @@ def make_criterion(name: str, **options: float) -> Criterion:
     return functools.partial(criterion, **options)
 
 
-# ---- features: where, how much, and what resembles what --------------------------------------------------------
+# ---- features ---------------------------------------------------------------------------------------------------
 
 
 def attention(student: jax.Array, teacher: jax.Array, *, mode: str = "paper") -> jax.Array:
-    """Distance of the normalised energy maps q = vec(sum_c F^2) / |.| (Zagoruyko & Komodakis, arXiv:1612.03928).
+    """Distance of normalised energy maps q = vec(sum_c F^2) / |.| (Zagoruyko & Komodakis, arXiv:1612.03928).
 
-    Any two channel counts, equal height and width. The three scalings in use, with p the number of pixels:
+    Channel counts may differ; height and width must match. The three scalings in use, with p the number of pixels:
       "paper": |q_s - q_t| / 2; about 0.1 for unrelated features at any resolution.
-      "code": 1000 x mean (q_s - q_t)^2, the authors' repository with its beta.
+      "code": 1000 x mean (q_s - q_t)^2, from the authors' repository, including its beta.
       "guide": mean (q_s - q_t)^2. |q| is 1, so this is at most 2/p: about 4e-7 for unrelated features of 400x400
-        pixels. With the guide's weight of 0.5 it is switched off.
+        pixels. At the guide's weight of 0.5 it has no effect.
 
     Raises:
-      ValueError: unknown mode, or maps of different size.
+      ValueError: if the mode is unknown or the maps differ in size.
     """
     _check_equal("height and width", student.shape[1:3], teacher.shape[1:3])
     maps = (_unit(jnp.square(x.astype(jnp.float32)).sum(-1).reshape(len(x), -1)) for x in (student, teacher))
@@ -103,19 +103,19 @@ def attention(student: jax.Array, teacher: jax.Array, *, mode: str = "paper") ->
 def affinity(student: jax.Array, teacher: jax.Array) -> jax.Array:
     """Mean squared difference of the affinity matrices A = F F^T of the pixels' unit feature vectors (FAKD, ICIP 2020).
 
-    A has (h w)^2 entries and is never formed: with F (h w, c),
-    |A_s - A_t|^2 = |F_s^T F_s|^2 + |F_t^T F_t|^2 - 2 |F_s^T F_t|^2, which costs h w c^2. FAKD itself has the mean
-    absolute difference, for which there is no such identity. Any two channel counts, equal height and width.
+    A has (h w)^2 entries and is never formed. With F (h w, c), |A_s - A_t|^2 = |F_s^T F_s|^2 + |F_t^T F_t|^2 - 2 |F_s^T
+    F_t|^2, which costs h w c^2. FAKD itself uses the mean absolute difference, which has no such identity. Channel
+    counts may differ; height and width must match.
 
     Raises:
-      ValueError: maps of different size.
+      ValueError: if the maps differ in size.
     """
     _check_equal("height and width", student.shape[1:3], teacher.shape[1:3])
     ours, theirs = (_unit(x.astype(jnp.float32)).reshape(len(x), -1, x.shape[-1]) for x in (student, teacher))
     pixels = ours.shape[1]
 
     def energy(a: jax.Array, b: jax.Array) -> jax.Array:
-        # Divided before it is squared: the three terms nearly cancel.
+        # Divide before squaring: the three terms nearly cancel.
         gram = jnp.einsum("bpi,bpj->bij", a, b, precision=jax.lax.Precision.HIGHEST) / pixels
         return jnp.sum(jnp.square(gram), (1, 2))
 
@@ -131,7 +131,7 @@ def contrastive(
 ) -> jax.Array:
     """sum_i w_i d(anchor_i, positive_i) / (sum over negatives of d(anchor_i, negative_i) + 1e-7), d the mean |.|.
 
-    `anchor`, `positive` and each of the `negatives` are the same layers' features of three images (CSD,
+    `anchor`, `positive` and each of the `negatives` are features of one image each, from the same layers (CSD,
     arXiv:2105.11683; DCKD, arXiv:2412.08939).
     """
 
@@ -145,7 +145,7 @@ def contrastive(
     return total
 
 
-# ---- softened targets ------------------------------------------------------------------------------------------
+# ---- soft targets -----------------------------------------------------------------------------------------------
 
 
 def soft_target_rgb(
@@ -153,12 +153,12 @@ def soft_target_rgb(
 ) -> jax.Array:
     """The guide's T^2 KL(softmax(t/T) || softmax(s/T)) over the colours of each pixel.
 
-    Images in [0, 1] leave the softmax nearly linear: with d = s - t this is (mean_c d^2 - (mean_c d)^2) / 2 to a few
-    percent at any temperature, a squared error of colour that does not see brightness. reduction="batchmean" divides
-    by the batch alone, as torch does and the guide has it, and grows with the number of pixels.
+    For images in [0, 1] the softmax is nearly linear. With d = s - t the loss is (mean_c d^2 - (mean_c d)^2) / 2 to
+    within a few percent at any temperature: a squared colour error that ignores brightness. reduction="batchmean",
+    torch's and the guide's choice, divides by the batch size alone and grows with the number of pixels.
 
     Raises:
-      ValueError: images of different shape, or an unknown reduction.
+      ValueError: if the images differ in shape or the reduction is unknown.
     """
     _check_equal("shape", student.shape, teacher.shape)
     divisor = pick({"pixelmean": math.prod(student.shape[:3]), "batchmean": len(student)}, reduction, "reduction")
@@ -166,30 +166,31 @@ def soft_target_rgb(
 
 
 def soft_target_spatial(student: jax.Array, teacher: jax.Array, *, temperature: float) -> jax.Array:
-    """T^2 KL of the softmax over the positions of each channel, the mean over channels and batch (CWD,
-    arXiv:2011.13256).
+    """T^2 KL of the softmax over the positions of each channel (CWD, arXiv:2011.13256), mean over channels and batch.
 
     Raises:
-      ValueError: arrays of different shape.
+      ValueError: if the arrays differ in shape.
     """
     _check_equal("shape", student.shape, teacher.shape)
     return _kl(student, teacher, (1, 2), temperature) / (len(student) * student.shape[-1])
 
 
 def laplace_nll(mean: jax.Array, scale: jax.Array, target: jax.Array) -> jax.Array:
-    """Mean of |target - mean| / scale + log(2 scale): what `target` costs under a Laplace distribution (PISR,
-    arXiv:2007.07524). `scale` is positive and broadcasts."""
+    """Mean of |target - mean| / scale + log(2 scale): the Laplace negative log-likelihood (PISR, arXiv:2007.07524).
+
+    `scale` is positive and broadcasts.
+    """
     scale = scale.astype(jnp.float32)
     return jnp.mean(l1(mean, target) / scale + jnp.log(2 * scale))
 
 
-# ---- other bases -----------------------------------------------------------------------------------------------
+# ---- wavelets and Fourier ---------------------------------------------------------------------------------------
 
 
 def haar(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """The orthonormal Haar bands (ll, lh, hl, hh), each (b, ceil(h/2), ceil(w/2), c) in float32.
+    """Returns the orthonormal Haar bands (ll, lh, hl, hh), each (b, ceil(h/2), ceil(w/2), c) in float32.
 
-    lh is low along the width and high along the height: horizontal edges. Odd sizes repeat their last line.
+    lh is low-pass along the width and high-pass along the height: horizontal edges. Odd sizes repeat their last line.
     """
     x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
     a, b, c, d = x[:, ::2, ::2], x[:, ::2, 1::2], x[:, 1::2, ::2], x[:, 1::2, 1::2]
@@ -204,13 +205,13 @@ def wavelet(
     bands: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     criterion: str = "l1",
 ) -> jax.Array:
-    """The criterion's mean over each Haar band, weighted and added up (MTKD, arXiv:2404.09571).
+    """Weighted sum over the Haar bands of the criterion's mean (MTKD, arXiv:2404.09571).
 
-    `bands` weights (ll, lh, hl, hh): the three high ones count at every level, ll at the last one only.
+    `bands` weights (ll, lh, hl, hh): the three high-pass bands count at every level, ll only at the last.
 
     Raises:
-      ValueError: images of different shape, fewer than one level or more than the image has, or weights that are not
-        four, negative or all 0.
+      ValueError: if the images differ in shape, if there are fewer than one level or more than the image has, or if the
+        weights are not four, negative or all 0.
     """
     _check_equal("shape", prediction.shape, target.shape)
     if not 1 <= levels <= math.log2(max(1, min(prediction.shape[1:3]))):
@@ -234,12 +235,12 @@ def fft(prediction: jax.Array, target: jax.Array) -> jax.Array:
     """Mean |Re d| + |Im d| over the orthonormal 2-D Fourier transform of the difference (MIMO-UNet, arXiv:2108.05054).
 
     Raises:
-      ValueError: images of different shape.
+      ValueError: if the images differ in shape.
     """
     _check_equal("shape", prediction.shape, target.shape)
     transform = functools.partial(jnp.fft.rfft2, axes=(1, 2), norm="ortho")
     spectrum = sharding.per_sample(transform, _difference(prediction, target))
-    # Half of a real image's spectrum: the columns left out mirror the ones that count twice here.
+    # A real image needs only half of its spectrum: the omitted columns mirror the ones counted twice here.
     width = prediction.shape[2]
     columns = jnp.arange(spectrum.shape[2])
     twice = jnp.where((columns == 0) | (2 * columns == width), 1.0, 2.0)[:, None]
@@ -247,21 +248,21 @@ def fft(prediction: jax.Array, target: jax.Array) -> jax.Array:
     return jnp.sum(sizes * twice) / prediction.size
 
 
-# ---- looking at student and teacher ----------------------------------------------------------------------------
+# ---- comparing student and teacher ------------------------------------------------------------------------------
 
 
 def teacher_is_better(student: jax.Array, teacher: jax.Array, gt: jax.Array) -> jax.Array:
-    """(b, h, w, 1): 1 where the teacher's mean absolute error over the channels is below the student's, else 0."""
+    """Returns (b, h, w, 1): 1 where the teacher's mean absolute error over channels is below the student's, else 0."""
     ours, theirs = (jnp.mean(l1(x, gt), -1, keepdims=True) for x in (student, teacher))
     return jax.lax.stop_gradient((theirs < ours).astype(jnp.float32))
 
 
 def psnr_between(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The mean over the batch of the PSNR in dB of float images in [0, 1], neither clipped nor rounded; at most 100."""
+    """Batch mean of the PSNR in dB of float images in [0, 1], neither clipped nor rounded; at most 100."""
     return jnp.mean(-10 * jnp.log10(jnp.maximum(jnp.mean(mse(a, b), (1, 2, 3)), 1e-10)))
 
 
-# ---- parts -----------------------------------------------------------------------------------------------------
+# ---- helpers ----------------------------------------------------------------------------------------------------
 
 
 def _check_equal(what: str, student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
@@ -270,17 +271,17 @@ def _check_equal(what: str, student: tuple[int, ...], teacher: tuple[int, ...]) 
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """x over its length along the last axis, as torch's `normalize`: zero stays zero."""
+    """Normalises x to unit length along the last axis, like torch's `normalize`: zero stays zero."""
     return x / jnp.maximum(_norm(x, keepdims=True), 1e-12)
 
 
 def _norm(x: jax.Array, *, keepdims: bool = False) -> jax.Array:
-    """The length along the last axis, with gradient 0 at zero."""
+    """Returns the length along the last axis, with gradient 0 at zero."""
     square = jnp.sum(jnp.square(x), -1, keepdims=keepdims)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def _kl(student: jax.Array, teacher: jax.Array, axis: int | tuple[int, ...], temperature: float) -> jax.Array:
-    """T^2 times the sum over everything of KL(softmax(teacher / T) || softmax(student / T))."""
+    """Returns T^2 times the sum over all elements of KL(softmax(teacher / T) || softmax(student / T))."""
     ours, theirs = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature, axis) for x in (student, teacher))
     return temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - ours))

@@ -1,8 +1,8 @@
-"""Perceptual and style losses: images compared by the features of a VGG network (Johnson et al., arXiv:1603.08155).
+"""Perceptual and style losses: images compared by their VGG features (Johnson et al., arXiv:1603.08155).
 
-As BasicSR has them: layers have BasicSR's names, "conv3_4" is the output before its ReLU, images in [0, 1] are
-normalised with ImageNet's mean and deviation. The weights come from a torchvision file (`kdjax.losses.vgg_file`) and
-are a dict {"conv1_1": {"kernel": HWIO, "bias": ...}, ...}; everything is computed in float32.
+These follow BasicSR: layers have BasicSR's names, "conv3_4" is the output before its ReLU, and images in [0, 1] are
+normalised with ImageNet's mean and standard deviation. The weights come from a torchvision file
+(`kdjax.losses.vgg_file`) as a dict {"conv1_1": {"kernel": HWIO, "bias": ...}, ...}. Everything is computed in float32.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from kdjax.ops.convolution import convolve
 Features = Mapping[str, jax.Array]
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CHANNELS = (64, 128, 256, 512, 512)  # of the five blocks of every VGG
-# How many convolutions each block has (Simonyan & Zisserman, arXiv:1409.1556).
+CHANNELS = (64, 128, 256, 512, 512)  # of the five blocks, the same in every VGG
+# Convolutions per block (Simonyan & Zisserman, arXiv:1409.1556).
 DEPTHS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 
 
 def layer_names(vgg_type: str) -> list[str]:
-    """conv1_1, relu1_1, ..., pool1, conv2_1, ... in the order of torchvision's `features`.
+    """Returns conv1_1, relu1_1, ..., pool1, conv2_1, ... in the order of torchvision's `features`.
 
     Raises:
-      ValueError: an unknown type.
+      ValueError: if the type is unknown.
     """
     names = []
     for block, depth in enumerate(pick(DEPTHS, vgg_type, "vgg_type"), start=1):
@@ -39,10 +39,10 @@ def layer_names(vgg_type: str) -> list[str]:
 
 
 def needed_layers(vgg_type: str, layers: Sequence[str]) -> list[str]:
-    """All layers up to the deepest of `layers`.
+    """Returns all layers up to the deepest of `layers`.
 
     Raises:
-      ValueError: a layer that the network does not have, or none at all.
+      ValueError: if the network lacks a layer, or `layers` is empty.
     """
     names = layer_names(vgg_type)
     if not layers:
@@ -62,13 +62,13 @@ def vgg_features(
     remove_pooling: bool = False,
     pooling_stride: int = 2,
 ) -> dict[str, jax.Array]:
-    """The outputs (b, h, w, c) of some layers for RGB images (b, h, w, 3); nothing deeper is computed.
+    """Returns the outputs (b, h, w, c) of some layers for RGB images (b, h, w, 3); computes nothing deeper.
 
-    `range_norm` takes images in [-1, 1] to [0, 1], before `use_input_norm` subtracts ImageNet's mean and divides by
-    its deviation. Pooling windows are 2x2.
+    `range_norm` maps images from [-1, 1] to [0, 1] before `use_input_norm` subtracts ImageNet's mean and divides by its
+    standard deviation. Pooling windows are 2x2.
 
     Raises:
-      ValueError: an unknown type or layer.
+      ValueError: if the type or a layer is unknown.
     """
     x = images.astype(jnp.float32)
     if range_norm:
@@ -90,19 +90,19 @@ def vgg_features(
 
 
 def perceptual(ours: Features, theirs: Features, *, layer_weights: Mapping[str, float], criterion: str) -> jax.Array:
-    """The weighted sum over layers of "l1" (mean |d|), "l2" (mean d^2) or "fro" (the length of d).
+    """Weighted sum over layers of "l1" (mean |d|), "l2" (mean d^2) or "fro" (Frobenius norm of d).
 
-    "fro" is BasicSR's: over the whole batch, not a mean of samples, so it grows with batch and image.
+    "fro" is BasicSR's: it is taken over the whole batch rather than averaged, so it grows with batch and image size.
 
     Raises:
-      ValueError: an unknown criterion.
+      ValueError: if the criterion is unknown.
     """
     compare = pick(CRITERIA, criterion, "criterion of a perceptual loss")
     return jnp.asarray(sum(weight * compare(ours[layer] - theirs[layer]) for layer, weight in layer_weights.items()))
 
 
 def style(ours: Features, theirs: Features, *, layer_weights: Mapping[str, float], criterion: str) -> jax.Array:
-    """As `perceptual`, on the Gram matrices F^T F / (c h w) of the features (Gatys et al., arXiv:1508.06576)."""
+    """Like `perceptual`, on the Gram matrices F^T F / (c h w) of the features (Gatys et al., arXiv:1508.06576)."""
     grams = ({layer: _gram(features[layer]) for layer in layer_weights} for features in (ours, theirs))
     return perceptual(*grams, layer_weights=layer_weights, criterion=criterion)
 

@@ -1,4 +1,4 @@
-"""Reading VGG weights, for perceptual losses, from the files that torchvision publishes."""
+"""Reads VGG weights for perceptual losses from the files that torchvision publishes."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from kdjax.weights.tensors import Tensor
 def load_vgg(
     path: str | os.PathLike[str], /, *, vgg_type: str, layers: Sequence[str]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """The weights of a VGG in a torchvision file, up to the deepest of `layers`, for `kdjax.losses.perceptual`.
+    """Loads the VGG weights in a torchvision file, up to the deepest of `layers`, for `kdjax.losses.perceptual`.
 
     Raises:
-      WeightsError: the file cannot be read or is another network.
-      ValueError: an unknown type or layer.
+      WeightsError: if the file cannot be read or holds another network.
+      ValueError: if the type or a layer is unknown.
     """
     needed_layers(vgg_type, layers)
     return load_tensors(path, lambda state: vgg_params(state, vgg_type=vgg_type, layers=layers))
 
 
 def vgg_params(state: Mapping[str, Any], *, vgg_type: str, layers: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
-    """{"conv1_1": {"kernel": HWIO, "bias": (c,)}, ...} up to the deepest of `layers`, from an unwrapped state dict.
+    """Converts an unwrapped state dict to {"conv1_1": {"kernel": HWIO, "bias": (c,)}, ...}, as far as `layers` need it.
 
-    Keys are torchvision's `features.N.weight`, or `N.weight` of the `features` alone.
+    Keys are torchvision's `features.N.weight`, or `N.weight` if the file holds `features` alone.
 
     Raises:
-      WeightsError: it is no VGG, one with batch normalisation or another than `vgg_type`.
-      ValueError: an unknown type or layer.
+      WeightsError: if it is not a VGG, has batch normalisation, or is not of type `vgg_type`.
+      ValueError: if the type or a layer is unknown.
     """
     state = {str(key).removeprefix("features."): value for key, value in state.items() if isinstance(value, Tensor)}
     if any(key.endswith("running_mean") for key in state):
@@ -60,14 +60,14 @@ def vgg_params(state: Mapping[str, Any], *, vgg_type: str, layers: Sequence[str]
 def read_convolution(
     state: Mapping[str, Tensor], name: str, index: int, shape: tuple[int, int, int, int]
 ) -> dict[str, np.ndarray]:
-    """{"kernel": HWIO, "bias": (c,)} of the convolution that has this number in torchvision's `features`.
+    """Returns {"kernel": HWIO, "bias": (c,)} of the convolution at this index of torchvision's `features`.
 
     Args:
       name: what messages call it.
       shape: of its weight, OIHW.
 
     Raises:
-      WeightsError: it is missing, has another shape or is damaged.
+      WeightsError: if it is missing, has another shape or is damaged.
     """
     weight, bias = state.get(f"{index}.weight"), state.get(f"{index}.bias")
     if weight is None or bias is None or weight.shape != shape or bias.shape != shape[:1]:
@@ -80,7 +80,7 @@ def read_convolution(
 
 
 def _convolutions(vgg_type: str) -> dict[str, tuple[int, int, int]]:
-    """Layer -> (its number in torchvision's `features`, channels in, channels out)."""
+    """Returns layer -> (its index in torchvision's `features`, input channels, output channels)."""
     table, num_in = {}, 3
     for index, name in enumerate(layer_names(vgg_type)):
         if name.startswith("conv"):

@@ -1,11 +1,11 @@
-"""How good an image is: uint8 (h, w, c) arrays in, one number out.
+"""Image quality metrics: uint8 (h, w, c) arrays in, one number out.
 
     psnr, ssim              against the clean image, as BasicSR defines them
     kdjax.metrics.niqe      how natural an image looks, without the clean one
-    kdjax.metrics.lpips     the distance between the features that a trained network sees
-    kdjax.metrics.named     all of them by the names that a command line uses: "psnr_y", "lpips", ...
+    kdjax.metrics.lpips     distance between the features of a trained network
+    kdjax.metrics.named     all of them by the names used on the command line: "psnr_y", "lpips", ...
 
-Clipping and rounding to 8 bit comes before: it changes the numbers. Only `lpips` needs JAX.
+Clip and round to 8 bits before calling them: it changes the numbers. Only `lpips` needs JAX.
 """
 
 from kdjax.metrics.psnr_ssim import TooSmallError, luma, psnr, ssim

@@ -1,10 +1,10 @@
 """LPIPS: the distance between two images in the features of a trained network (Zhang et al., arXiv:1801.03924).
 
-At five layers of an AlexNet or VGG16 the features of every pixel are scaled to length 1; their squared differences are
-weighted by channel, with weights fitted to human judgements, and averaged over the image. 0 for equal images; lower is
-better. The numbers are those of the package `lpips`, version 0.1 of its weights, for images in [-1, 1].
+At five layers of an AlexNet or VGG16, every pixel's features are scaled to unit length. Their squared differences are
+weighted per channel, with weights fitted to human judgements, and averaged over the image. Equal images give 0; lower
+is better. The numbers match the `lpips` package, version 0.1 of its weights, for images in [-1, 1].
 
-The weights come from a file of the user's (`kdjax.metrics.lpips_file.load_lpips`).
+The user supplies the weights in a file (`kdjax.metrics.lpips_file.load_lpips`).
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import numpy as np
 from kdjax.losses.perceptual import Params, vgg_features
 from kdjax.metrics.psnr_ssim import TooSmallError, check, crop
 
-# ImageNet's mean and deviation for images in [-1, 1], with the digits that the package `lpips` has.
+# ImageNet's mean and standard deviation for images in [-1, 1], with the digits of the `lpips` package.
 _SHIFT, _SCALE = np.array([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]], np.float32)
-# The layers that are compared, and their channels.
+# The layers compared, and their channels.
 VGG_LAYERS = {"relu1_2": 64, "relu2_2": 128, "relu3_3": 256, "relu4_3": 512, "relu5_3": 512}
 ALEX_LAYERS = {"conv1": 64, "conv2": 192, "conv3": 384, "conv4": 256, "conv5": 256}
-# Of each convolution of AlexNet (Krizhevsky, arXiv:1404.5997): stride, padding, and whether the input is pooled first.
+# Per convolution of AlexNet (Krizhevsky, arXiv:1404.5997): stride, padding, and whether the input is pooled first.
 _ALEX_CONVOLUTIONS = {
     "conv1": (4, 2, False), "conv2": (1, 2, True), "conv3": (1, 1, True), "conv4": (1, 1, False), "conv5": (1, 1, False)
 }  # fmt: skip
-# The smallest side at which every layer still has a pixel.
+# The smallest side that leaves every layer at least one pixel.
 _SMALLEST = {"alex": 31, "vgg": 16}
 
 
@@ -38,7 +38,7 @@ class Network(NamedTuple):
     Attributes:
       kind: "alex" or "vgg".
       convolutions: {"conv1" or "conv1_1": {"kernel": HWIO, "bias": (c,)}, ...}
-      channel_weights: of the five layers, (c,) each.
+      channel_weights: (c,) for each of the five layers.
     """
 
     kind: str
@@ -47,11 +47,11 @@ class Network(NamedTuple):
 
 
 def distance(a: np.ndarray, b: np.ndarray, network: Network, *, crop_border: int = 0) -> float:
-    """LPIPS between uint8 (h, w, c) images, RGB or grey; every distinct size compiles once.
+    """Returns LPIPS between uint8 (h, w, c) images, RGB or grey; compiles once per image size.
 
     Raises:
-      TooSmallError: a side inside the border is below 31 pixels (AlexNet) or 16 (VGG).
-      ValueError: other types or shapes.
+      TooSmallError: if a side, less the border, is below 31 pixels (AlexNet) or 16 (VGG).
+      ValueError: if the images have another dtype or their shapes do not match.
     """
     check(a, b)
     a, b = crop(a, crop_border), crop(b, crop_border)
@@ -67,7 +67,7 @@ def distance(a: np.ndarray, b: np.ndarray, network: Network, *, crop_border: int
 def _distance(
     convolutions: Params, channel_weights: tuple[jax.Array, ...], a: jax.Array, b: jax.Array, *, kind: str
 ) -> jax.Array:
-    # A grey image becomes three channels here.
+    # A grey image broadcasts to three channels here.
     images = (jnp.stack([a, b]).astype(jnp.float32) / 127.5 - 1 - _SHIFT) / _SCALE
     if kind == "vgg":
         features = vgg_features(
@@ -83,7 +83,7 @@ def _distance(
 
 
 def _alex_features(convolutions: Params, x: jax.Array) -> list[jax.Array]:
-    """The five outputs (b, h, w, c) of AlexNet's convolutions, after their ReLU."""
+    """Returns the five outputs (b, h, w, c) of AlexNet's convolutions, after their ReLU."""
     features = []
     for name, (stride, padding, pools) in _ALEX_CONVOLUTIONS.items():
         if pools:

@@ -1,4 +1,4 @@
-"""Reading the weights of LPIPS from the state dict of the package `lpips`."""
+"""Reads LPIPS weights from a state dict of the `lpips` package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kdjax.models.reading import WeightsError
 from kdjax.weights import load_tensors
 from kdjax.weights.tensors import Tensor
 
-# AlexNet's convolutions: their number in torchvision's `features`, and their kernel in torch's layout.
+# AlexNet's convolutions: their index in torchvision's `features`, and their kernel in torch's layout.
 _ALEX = {
     "conv1": (0, (64, 3, 11, 11)),
     "conv2": (3, (192, 64, 5, 5)),
@@ -28,25 +28,25 @@ _ALEX = {
 
 
 def load_lpips(path: str | os.PathLike[str], /) -> Network:
-    """The weights of LPIPS in a file with the state dict of `lpips.LPIPS(net="alex" or "vgg")`.
+    """Loads LPIPS weights from a file with the state dict of `lpips.LPIPS(net="alex" or "vgg")`.
 
     Raises:
-      WeightsError: the file cannot be read or holds something else.
+      WeightsError: if the file cannot be read or holds something else.
     """
     return load_tensors(path, lpips_network)
 
 
 def load(path: str) -> tuple[Network, str]:
-    """As `load_lpips`, and where the network came from."""
+    """Like `load_lpips`, but also returns a description of the file."""
     network = load_lpips(path)
     return network, f"{network.kind}, {path}, sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
 
 
 def lpips_network(state: Mapping[str, Any]) -> Network:
-    """The network and its channel weights, from the unwrapped `lpips.LPIPS(net="alex" or "vgg").state_dict()`.
+    """Converts an unwrapped `lpips.LPIPS(net="alex" or "vgg").state_dict()` to the network and its channel weights.
 
     Raises:
-      WeightsError: it is something else, incomplete or damaged.
+      WeightsError: if it is something else, incomplete or damaged.
     """
     found = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
     first = found.get("net.slice1.0.weight")

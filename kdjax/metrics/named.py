@@ -1,7 +1,7 @@
-"""Metrics by the names that a command line and a table use.
+"""Metrics by the names used in tables and on the command line.
 
-A metric is one entry of METRICS, and so is its option on the command line if it reads a file. What it needs beside the
-two images is in one `Context`, so that every metric is called in the same way.
+A metric is one entry of METRICS, including its command-line option if it reads a file. Whatever it needs besides the
+two images is in one `Context`, so all metrics are called the same way.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from kdjax.metrics.psnr_ssim import TooSmallError, psnr, ssim
 
 
 class Context(NamedTuple):
-    """What metrics need beside the images: pixels left out at each side, and by metric what it read from a file."""
+    """What metrics need besides the images: pixels cropped at each side, and, by metric, what it read from a file."""
 
     crop_border: int = 0
     files: Mapping[str, Any] = {}
 
 
 class Source(NamedTuple):
-    """The file a metric needs: how a command line shows the option, and `load(path) -> (content, where from)`."""
+    """The file a metric needs: how the command line shows its option, and `load(path) -> (content, origin)`."""
 
     metavar: str
     about: str
@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """How a metric is shown, which way is better, and `compute(output, gt, context)` on uint8 (h, w, c) images.
+    """How to display a metric, which way is better, and `compute(output, gt, context)` on uint8 (h, w, c) images.
 
     Attributes:
       source: the file it needs, or None.
@@ -47,11 +47,11 @@ class Metric(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """PSNR (dB)"""
+        """The column heading, such as "PSNR (dB)"."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
     def text(self, value: float) -> str:
-        """31.33, or - for nan."""
+        """Formats a value: "31.33", or "-" for nan."""
         return "-" if math.isnan(value) else f"{value:.{self.digits}f}"
 
 
@@ -77,10 +77,10 @@ METRICS: dict[str, Metric] = {
 
 
 def measure(name: str, output: np.ndarray, gt: np.ndarray, context: Context) -> float:
-    """The metric `name` of a uint8 (h, w, c) image beside the clean one; nan where the image is too small for it.
+    """Returns the metric `name` of a uint8 (h, w, c) image against the clean one; nan if the image is too small.
 
     Raises:
-      ValueError: other types or shapes, or psnr_y and ssim_y of grey images.
+      ValueError: if the images have another dtype or shape, or for psnr_y and ssim_y of grey images.
     """
     try:
         return METRICS[name].compute(output, gt, context)
@@ -89,6 +89,6 @@ def measure(name: str, output: np.ndarray, gt: np.ndarray, context: Context) -> 
 
 
 def mean(values: list[float]) -> float:
-    """The mean of one metric over images, of those it is defined for; nan where there are none."""
+    """Returns the mean of one metric over the images where it is defined; nan if there are none."""
     defined = [value for value in values if not math.isnan(value)]
     return float(np.mean(defined)) if defined else math.nan

@@ -1,12 +1,12 @@
-"""NIQE: how far the statistics of an image are from those of clean photographs (Mittal et al., 2013).
+"""NIQE: how far an image's statistics are from those of clean photographs (Mittal et al., 2013).
 
-Blocks of 96x96 pixels, at full and half size, each give 18 numbers that describe how normalised luminance and the
-products of neighbours are distributed. A Gaussian is fitted to the numbers of an image and compared with one of clean
-photographs, the pristine model; lower is better, and no clean version of the image is needed.
+Each block of 96x96 pixels, at full and half size, yields 18 numbers that describe the distributions of the normalised
+luminance and of products of neighbours. A Gaussian is fitted to the numbers of an image and compared with one fitted to
+clean photographs, the pristine model. Lower is better, and no clean version of the image is needed.
 
-The numbers are those of BasicSR 1.4.2 and the authors' MATLAB code when the pristine model is theirs. That file is not
-part of this package, since its licence is unclear; `fit` makes a model from photographs, whose scores are good for
-comparing with each other, and not with published ones.
+With the authors' pristine model the numbers match BasicSR 1.4.2 and the authors' MATLAB code. That file is not part of
+this package, as its licence is unclear. `fit` makes a model from photographs; its scores can be compared with each
+other, but not with published ones.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from kdjax.metrics.psnr_ssim import TooSmallError, check, crop, luma
 
 BLOCK = 96
 NUM_FEATURES = 36
-_SHARP = 0.75  # blocks at least this sharp, compared with the sharpest of their image, count as pristine
+_SHARP = 0.75  # blocks at least this sharp, relative to the sharpest of their image, count as pristine
 
 _WINDOW = np.exp(-(np.arange(-3, 4) ** 2) / (2 * (7 / 6) ** 2))
 _WINDOW /= _WINDOW.sum()
-# MATLAB's imresize(image, 0.5): the cubic of Keys with a = -0.5, stretched by two against aliasing, at its eight taps.
+# MATLAB's imresize(image, 0.5): Keys' cubic with a = -0.5, stretched by two for antialiasing, at its eight taps.
 _HALVING = np.array([-3, -9, 29, 111, 111, 29, -9, -3]) / 256
-# The shapes among which the generalised Gaussian is looked for, and G(2/a)^2 / (G(1/a) G(3/a)) of each.
+# The candidate shapes of the generalised Gaussian, and G(2/a)^2 / (G(1/a) G(3/a)) of each.
 _SHAPES = np.arange(0.2, 10.001, 0.001)
 _RATIOS = gamma(2 / _SHAPES) ** 2 / (gamma(1 / _SHAPES) * gamma(3 / _SHAPES))
 
@@ -41,11 +41,11 @@ class Pristine(NamedTuple):
 
 
 def distance(image: np.ndarray, pristine: Pristine, *, crop_border: int = 0) -> float:
-    """NIQE of a uint8 (h, w, c) image, RGB or grey: at least 0, and lower is better.
+    """Returns NIQE of a uint8 (h, w, c) image, RGB or grey: at least 0, lower is better.
 
     Raises:
-      TooSmallError: the image holds fewer than two blocks of 96x96 pixels that are not flat.
-      ValueError: another type or shape.
+      TooSmallError: if the image holds fewer than two non-flat blocks of 96x96 pixels.
+      ValueError: if the image has another dtype or shape.
     """
     features, _ = _block_features(_rounded_luma(image, crop_border))
     mean, covariance = _gaussian(features)
@@ -55,12 +55,12 @@ def distance(image: np.ndarray, pristine: Pristine, *, crop_border: int = 0) -> 
 
 
 def fit(images: Iterable[np.ndarray]) -> Pristine:
-    """The pristine model of clean photographs, uint8 (h, w, c), from the sharp blocks of each.
+    """Fits the pristine model to the sharp blocks of clean photographs, uint8 (h, w, c).
 
-    The authors used 125 photographs. Images without a block of 96x96 pixels are passed over.
+    The authors used 125 photographs. Images smaller than one block of 96x96 pixels are skipped.
 
     Raises:
-      ValueError: there are no more than 36 sharp blocks in all, or an image has another type or shape.
+      ValueError: if there are no more than 36 sharp blocks in all, or an image has another dtype or shape.
     """
     kept = []
     for image in images:
@@ -86,7 +86,7 @@ def _rounded_luma(image: np.ndarray, crop_border: int) -> np.ndarray:
 
 
 def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of (blocks, 36) features; those of a flat block are nan and left out where they are."""
+    """Returns mean and covariance of (blocks, 36) features; entries of flat blocks are nan and ignored."""
     complete = features[np.isfinite(features).all(axis=1)]
     if len(complete) < 2:
         raise TooSmallError(
@@ -96,7 +96,7 @@ def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _block_features(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(blocks, 36) features of an (h, w) luminance, and how sharp each block is: its mean local deviation."""
+    """Returns (blocks, 36) features of an (h, w) luminance, and each block's sharpness: its mean local deviation."""
     rows, columns = plane.shape[0] // BLOCK, plane.shape[1] // BLOCK
     if rows * columns == 0:
         return np.empty((0, NUM_FEATURES)), np.empty(0)
@@ -108,23 +108,23 @@ def _block_features(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mean = _blur(plane)
         deviation = np.sqrt(np.abs(_blur(plane**2) - mean**2))
         normalised = (plane - mean) / (deviation + 1)
-        normalised[np.abs(normalised) < 1e-10] = 0  # a flat area, where rounding would decide which side of 0 it is
+        normalised[np.abs(normalised) < 1e-10] = 0  # flat areas: rounding must not decide the sign
         blocks = _split(normalised, side)
         if side == BLOCK:
             sharpness = _split(deviation, side).mean(axis=(1, 2))
         shape, left, right = generalised_gaussian(blocks)
         features += [shape, (left + right) / 2]
-        for shift in ((0, 1), (1, 0), (1, 1), (1, -1)):  # the products of neighbours, around the edge of the block
+        for shift in ((0, 1), (1, 0), (1, 1), (1, -1)):  # products of neighbours, wrapping around the block edge
             shape, left, right = generalised_gaussian(blocks * np.roll(blocks, shift, axis=(1, 2)))
             features += [shape, (right - left) * gamma(2 / shape) / gamma(1 / shape), left, right]
     return np.stack(features, axis=1), sharpness
 
 
 def generalised_gaussian(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The asymmetric generalised Gaussian of each of (n, h, w) blocks: shape, left and right scale, (n,) each.
+    """Fits an asymmetric generalised Gaussian to each of (n, h, w) blocks: shape, left and right scale, (n,) each.
 
-    By the moments of Lasmar et al. (2009): the density is exp(-(-x / left)^shape) left of 0 and exp(-(x / right)^shape)
-    right of it, up to a factor. Where one side is empty, its scale is nan.
+    Uses the moments of Lasmar et al. (2009). The density is exp(-(-x / left)^shape) left of 0 and exp(-(x /
+    right)^shape) right of it, up to a factor. If one side is empty, its scale is nan.
     """
     flat = blocks.reshape(len(blocks), -1)
     square = flat**2
@@ -140,7 +140,7 @@ def generalised_gaussian(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
 
 
 def halve(plane: np.ndarray) -> np.ndarray:
-    """An (h, w) plane of even sizes at half its size, as MATLAB's `imresize(plane, 0.5)`: bicubic, no aliasing."""
+    """Halves an (h, w) plane of even sizes like MATLAB's `imresize(plane, 0.5)`: bicubic with antialiasing."""
     for axis in (0, 1):
         padding = [(0, 0), (0, 0)]
         padding[axis] = (3, 3)

@@ -1,4 +1,4 @@
-"""The pristine model of NIQE: BasicSR's file, or fitted to a folder of clean photographs."""
+"""NIQE's pristine model: read from BasicSR's file, or fitted to a folder of clean photographs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from kdjax.metrics import niqe
 
 
 def load(path: str) -> tuple[niqe.Pristine, str]:
-    """The model, and where it came from.
+    """Loads the model; returns it with a description of its origin.
 
     Args:
       path: BasicSR's `niqe_pris_params.npz`, a folder of clean photographs, or "embedded".
 
     Raises:
-      ValueError, OSError: it cannot be read, or no photograph in the folder is sharp and large enough.
+      ValueError, OSError: if it cannot be read, or no photograph in the folder is sharp and large enough.
     """
     found = Path(assets.locate(path, assets.TRAIN_PHOTOGRAPHS))
     if found.suffix == ".npz":

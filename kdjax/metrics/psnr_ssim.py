@@ -1,6 +1,6 @@
 """PSNR and SSIM as BasicSR defines them (`basicsr/metrics/psnr_ssim.py`), in float64 on 8-bit images.
 
-Images are uint8 (h, w, c), RGB or grey. Clipping and rounding to 8 bit comes before: it changes the numbers.
+Images are uint8 (h, w, c), RGB or grey. Clip and round to 8 bits first: it changes the numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _LUMA = np.array([65.481, 128.553, 24.966], np.float32)
 
 
 class TooSmallError(ValueError):
-    """The image does not hold what a metric looks at, such as the window of SSIM."""
+    """The image is too small for a metric, for example for SSIM's window."""
 
 
 def psnr(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool = False) -> float:
@@ -28,13 +28,13 @@ def psnr(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool 
 
     Args:
       a: uint8 (h, w, c).
-      b: another of the same type and shape.
-      crop_border: pixels left out at each side.
+      b: another image of the same dtype and shape.
+      crop_border: pixels to leave out at each side.
       y_channel: compare the BT.601 luma of RGB images instead of their channels.
 
     Raises:
-      ValueError: other types or shapes.
-      TooSmallError: the border leaves nothing of the image.
+      ValueError: if the images have another dtype or their shapes do not match.
+      TooSmallError: if cropping the border leaves nothing.
     """
     a, b = _prepare(a, b, crop_border, y_channel)
     mse = np.mean((a - b) ** 2)
@@ -42,9 +42,10 @@ def psnr(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool 
 
 
 def ssim(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool = False) -> float:
-    """Structural similarity (Wang et al., 2004): Gaussian window 11x11 of sigma 1.5, only where it fits whole.
+    """Structural similarity (Wang et al., 2004): 11x11 Gaussian window, sigma 1.5, only where it fits entirely.
 
-    Mean over pixels and channels; at most 1. Arguments and errors as `psnr`, and the image must hold the window.
+    Mean over pixels and channels; at most 1. Arguments and errors are those of `psnr`; also, the window must fit into
+    the image.
 
     Examples:
       >>> waves = np.uint8(np.indices((16, 16, 1))[1] % 4 * 60)
@@ -74,18 +75,18 @@ def ssim(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool 
 
 
 def luma(image: np.ndarray) -> np.ndarray:
-    """The BT.601 luma (h, w, 1) of a uint8 RGB image, 16..235, not rounded.
+    """Returns the BT.601 luma (h, w, 1) of a uint8 RGB image, 16..235, not rounded.
 
-    In float32, as BasicSR computes it; the difference shows in the sixth digit of a PSNR.
+    Computed in float32 like BasicSR; the difference shows in the sixth digit of a PSNR.
     """
     return ((image.astype(np.float32) / 255) @ _LUMA + 16)[..., None]
 
 
 def crop(image: np.ndarray, border: int) -> np.ndarray:
-    """The image without `border` pixels at each side.
+    """Returns the image without `border` pixels at each side.
 
     Raises:
-      TooSmallError: nothing is left.
+      TooSmallError: if nothing is left.
     """
     inside = image[border : image.shape[0] - border, border : image.shape[1] - border]
     if inside.size == 0:
@@ -94,7 +95,7 @@ def crop(image: np.ndarray, border: int) -> np.ndarray:
 
 
 def check(*images: np.ndarray) -> None:
-    """Refuses images that are not uint8 (h, w, c) of one shape, with a `ValueError`."""
+    """Raises a `ValueError` unless the images are uint8 (h, w, c) of one shape."""
     shapes = [image.shape for image in images]
     if any(len(shape) != 3 or shape != shapes[0] for shape in shapes):
         raise ValueError(f"wanted (h, w, c) images of one shape, got {' and '.join(map(str, shapes))}")

@@ -1,8 +1,8 @@
-"""Array operations on images that more than one module needs.
+"""Array operations on images shared by several modules.
 
-Images are NHWC; float images lie in [0, 1] and are not clipped here. Every function is pure and works under jit,
-grad and vmap. Those that rearrange pixels are jitted, not for speed, but to be seen as one call by `kdjax.export`,
-which has an ONNX operator for each of these names.
+Images are NHWC; float images are in [0, 1] and not clipped here. All functions are pure and work under jit, grad and
+vmap. Those that rearrange pixels are jitted, not for speed, but so that `kdjax.export` sees each as one named call,
+which it maps to ONNX.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 
 def to_float(image: jax.Array) -> jax.Array:
-    """uint8 [0, 255] -> float32 [0, 1]; of a float image only the precision becomes float32."""
+    """uint8 [0, 255] -> float32 [0, 1]; a float image is only cast to float32."""
     floats = image.astype(jnp.float32)
     return floats / 255 if image.dtype == jnp.uint8 else floats
 
 
 def to_uint8(image: jax.Array) -> jax.Array:
-    """float [0, 1] -> uint8: clip, times 255, round half to even, as BasicSR's `tensor2img` does."""
+    """float [0, 1] -> uint8: clip, multiply by 255, round half to even, like BasicSR's `tensor2img`."""
     return jnp.round(jnp.clip(image, 0, 1) * 255).astype(jnp.uint8)
 
 
@@ -50,21 +50,21 @@ def upsample_nearest(x: jax.Array, factor: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="factor")
 def upsample_bilinear(x: jax.Array, factor: int) -> jax.Array:
-    """(b, h, w, c) -> (b, h*factor, w*factor, c), as torch's bilinear interpolation with align_corners=False."""
+    """(b, h, w, c) -> (b, h*factor, w*factor, c), like torch's bilinear interpolation with align_corners=False."""
     b, h, w, c = x.shape
     return jax.image.resize(x.astype(jnp.float32), (b, h * factor, w * factor, c), "bilinear").astype(x.dtype)
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is at least `size`, which may also be a symbolic size of `jax.export`."""
+    """Rounds `size` up to a multiple of `multiple`; `size` may be a symbolic size of `jax.export`."""
     return multiple * -(-size // multiple)
 
 
 @functools.partial(jax.jit, static_argnames="multiple")
 def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
-    """Reflects (b, h, w, c) at the bottom and right until h and w divide by `multiple`.
+    """Reflects (b, h, w, c) at the bottom and right until `multiple` divides h and w.
 
-    Gathers the pixels, since `jnp.pad` cannot reflect an image of symbolic size.
+    Gathers pixels, since `jnp.pad` cannot reflect an image of symbolic size.
     """
     for axis in (1, 2):
         size = x.shape[axis]

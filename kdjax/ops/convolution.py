@@ -1,9 +1,9 @@
-"""The convolution of odd size, stride 1 and zero padding, with gradients that a CPU computes fast inside of loops too.
+"""Convolution of odd kernel size, stride 1 and zero padding, with gradients that are fast on a CPU even inside loops.
 
-XLA's fast routine for CPUs takes one form of convolution only. Outside of loops and conditions XLA brings any other
-into that form; inside it does not, and the gradients that JAX writes then take 20 to 50 times as long. So here they are
-written in that form: the gradient of the image is a convolution with the turned kernel, that of the kernel one of
-images by gradients, with channels and samples exchanged; where the kernel has few results, it is a matrix product.
+XLA's fast CPU routine accepts only one form of convolution. Outside loops and conditionals XLA rewrites other forms to
+it; inside it does not, and JAX's own gradients take 20 to 50 times as long. So the gradients are written in that form
+here. The gradient of the image is a convolution with the flipped kernel. That of the kernel is a convolution of images
+with gradients, channels and samples swapped; if the kernel has few outputs, it is a matrix product.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LAYOUT = ("NHWC", "HWIO", "NHWC")
 
 
 def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(b, h, w, c) and (n, n, c, o) -> (b, h, w, o), as XLA has it."""
+    """(b, h, w, c) and (n, n, c, o) -> (b, h, w, o), by XLA."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=_LAYOUT)
 
 
@@ -28,7 +28,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Those of x and of the kernel, for that (b, h, w, o) of the result."""
+    """Returns the gradients of x and of the kernel, given the gradient (b, h, w, o) of the result."""
     return jax.lax.platform_dependent(x, kernel, gradient, cpu=_gradients_in_xlas_form, default=_gradients)
 
 
@@ -38,7 +38,7 @@ def _gradients(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[ja
 
 def _gradients_in_xlas_form(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     of_x = plain(gradient, kernel[::-1, ::-1].swapaxes(2, 3))
-    if math.prod(kernel.shape[:2]) * kernel.shape[3] <= 9 * 12:  # above, XLA's is faster
+    if math.prod(kernel.shape[:2]) * kernel.shape[3] <= 9 * 12:  # above that XLA's is faster
         return of_x, _of_kernel_by_taps(x, kernel, gradient)
     rim = [(side // 2, side // 2) for side in kernel.shape[:2]]
     images, weights = x.transpose(3, 1, 2, 0), gradient.transpose(1, 2, 0, 3)
@@ -47,9 +47,9 @@ def _gradients_in_xlas_form(x: jax.Array, kernel: jax.Array, gradient: jax.Array
 
 
 def _of_kernel_by_taps(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> jax.Array:
-    """That of a kernel with few results, a network's last: images by all shifts of the gradient, one matrix product.
+    """Gradient of a kernel with few outputs, such as a network's last: one matmul of images by all shifted gradients.
 
-    XLA's convolution computes as much for 3 results as for 16.
+    XLA's convolution does as much work for 3 outputs as for 16.
     """
     rows, columns, num_in, num_out = kernel.shape
     rim = ((0, 0), (rows // 2, rows // 2), (columns // 2, columns // 2), (0, 0))

@@ -1,12 +1,12 @@
-"""3x3 convolutions from many channels to few, faster on a CPU by Winograd's minimal filtering along the rows.
+"""3x3 convolutions from many channels to few, sped up on a CPU by Winograd's minimal filtering along rows.
 
-Four neighbouring outputs of a row are 4 x 3 products for each input channel and row of the kernel; F(4, 3) makes do
-with six (Winograd, 1980, "Arithmetic complexity of computations"; Lavin & Gray, 2016, arXiv:1509.09308, whose matrices
-these are). Each of the six is one matrix product of all places with the three rows of the kernel side by side, which
-is wide although the convolution is narrow; its three results are shifted by a row and added.
+Four neighbouring outputs of a row take 4 x 3 products per input channel and kernel row; F(4, 3) needs only six
+(Winograd, 1980, "Arithmetic complexity of computations"; Lavin & Gray, 2016, arXiv:1509.09308, the source of these
+matrices). Each of the six is one matrix product of all positions with the three kernel rows side by side, which is wide
+although the convolution is narrow; its three results are shifted by a row each and added.
 
 In float32 the result differs from the plain convolution by a few units in the last place of its largest terms. Other
-platforms, gradients and shapes for which it does not pay get XLA's own convolution. `docs/performance.md` has the
+platforms, gradients and shapes where it does not pay off use XLA's own convolution. See `docs/performance.md` for
 measurements.
 """
 
@@ -46,12 +46,12 @@ _KERNEL = np.array(
 )
 _OUTPUT = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32)
 
-_LARGEST_MAP = 128 * 128  # pixels of one image; beyond, what lies between the products no longer fits into the cache
+_LARGEST_MAP = 128 * 128  # pixels per image; above that the intermediates no longer fit into the cache
 
 
-@jax.jit  # one call in the jaxpr, which `kdjax.export` knows by its name
+@jax.jit  # one call in the jaxpr, which `kdjax.export` recognises by name
 def narrow_conv3x3(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """(b, h, w, c) and (3, 3, c, o) -> (b, h, w, o): the convolution with zero padding and stride 1."""
+    """(b, h, w, c) and (3, 3, c, o) -> (b, h, w, o): convolution with zero padding and stride 1."""
     return _convolve(x, kernel)
 
 
@@ -67,7 +67,7 @@ def _forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 
 def _backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # Faster than the transposed transforms.
+    # Faster than transposing the transforms.
     return convolution.gradients(*saved, gradient)
 
 
@@ -86,7 +86,7 @@ def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
     num_out = kernel.shape[3]
     tiles = -(-width // _TILE)
     x = jnp.pad(x, ((0, 0), (0, 0), (1, 1 + tiles * _TILE - width), (0, 0)))
-    # The six numbers that a tile of four outputs and a row of the kernel become.
+    # The six numbers that represent a tile of four outputs and a kernel row.
     last = _TILE * (tiles - 1) + 1
     inputs = _combine(_INPUT, [x[:, :, i : i + last : _TILE] for i in range(_TILE + 2)])
     kernels = _combine(_KERNEL, [kernel[:, i] for i in range(3)])
@@ -104,6 +104,6 @@ def _winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _combine(matrix: np.ndarray, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """matrix x arrays, without the products by zero."""
+    """Returns matrix x arrays, skipping products with zero."""
     rows = ([number * array for number, array in zip(row, arrays, strict=True) if number] for row in matrix)
     return [jnp.asarray(sum(row)) for row in rows]

@@ -1,1 +1,1 @@
-"""What was measured, written for people: an evaluation as one HTML page, a study's ladder, a comparison's trade-off."""
+"""Reports for people: an evaluation as one HTML page, a study's ladder of methods, a comparison's trade-off."""

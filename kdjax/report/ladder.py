@@ -1,12 +1,12 @@
-"""The account of a study: how far each way of distilling came beside training without a teacher.
+"""The report of a study: what each way of distilling gains over training without a teacher.
 
-Numbers in, Markdown and a picture out. A result is what one run reached:
+Numbers in, Markdown and a picture out. A result describes one run:
 
     {"column": "output", "seed": 0, "psnr": 30.41, "ssim": 0.871, "psnr_student_teacher": 38.2, "steps": 3000,
      "macs_per_step": 2.1e9, "curve": [[500, 29.8], ...]}
 
-Differences are taken between runs of one seed, which saw the same images in the same order and, unless a column starts
-elsewhere, had the same initial weights; the spread is the standard deviation of those differences over the seeds.
+Differences are between runs of the same seed, which saw the same images in the same order and, unless a column starts
+elsewhere, had the same initial weights. The spread is the standard deviation of those differences over the seeds.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Row:
     gap_closed: float | None
     psnr_student_teacher: float
     steps: int
-    gigamacs: float  # of the whole training: steps x multiply-accumulates of a step, in 1e9
+    gigamacs: float  # of the whole training: steps x multiply-accumulates per step, in 1e9
 
 
 def write(name: str, results: Sequence[Result], workdir: Path) -> None:
-    """Writes `results.json`, `results.md` and, if matplotlib is installed, `results.png` of a study.
+    """Writes a study's `results.json` and `results.md`, and `results.png` if matplotlib is installed.
 
     Args:
-      results: with more than above: `teacher_psnr`, `input_psnr`, `images`, and `student` and `teacher` in words.
+      results: as above, plus `teacher_psnr`, `input_psnr`, `images`, and `student` and `teacher` in words.
     """
     teacher_psnr = statistics.fmean(result["teacher_psnr"] for result in results)
     input_psnr = statistics.fmean(result["input_psnr"] for result in results)
@@ -74,9 +74,9 @@ def write(name: str, results: Sequence[Result], workdir: Path) -> None:
 
 
 def summarise(results: Sequence[Result], teacher_psnr: float) -> list[Row]:
-    """A row for each column, in the order of first appearance.
+    """Returns a row per column, in order of first appearance.
 
-    gap closed = (psnr - scratch) / (teacher - scratch): 0 is no gain, 1 is as good as the teacher.
+    gap closed = (psnr - scratch) / (teacher - scratch): 0 is no gain, 1 matches the teacher.
     """
     scratch = {result["seed"]: result["psnr"] for result in results if result["column"] == SCRATCH}
     rows = []
@@ -106,7 +106,7 @@ def summarise(results: Sequence[Result], teacher_psnr: float) -> list[Row]:
 
 
 def markdown(rows: Sequence[Row], *, teacher_psnr: float, input_psnr: float) -> str:
-    """The table, columns by falling gain below scratch, and how to read it."""
+    """Formats the table, scratch first and then columns by decreasing gain, with notes on how to read it."""
     base = next((row.gigamacs for row in rows if row.column == SCRATCH), None)
     ordered = sorted(rows, key=lambda row: (row.column != SCRATCH, -(row.gain if row.gain is not None else row.psnr)))
     lines = []
@@ -138,17 +138,17 @@ def markdown(rows: Sequence[Row], *, teacher_psnr: float, input_psnr: float) -> 
 
 
 def plot(rows: Sequence[Row], results: Sequence[Result], path: Path, *, teacher_psnr: float) -> None:
-    """Writes a picture: the gain of every run over scratch, and the mean PSNR by training step.
+    """Draws the gain of every run over scratch, and the mean PSNR by training step.
 
     Raises:
-      ImportError: matplotlib is not installed.
+      ImportError: if matplotlib is not installed.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a column is one
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a column's name is a plain $
     ordered = sorted(rows, key=lambda row: row.gain if row.gain is not None else row.psnr)
     scratch = {result["seed"]: result["psnr"] for result in results if result["column"] == SCRATCH}
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 0.4 * len(rows) + 2.2), layout="constrained")
@@ -179,5 +179,5 @@ def plot(rows: Sequence[Row], results: Sequence[Result], path: Path, *, teacher_
 
 
 def _spread(values: Sequence[float]) -> float:
-    """The standard deviation; 0 for a single value, which has none to show."""
+    """Returns the standard deviation; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,11 +1,12 @@
-"""What an evaluation saw, as one HTML page: a table of means, the images with the worst first, and a viewer.
+"""An evaluation as one HTML page: a table of means, the images sorted worst first, and a viewer.
 
-The page is one file that works from the disk and asks no network for anything; its policy (CSP) forbids it. Pictures
-are PNG, so the page shows, and measures errors on, exactly the pixels that were scored. A picture that several entries
-share, such as the clean image of two noise levels, is stored once. A page is a third larger than its PNG files.
+The page is a single file that works from disk and makes no network requests; its content security policy (CSP) forbids
+them. Images are PNG, so the page shows, and measures errors on, exactly the pixels that were scored. An image shared by
+several entries, such as the clean image of two noise levels, is stored once. A page is a third larger than its PNG
+files.
 
-`page.html` is the frame and `page.css` its looks; `page.js` makes the table and the list, `viewer.js` the viewer. Names
-and titles come from users: they are escaped here, and the scripts put them into the page as text only.
+`page.html` is the frame and `page.css` the style; `page.js` builds the table and the list, `viewer.js` the viewer.
+Names and titles come from users: they are escaped here, and the scripts insert them as text only.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ _TITLES = {"model": "Model", "data": "Set", "degraded": "Degradation", "images":
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """One image as models restored it; every array is uint8 and of gt's shape, (h, w, 1) or (h, w, 3).
+    """One image as restored by several models; every array is uint8 with gt's shape, (h, w, 1) or (h, w, 3).
 
     Attributes:
       name: of the image.
-      data: the set it is from.
-      degraded: what was done to it, "sigma 25" or the folder of the degraded images.
+      data: the set it belongs to.
+      degraded: how it was degraded: "sigma 25" or the folder of the degraded images.
       lq: the degraded image, enlarged to gt's size if the models enlarge.
       gt: the clean image.
-      outputs: the restored image by name of the model.
-      scores: by name of the model, or "input" for lq itself, the value of every metric by its name in METRICS.
+      outputs: the restored image, by model.
+      scores: by model, or "input" for lq itself: the value of every metric, by its name in METRICS.
     """
 
     name: str
@@ -66,20 +67,20 @@ def write_report(
     images: Sequence[Restored],
     settings: Mapping[str, str],
 ) -> None:
-    """Writes the page, whole or not at all.
+    """Writes the page, completely or not at all.
 
     Args:
       path: the .html file.
       title: its heading.
-      table: rows in the order to show them, {"model", "data", "degraded", "images", metric: value, ...}. The best
-        value of a metric is marked among the models with equal "data" and "degraded"; the input is none of them.
-      images: what the viewer shows, in any order, all or some of those measured; nan and inf are scores like others.
+      table: rows in display order, {"model", "data", "degraded", "images", metric: value, ...}. The best value of a
+        metric is marked among the models with equal "data" and "degraded"; the input does not compete.
+      images: what the viewer shows, in any order: all or some of the measured images; nan and inf are valid scores.
       settings: shown as they are: files, checksums, date, ...
 
     Raises:
-      ValueError: an array of another type or shape, an image without a score, a metric that is not in METRICS, or a
-        model with one of the names that the page itself gives.
-      OSError: the file cannot be written.
+      ValueError: if an array has another dtype or shape, an image lacks a score, a metric is not in METRICS, or a model
+        has one of the names reserved by the page.
+      OSError: if the file cannot be written.
     """
     for restored in images:
         _check(restored)
@@ -122,20 +123,20 @@ def _check(restored: Restored) -> None:
 
 
 def _pictures(restored: Restored) -> dict[str, np.ndarray]:
-    """The pictures of an image by the name that the page shows."""
+    """Returns the pictures of an image, by the name the page shows."""
     return {INPUT: restored.lq, **restored.outputs, CLEAN: restored.gt}
 
 
 def _payload(
     table: Sequence[Mapping[str, Any]], images: Sequence[Restored], settings: Mapping[str, str]
 ) -> dict[str, Any]:
-    """All but the pixels."""
-    number_of: dict[str, int] = {}  # of a picture, by digest, in the order of `_distinct`
+    """Returns everything but the pixels."""
+    number_of: dict[str, int] = {}  # number of a picture by digest, in the order of `_distinct`
     return {
         "columns": [_column(name) for name in _union(table)],
         "rows": [{name: _plain(value) for name, value in row.items()} for row in table],
         "metrics": [_column(name) for name in _union(values for one in images for values in one.scores.values())],
-        # Lists where the order counts: JavaScript moves keys such as "25" to the front of an object.
+        # Lists where order matters: JavaScript moves keys such as "25" to the front of an object.
         "settings": [[name, str(value)] for name, value in settings.items()],
         "models": [name for name in _union(m for one in images for m in (one.outputs, one.scores)) if name != INPUT],
         "images": [
@@ -160,7 +161,7 @@ def _payload(
 
 
 def _distinct(images: Sequence[Restored]) -> Iterator[np.ndarray]:
-    """Every picture once, in the order of its number."""
+    """Yields every distinct picture once, in the order of its number."""
     seen = set()
     for restored in images:
         for picture in _pictures(restored).values():
@@ -174,12 +175,12 @@ def _digest(picture: np.ndarray) -> str:
 
 
 def _union(mappings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The keys of all, each once, in the order in which they come up."""
+    """Returns the keys of all mappings, each once, in order of first appearance."""
     return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
 def _column(name: str) -> dict[str, Any]:
-    """How a column is shown: numbers have digits behind the point, text None, and only a metric is better somewhere."""
+    """How to display a column: numbers have a number of decimals, text None; only metrics have a better direction."""
     if name not in METRICS:
         title, digits = _TITLES.get(name, name), 0 if name == "images" else None
         return {"name": name, "title": title, "unit": "", "digits": digits, "higherIsBetter": None}
@@ -195,7 +196,7 @@ def _column(name: str) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> str | int | float:
-    """A value as JSON can have it; what is not finite as the word that JavaScript's `Number` reads."""
+    """Converts a value to JSON; non-finite numbers become the word that JavaScript's `Number` parses."""
     if isinstance(value, numbers.Integral):
         return int(value)
     if not isinstance(value, numbers.Real):
@@ -206,7 +207,7 @@ def _plain(value: Any) -> str | int | float:
 
 
 def _shown(value: Any) -> Any:
-    """The payload with control characters, and what reorders text, as visible escapes in all its texts."""
+    """Replaces control and bidirectional formatting characters in all texts of the payload with visible escapes."""
     if isinstance(value, dict):
         return {printable(name): _shown(entry) for name, entry in value.items()}
     if isinstance(value, list):
@@ -215,12 +216,12 @@ def _shown(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    """JSON that can stand inside a script element, which only a "<" could end or change."""
+    """Serialises to JSON that is safe inside a script element, which only a "<" could end or change."""
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
 def _base64_png(picture: np.ndarray) -> str:
-    """An image as base64 of a PNG file, grey or RGB."""
+    """Encodes an image, grey or RGB, as a base64 PNG."""
     buffer = io.BytesIO()
     Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else np.ascontiguousarray(picture)).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
@@ -231,5 +232,5 @@ def _read(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """The source expression by which a content security policy allows exactly this script or style."""
+    """Returns the CSP source expression that allows exactly this script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

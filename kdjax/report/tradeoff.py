@@ -1,4 +1,4 @@
-"""The account of a comparison: what models reach beside what they cost. Numbers in, Markdown and a picture out."""
+"""The report of a comparison: quality against cost. Numbers in, Markdown and a picture out."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from kdjax.cost import Cost
 from kdjax.files import printable
 from kdjax.markdown import literal, table
 
-_COLUMNS = 120  # of a terminal; the tables keep to it while names are at most 22 letters long
+_COLUMNS = 120  # of a terminal; tables fit into it while names have at most 22 letters
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A model that is compared: its short name, where it comes from, what it is."""
+    """A model in the comparison: its short name, where it comes from, what it is."""
 
     name: str
     is_teacher: bool
@@ -35,12 +35,12 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What a model reaches on a set of images.
+    """A model's quality on a set of images.
 
     Attributes:
       psnr, ssim: means over the images, PSNR in dB.
       gap: PSNR of the first teacher - PSNR of this model, in dB.
-      psnr_to_teacher: PSNR between this model's images and the first teacher's, in dB; infinite for the teacher.
+      psnr_to_teacher: PSNR between this model's images and the first teacher's, in dB; infinite for the teacher itself.
     """
 
     model: str
@@ -52,16 +52,16 @@ class Quality:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All that was measured.
+    """All measurements of a comparison.
 
     Attributes:
-      machine: as `cost.describe_machine` gives it.
-      subjects: the first teacher first, whom all others are compared with.
+      machine: from `cost.describe_machine`.
+      subjects: starting with the first teacher, which all others are compared with.
       repeats: passes of each model at each size.
-      costs: of every model at every size, batch size and precision; those measured together stand together.
+      costs: of every model at every size, batch size and precision; those measured together are adjacent.
       images: what quality was measured on, in a few words; "" if it was not.
       quality: of every model; empty if it was not measured.
-      allocator_peak: as `cost.allocator_peak` gives it, after all costs.
+      allocator_peak: from `cost.allocator_peak`, after all costs.
     """
 
     machine: dict[str, Any]
@@ -74,7 +74,7 @@ class Comparison:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The conditions, and tables of the models, of their costs at each size, and of their quality."""
+    """Formats the conditions, and tables of the models, their costs at each size, and their quality."""
     machine, peak = comparison.machine, comparison.allocator_peak
     load = machine["load_average"]
     busy = "" if load is None else f", load average {load:.1f} at the start"
@@ -102,18 +102,18 @@ def markdown(comparison: Comparison) -> str:
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Writes a picture: quality against cost or, where there is no quality, the latencies.
+    """Draws quality against cost or, without quality, the latencies.
 
     Raises:
-      ImportError: matplotlib is not installed.
-      ValueError: no model has a latency.
+      ImportError: if matplotlib is not installed.
+      ValueError: if no model has a latency.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a model is one
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a model's name is a plain $
     groups = _groups([row for row in comparison.costs if row.timing])
     if not groups:
         raise ValueError("no model fitted into memory, so there is nothing to draw")
@@ -126,7 +126,7 @@ def plot(comparison: Comparison, path: Path) -> None:
 
 
 def _groups(costs: Sequence[Cost]) -> dict[str, list[Cost]]:
-    """What was measured together, by a name for it."""
+    """Groups what was measured together, under a name for it."""
     groups: dict[str, list[Cost]] = {}
     for row in costs:
         groups.setdefault(f"{row.height}x{row.width}, batch {row.batch}, {row.dtype}", []).append(row)
@@ -183,7 +183,7 @@ def _quality_table(quality: Sequence[Quality]) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits, or all that are before the point: 0.0123, 1.23, 12.3, 1,234."""
+    """Formats to three significant digits, keeping all those before the point: 0.0123, 1.23, 12.3, 1,234."""
     digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{value:,.{max(0, digits)}f}"
 
@@ -193,7 +193,7 @@ def _spread(values: cost.Quartiles) -> str:
 
 
 def _draw_quality(pyplot: Any, comparison: Comparison, groups: dict[str, list[Cost]]) -> Any:
-    """PSNR against latency and multiply-accumulates, at the largest size that as many models as possible ran at."""
+    """Plots PSNR against latency and multiply-accumulates, at the largest size that most models ran at."""
     rank = lambda rows: (rows[0].dtype == "float32", len(rows), rows[0].height * rows[0].width, -rows[0].batch)  # noqa: E731
     name = max(groups, key=lambda name: rank(groups[name]))
     rows = groups[name]
@@ -221,12 +221,12 @@ def _draw_quality(pyplot: Any, comparison: Comparison, groups: dict[str, list[Co
 
 
 def _draw_latency(pyplot: Any, comparison: Comparison, groups: dict[str, list[Cost]]) -> Any:
-    """The latency of every model, one below the other, at every size, batch size and precision."""
+    """Plots the latency of every model, one below the other, at every size, batch size and precision."""
     place = {subject.name: -number for number, subject in enumerate(comparison.subjects)}
     figure, axes = pyplot.subplots(figsize=(10, 1.8 + 0.12 * len(place) * (len(groups) + 2)), layout="constrained")
     for number, (name, rows) in enumerate(groups.items()):
         medians = [_latency(row).median for row in rows]
-        lane = 0.25 - 0.5 * (number + 0.5) / len(groups)  # so that equal latencies are all seen
+        lane = 0.25 - 0.5 * (number + 0.5) / len(groups)  # offset, so that equal latencies all stay visible
         style = dict(color=f"C{number % 10}", fmt="o", capsize=3, label=name)
         axes.errorbar(medians, [place[row.model] + lane for row in rows], xerr=_bars(rows), **style)
     axes.set_yticks(list(place.values()), list(map(printable, place)))
@@ -238,13 +238,13 @@ def _draw_latency(pyplot: Any, comparison: Comparison, groups: dict[str, list[Co
 
 
 def _latency(row: Cost) -> cost.Quartiles:
-    """Of a row that was timed, as all that are drawn were."""
+    """Returns the latency of a row; all rows that are drawn have one."""
     assert row.timing is not None, row.model
     return row.timing.milliseconds
 
 
 def _bars(rows: Sequence[Cost]) -> list[list[float]]:
-    """How far the quartiles lie to the left and to the right of the medians, in ms."""
+    """Returns the distances from the medians to the lower and upper quartiles, in ms."""
     spreads = [_latency(row) for row in rows]
     return [[each.median - each.low for each in spreads], [each.high - each.median for each in spreads]]
 
@@ -261,11 +261,11 @@ def _use_log_axis(axes: Any) -> None:
 
 
 def _label_points(axes: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes the names of points (x, y, name), in their colours C0, C1, ...: towards the middle, not on each other."""
+    """Labels points (x, y, name) in colours C0, C1, ..., towards the middle and without overlap."""
     axes.autoscale_view()
     points = [(x, y, printable(name)) for x, y, name in points]
     middle = math.sqrt(math.prod(axes.get_xlim()))
-    taken: list[tuple[float, float]] = []  # where there are names, in points of 1/72 inch
+    taken: list[tuple[float, float]] = []  # positions of labels, in points of 1/72 inch
     for number, (x, y, name) in enumerate(points):
         across, up = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
         steps = (8, -15, 19, -26, 30, -37, 41)  # a line is 11 points

@@ -1,6 +1,6 @@
-"""The teacher of a run: read and perhaps averaged (`load`), or its answers kept from before (`targets`).
+"""A run's teacher: loaded and optionally averaged (`load`), or its cached outputs (`targets`).
 
-The step sees one pure function, or arrays in the batch; it does not know which files they came from.
+The step sees one pure function, or arrays in the batch; it does not know which files they come from.
 """
 
 from kdjax.teacher.load import Teacher, load_teacher

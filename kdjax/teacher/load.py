@@ -1,7 +1,7 @@
-"""The teacher of a run: one file, several whose images are averaged, each perhaps over the eight views of the square.
+"""Loads a run's teacher: one file, or several whose images are averaged, optionally with self-ensemble (x8).
 
-Whatever it consists of, the step sees one function `apply(params, x) -> (output, features)`. Features are those of the
-first file, and of the image as it is.
+Either way the step sees one function `apply(params, x) -> (output, features)`. Features are those of the first file,
+for the image as it is.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from kdjax.weights import Loaded, load_weights
 @final
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A teacher that is ready to be run.
+    """A teacher that is ready to run.
 
     Attributes:
-      files: what it was read from, the first one first.
+      files: the files it was loaded from, the first one first.
       params: {"0": parameters of the first, "1": ...}, the first argument of both functions.
-      apply: in the precision of the config, for training; `apply_float32` for measuring.
-      identity: the sha256 of the files, and how they are combined: equal for equal teachers.
+      apply: in the config's precision, for training; use `apply_float32` for measuring.
+      identity: sha256 of the files and how they are combined; equal for equal teachers.
     """
 
     files: tuple[Loaded, ...]
@@ -46,12 +46,12 @@ class Teacher:
 
 
 def load_teacher(options: config.Teacher, student: models.Model) -> Teacher:
-    """The teacher of a config.
+    """Loads the teacher of a config.
 
     Raises:
-      ConfigError: no file is named, a network reads or writes another kind of image than the student, or `mix` does not
-        fit the number of files.
-      WeightsError: a file cannot be read.
+      ConfigError: if no file is named, a network takes or returns another kind of image than the student, or `mix` does
+        not match the number of files.
+      WeightsError: if a file cannot be read.
     """
     if not options.weights:
         raise ConfigError(
@@ -91,7 +91,7 @@ def load_teacher(options: config.Teacher, student: models.Model) -> Teacher:
 
 
 def average(applies: Sequence[Apply], mix: Sequence[float]) -> Apply:
-    """The weighted mean of several networks' images, with the features of the first; params are {"0": ..., ...}."""
+    """Averages several networks' images with weights, keeping the features of the first; params are {"0": ..., ...}."""
     parts = [part / math.fsum(mix) for part in mix]
 
     def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -1,18 +1,18 @@
-"""What a cache keeps of a run's samples and of the teacher's answers, and whether a cache fits a run.
+"""What a teacher cache stores for a run's samples, and whether a cache fits a run.
 
-A sample in a cache is what the step sees after everything random: gt cut to the crop, lq, and what the teacher returns
-for it. The rules of storage; uint8, and drawing again, lose nothing:
+A cached sample is what the step sees once all randomness is resolved: gt cut to the crop, lq, and the teacher's
+outputs. It is stored as follows; uint8 and redrawing the noise lose nothing:
 
     gt       uint8; float16 where a sharpened gt was cut from a canvas
-    lq       not at all where noise was added to the gt that is stored: it is drawn again, from the sample's number
+    lq       omitted where noise was added to the stored gt: it is redrawn from the sample number
              uint8 where it is 8-bit data (files, JPEG, the Real-ESRGAN process)
-             float16 where noise was added on a canvas, of which only the crop is stored, or beside pairs of files
-    output   float16: from 0.5 to 1 its steps are 1/2048; those of bfloat16, of the same size, are 1/256, as coarse as 8
+             float16 where noise was added on a canvas, of which only the crop is stored, or alongside pairs of files
+    output   float16: its steps from 0.5 to 1 are 1/2048; those of bfloat16, at the same size, are 1/256, as coarse as 8
              bits
-    feature  bfloat16, since it has no fixed range; only the teacher's features that a loss term reads
-    labelled bool, where the run has unlabelled images. `is_paired` is not needed: lq is stored as it was made
+    feature  bfloat16, as its range is not fixed; only teacher features that a loss term reads
+    labelled bool, if the run has unlabelled images. `is_paired` is not needed: lq is stored ready-made
 
-`settings` is what all of this follows from. It is written into the cache and compared when a run reads it.
+`settings` is everything that determines this. It is stored in the cache and compared when a run reads it.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def settings(
     *,
     side: int,
 ) -> dict[str, Any]:
-    """All that the samples of a run and the teacher's answers to them follow from, as JSON has it.
+    """Returns everything that determines a run's samples and the teacher's outputs for them, as JSON values.
 
-    Images are known by their names, in order, so that a folder can be moved or packed.
+    Images are identified by name, in order, so that a folder can be moved or packed.
 
     Args:
-      kinds: "gt", "unlabelled" and "unpaired": the images.
-      side: of the squares that are loaded, pixels.
+      kinds: the images: "gt", "unlabelled" and "unpaired".
+      side: of the squares that are loaded, in pixels.
     """
     options = config.data
     sampled = config_lib.deciding(options, config_lib.SAMPLES) | {"canvas": side, "lq": bool(options.lq)}
@@ -80,10 +80,10 @@ def settings(
 
 
 def features_read(terms: Iterable[Term]) -> tuple[str, ...]:
-    """The teacher's features that a cache for these terms has to hold.
+    """Returns the teacher features that a cache for these terms must hold.
 
     Raises:
-      ConfigError: a term asks the teacher about images that are not known in advance.
+      ConfigError: if a term runs the teacher on images not known in advance.
     """
     terms = list(terms)
     if asking := [term.name for term in terms if term.loss.asks]:
@@ -97,14 +97,14 @@ def features_read(terms: Iterable[Term]) -> tuple[str, ...]:
 def open_for(
     config: Config, recipe: distill.Recipe, teacher: Teacher | None, wanted: Mapping[str, Any]
 ) -> tuple[data.Cache, distill.Recipe]:
-    """The cache that `config.teacher.cache` names, and the recipe of a step that learns from it without the teacher.
+    """Opens the cache named by `config.teacher.cache`; returns it and a recipe that trains from it without the teacher.
 
     Args:
       wanted: the `settings` of the run.
 
     Raises:
-      ConfigError: the cache is of other samples or another teacher, lacks a feature, or cannot serve a term.
-      data.DataError: it is missing, unfinished or damaged.
+      ConfigError: if the cache is of other samples or another teacher, lacks a feature, or cannot serve a term.
+      data.DataError: if it is missing, unfinished or damaged.
     """
     folder = config.teacher.cache
     if teacher is None or not any(term.needs_teacher for term in recipe.terms):
@@ -136,18 +136,18 @@ def open_for(
 
 
 def without_cache(config: Config) -> Config:
-    """The same run, with the teacher itself."""
+    """Returns the same config with the live teacher instead of a cache."""
     return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, cache=""))
 
 
 def make_answer(config: Config, recipe: distill.Recipe, teacher: Teacher, *, side: int) -> Answer:
-    """The function `answer(teacher parameters, batch, key) -> {field: array (b, ...)}`, in the types that are stored.
+    """Makes `answer(teacher parameters, batch, key) -> {field: array (b, ...)}`, in the dtypes that are stored.
 
     Args:
-      side: of the squares that are loaded, pixels.
+      side: of the squares that are loaded, in pixels.
 
     Raises:
-      ConfigError: a loss term needs the teacher itself.
+      ConfigError: if a loss term needs the live teacher.
     """
     names = features_read(recipe.terms)
     cuts = side > recipe.crop
@@ -162,7 +162,7 @@ def make_answer(config: Config, recipe: distill.Recipe, teacher: Teacher, *, sid
     def answer(params: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         gt, lq = distill.make_pair(recipe, batch, key)
         output, features = teacher.apply(params, lq)
-        # Without a canvas gt is kept as it came, and sharpened in the step.
+        # Without a canvas, gt is stored unchanged and sharpened in the step.
         fields = {"gt": stored(gt, stored_gt) if cuts else batch["gt"]}
         fields |= {"lq": stored(lq, stored_lq)} if keeps_lq else {}
         fields |= {"labelled": batch["labelled"]} if "labelled" in batch else {}
@@ -173,13 +173,13 @@ def make_answer(config: Config, recipe: distill.Recipe, teacher: Teacher, *, sid
 
 
 def make_fields(answer: Answer, params: Params, batch: Batch) -> tuple[Field, ...]:
-    """What a record has, in its order; `batch` is one that `answer` takes, or its shapes."""
+    """Returns the fields of a record, in order; `batch` is one that `answer` takes, or its shapes."""
     shapes = jax.eval_shape(answer, params, batch, jax.random.key(0))
     return tuple(Field(name, str(shape.dtype), shape.shape[1:]) for name, shape in shapes.items())
 
 
 def batch_shapes(config: Config, student: models.Model, *, side: int, cache: data.Cache | None = None) -> Batch:
-    """The shapes of a training batch, of squares of `side` pixels, or from a cache."""
+    """Returns the shapes of a training batch, made of squares of `side` pixels or read from a cache."""
     number = lambda dtype: jax.ShapeDtypeStruct((config.data.batch_size,), dtype)  # noqa: E731
     if cache:
         fields = {f.name: jax.ShapeDtypeStruct((config.data.batch_size, *f.shape), f.dtype) for f in cache.fields}

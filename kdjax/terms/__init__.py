@@ -1,4 +1,4 @@
-"""The terms of the loss, by the names that a config uses.
+"""The terms of the loss, under the names that a config uses.
 
     terms = dict(
         task=dict(criterion="charbonnier", weight=1.0),
@@ -8,8 +8,9 @@
     )
 
 A term is a key of TERMS, or any other name with a `kind` that is one. Its `weight` is a number, a schedule
-(`kdjax.schedules`), or `dict(share=r)`: the weight that keeps its gradient at the part r of all terms' gradient norms.
-`kdjax.losses` and `kdjax.losses.perceptual` have the formulas; here they are tied to networks and configs.
+(`kdjax.schedules`), or `dict(share=r)`, which keeps the term's gradient norm at the fraction r of the sum over all
+terms. The formulas are in `kdjax.losses` and `kdjax.losses.perceptual`; this package connects them to networks and
+configs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from kdjax.terms.term import Context, Forward, Loss, Setting, Term
 
 __all__ = ["TERMS", "Context", "Forward", "Loss", "Setting", "Term", "make_terms", "needs_teacher"]
 
-# name -> (builder of the loss from the setting and the term's options, whether it needs the teacher)
+# name -> (builds the loss from the setting and the term's options, whether it needs the teacher)
 TERMS: dict[str, tuple[Callable[..., Loss], bool]] = {
     "task": (images.task, False),
     "output": (images.output, True),
@@ -48,21 +49,21 @@ TERMS: dict[str, tuple[Callable[..., Loss], bool]] = {
 
 
 def needs_teacher(specs: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether a term of a config's dict looks at the teacher and has a weight above 0 at some step.
+    """Returns whether any term of a config uses the teacher and has a weight above 0 at some step.
 
     Raises:
-      ValueError: an unknown term or a bad weight.
+      ValueError: if a term is unknown or a weight is invalid.
     """
     return any(_is_on(name, spec) and _needs_teacher(name, spec) for name, spec in specs.items())
 
 
 def make_terms(specs: Mapping[str, Mapping[str, Any]], setting: Setting) -> tuple[Term, ...]:
-    """The terms of a config's dict, in its order; those whose weight is zero everywhere are left out.
+    """Builds the terms of a config, in its order; terms whose weight is always zero are left out.
 
     Raises:
-      ValueError: an unknown term, option, criterion or feature; nothing left to train on; or shares that leave nothing
-        for the terms with weights.
-      OSError: a file of weights that a term names cannot be read.
+      ValueError: if a term, option, criterion or feature is unknown, if no term is left to train on, or if the shares
+        leave nothing for the terms with weights.
+      OSError: if a weight file named by a term cannot be read.
 
     Examples:
       >>> image = Forward(jax.ShapeDtypeStruct((4, 32, 32, 3), "float32"), {})
@@ -76,10 +77,10 @@ def make_terms(specs: Mapping[str, Mapping[str, Any]], setting: Setting) -> tupl
         if not _is_on(name, spec):
             continue
         options = {key: value for key, value in spec.items() if key not in ("kind", "weight")}
-        key = jax.random.fold_in(setting.key, zlib.crc32(name.encode()) % 2**31)  # not moved by other terms
+        key = jax.random.fold_in(setting.key, zlib.crc32(name.encode()) % 2**31)  # independent of the other terms
         try:
             loss = _entry(name, spec)[0](setting._replace(key=key), **options)
-        except TypeError as error:  # an option it does not have, or one that is missing
+        except TypeError as error:  # an unknown or missing option
             raise ValueError(f"loss term {name!r}: {error}") from None
         except ValueError as error:
             raise ValueError(f"loss term {name!r}: {error}") from None
@@ -117,7 +118,7 @@ def _needs_teacher(name: str, spec: Mapping[str, Any]) -> bool:
 
 
 def _is_on(name: str, spec: Mapping[str, Any]) -> bool:
-    """Whether the weight, which is checked here, is above 0 at some step."""
+    """Checks the weight and returns whether it is above 0 at some step."""
     _entry(name, spec)
     if "weight" not in spec:
         raise ValueError(f"loss term {name!r} has no weight; give a number or a schedule")
@@ -131,7 +132,7 @@ def _is_on(name: str, spec: Mapping[str, Any]) -> bool:
 
 
 def _share(weight: float | Mapping[str, Any]) -> float:
-    """r of a weight `dict(share=r)`; 0 for other weights."""
+    """Returns r for a weight `dict(share=r)`, 0 for any other weight."""
     if not isinstance(weight, Mapping) or "share" not in weight:
         return 0.0
     for key in weight:

@@ -1,9 +1,9 @@
-"""Terms that compare features inside the networks, and how features of different sizes are brought together.
+"""Terms that compare intermediate features, and how features of different sizes are aligned.
 
-A pair is (student feature, teacher feature, weight), by the names of `apply`'s features. Where the resolutions differ,
-the larger of the two maps is brought to the smaller one's, by average pooling or by un-shuffling its pixels into
-channels; where the channel counts differ, a 1x1 convolution, the adapter, maps the student's to the teacher's. It is
-trained with the student, in `params["adapters"]`, and never exported.
+A pair is (student feature, teacher feature, weight), using the feature names of `apply`. If the resolutions differ, the
+larger map is reduced to the smaller one's size, by average pooling or by pixel-unshuffling. If the channel counts
+differ, an adapter, a 1x1 convolution, maps the student's channels to the teacher's. It lives in `params["adapters"]`,
+is trained with the student and never exported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Pairs = Sequence[tuple[str, str, float]]
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Two features that are compared, and the functions that bring each to the common resolution."""
+    """Two features to compare, and the functions that bring each to the common resolution."""
 
     names: tuple[str, str]
     weight: float
@@ -33,26 +33,26 @@ class Pair:
     shapes: tuple[jax.ShapeDtypeStruct, ...]
 
     def aligned(self, student: Forward, teacher: Forward) -> tuple[jax.Array, jax.Array]:
-        """The two features as float32 (b, h, w, c) with equal h and w."""
+        """Returns the two features as float32 (b, h, w, c) with equal h and w."""
         features = student.features[self.names[0]], teacher.features[self.names[1]]
         ours, theirs = (resize(x.astype(jnp.float32)) for resize, x in zip(self.resize, features, strict=True))
         return ours, theirs
 
     def aligned_shapes(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The shapes of `aligned`."""
+        """Returns the shapes of `aligned`."""
         return tuple(jax.eval_shape(resize, shape) for resize, shape in zip(self.resize, self.shapes, strict=True))
 
 
 def listed_features(network: Forward) -> str:
-    """All names and shapes as text."""
+    """Lists all feature names and shapes as text."""
     return ", ".join(f"{key} {'x'.join(map(str, shape.shape[1:]))}" for key, shape in network.features.items())
 
 
 def feature_of(network: Forward, name: str, whose: str) -> jax.ShapeDtypeStruct:
-    """The shape of the feature called `name`.
+    """Returns the shape of the feature called `name`.
 
     Raises:
-      ValueError: there is no such feature; the message lists the available ones with their shapes.
+      ValueError: if there is no such feature; the message lists those available with their shapes.
     """
     if name not in network.features:
         raise ValueError(
@@ -64,10 +64,11 @@ def feature_of(network: Forward, name: str, whose: str) -> jax.ShapeDtypeStruct:
 
 
 def as_pairs(setting: Setting, pairs: Pairs, *, resample: str = "pool") -> list[Pair]:
-    """The pairs of a config, checked.
+    """Checks the pairs of a config and resolves them.
 
     Raises:
-      ValueError: no pairs, a malformed one, an unknown feature, or resolutions of which neither divides the other.
+      ValueError: if there are no pairs, one is malformed, a feature is unknown, or neither resolution divides the
+        other.
     """
     shrink = pick({"pool": _average_pool, "unshuffle": _unshuffle}, resample, "resample")
     if not pairs:
@@ -95,7 +96,7 @@ def as_pairs(setting: Setting, pairs: Pairs, *, resample: str = "pool") -> list[
 
 
 def teacher_features(pairs: Sequence[Pair]) -> tuple[str, ...]:
-    """The features of the teacher in the pairs."""
+    """Returns the names of the teacher's features in the pairs."""
     return tuple(pair.names[1] for pair in pairs)
 
 
@@ -109,14 +110,13 @@ def feature(
     normalise: str = "none",
     **options: float,
 ) -> Loss:
-    """The student's features against the teacher's.
+    """Compares the student's features with the teacher's.
 
     Args:
       adapter: "auto" trains a 1x1 convolution where channel counts differ, "always" everywhere (FitNets' hint,
-        arXiv:1412.6550), "never" demands equal counts.
-      resample: how the map of the higher resolution comes to the lower one: "pool" averages, "unshuffle" moves pixels
-        into channels.
-      normalise: of both features before they are compared: "none", "pixel" (each pixel's channels to length 1) or
+        arXiv:1412.6550), "never" requires equal counts.
+      resample: how the higher-resolution map is reduced: "pool" averages, "unshuffle" moves pixels into channels.
+      normalise: applied to both features before comparing: "none", "pixel" (each pixel's channels to unit length) or
         "instance" (each channel of each image to mean 0 and variance 1).
     """
     compare = losses.make_criterion(criterion, **options)
@@ -150,10 +150,10 @@ def feature(
 
 
 def attention(setting: Setting, *, pairs: Pairs, mode: str = "paper", resample: str = "pool") -> Loss:
-    """Where the networks are active: normalised maps of the features' energy (arXiv:1612.03928).
+    """Attention transfer: compares normalised maps of the features' energy (arXiv:1612.03928).
 
-    `mode` is the scaling: "paper", "code" (the authors' repository: x 1000) or "guide" (BasicSR guide: about 1e-6,
-    switched off for all practical purposes). See `kdjax.losses.attention`.
+    `mode` selects the scaling: "paper", "code" (the authors' repository: x 1000) or "guide" (BasicSR guide: about 1e-6,
+    effectively off). See `kdjax.losses.attention`.
     """
     checked = as_pairs(setting, pairs, resample=resample)
     compare = lambda ours, theirs: losses.attention(ours, theirs, mode=mode)  # noqa: E731
@@ -161,13 +161,16 @@ def attention(setting: Setting, *, pairs: Pairs, mode: str = "paper", resample: 
 
 
 def affinity(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
-    """Which pixels resemble which: affinity matrices of the features (FAKD, ICIP 2020), any two channel counts."""
+    """Compares affinity matrices of the features: which pixels resemble which (FAKD, ICIP 2020). Any channel counts."""
     return over_pairs(as_pairs(setting, pairs, resample=resample), losses.affinity)
 
 
 def laplace(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
-    """The likelihood of the teacher's features under a Laplace distribution whose mean and width two trained 1x1
-    convolutions read off the student's (PISR, arXiv:2007.07524): what cannot be predicted may stay so."""
+    """Negative log-likelihood of the teacher's features under a Laplace distribution (PISR, arXiv:2007.07524).
+
+    Two trained 1x1 convolutions predict its mean and width from the student's features, so the student may give up on
+    what it cannot predict.
+    """
     checked = as_pairs(setting, pairs, resample=resample)
     adapters = {}
     for i, pair in enumerate(checked):
@@ -182,7 +185,7 @@ def laplace(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
         for i, pair in enumerate(checked):
             ours, theirs = pair.aligned(context.student, context.teacher)
             mean, width = (adapt(adapters[str(i)][name], ours) for name in ("mean", "width"))
-            # PISR's softplus x 0.1 starts the width at about 0.07, the size of features of images in [0, 1].
+            # PISR's softplus x 0.1 starts the width at about 0.07, the scale of features of images in [0, 1].
             total += pair.weight * losses.laplace_nll(mean, 0.1 * jax.nn.softplus(width) + 1e-8, theirs)
         return total
 
@@ -190,7 +193,7 @@ def laplace(setting: Setting, *, pairs: Pairs, resample: str = "pool") -> Loss:
 
 
 def init_adapter(key: jax.Array, num_in: int, num_out: int) -> Params:
-    """A 1x1 convolution with torch's initial values: uniform in +-1/sqrt(num_in)."""
+    """Initialises a 1x1 convolution as torch does: uniform in +-1/sqrt(num_in)."""
     bound = 1 / math.sqrt(num_in)
     for_kernel, for_bias = jax.random.split(key)
     return {
@@ -200,14 +203,14 @@ def init_adapter(key: jax.Array, num_in: int, num_out: int) -> Params:
 
 
 def adapt(adapter: Params, x: jax.Array) -> jax.Array:
-    """(b, h, w, num_in) -> (b, h, w, num_out)."""
+    """Applies the adapter: (b, h, w, num_in) -> (b, h, w, num_out)."""
     return jnp.einsum("bhwi,io->bhwo", x, adapter["kernel"][0, 0]) + adapter["bias"]
 
 
 def over_pairs(pairs: list[Pair], compare: Callable[[jax.Array, jax.Array], jax.Array]) -> Loss:
-    """The weighted sum of a comparison without parameters."""
+    """Builds the weighted sum of a parameter-free comparison over the pairs."""
     for pair in pairs:
-        jax.eval_shape(compare, *pair.aligned_shapes())  # refuses what cannot be compared now, not in the step
+        jax.eval_shape(compare, *pair.aligned_shapes())  # fail now, not in the step, if they cannot be compared
 
     def value(context: Context, *_: object) -> jax.Array:
         return jnp.asarray(
@@ -218,7 +221,7 @@ def over_pairs(pairs: list[Pair], compare: Callable[[jax.Array, jax.Array], jax.
 
 
 def _factors(ours: tuple[int, ...], theirs: tuple[int, ...]) -> tuple[int, int] | None:
-    """How many times each map has to shrink, (n, 1) or (1, n). A network that pads has rounded its size up."""
+    """Returns the factors to shrink the two maps by, (n, 1) or (1, n). A network that pads has rounded its size up."""
     n = math.ceil(max(ours[0] / theirs[0], theirs[0] / ours[0]))
     for factors in ((n, 1), (1, n)):
         if tuple(-(-a // factors[0]) for a in ours) == tuple(-(-b // factors[1]) for b in theirs):

@@ -1,4 +1,4 @@
-"""Terms that compare images: the student's with the clean one, with the teacher's, or both in another space."""
+"""Terms that compare images: the student's with the clean one or the teacher's, directly or in another space."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ log = logging.getLogger("kdjax")
 
 
 def task(setting: Setting, *, criterion: str, **options: float) -> Loss:
-    """The student's image against the clean one, over the samples that have one."""
+    """Compares the student's image with the clean one, over the samples that have one."""
     compare = losses.make_criterion(criterion, **options)
     return Loss(lambda context, *_: _mean(compare(context.student.output, context.gt), context.labelled))
 
 
 def output(setting: Setting, *, criterion: str, gate: bool = False, **options: float) -> Loss:
-    """The student's image against the teacher's.
+    """Compares the student's image with the teacher's.
 
-    `gate` imitates only the pixels where the teacher is nearer to the clean image than the student is (after
-    attentive imitation, Saputra et al., 2019, arXiv:1908.00858), and all pixels where there is no clean image.
+    With `gate`, the student imitates only pixels where the teacher is closer to the clean image than the student is
+    (after attentive imitation, Saputra et al., 2019, arXiv:1908.00858), and all pixels of samples without a clean
+    image.
     """
     compare = losses.make_criterion(criterion, **options)
 
@@ -43,11 +44,11 @@ def output(setting: Setting, *, criterion: str, gate: bool = False, **options: f
 def soft_target(
     setting: Setting, *, space: str, temperature: float = 1.0, reduction: str = "pixelmean", pairs: Pairs = ()
 ) -> Loss:
-    """Softened targets.
+    """Soft targets: KL divergence between softened distributions of student and teacher.
 
-    `space="rgb"` is the guide's softmax over the colours of a pixel, which is an MSE of colour differences in disguise:
-    the temperature cancels and errors of brightness are invisible. `space="spatial"` is a softmax over the positions of
-    each channel (CWD, arXiv:2011.13256), of the images or of feature `pairs` with equal channel counts.
+    `space="rgb"` is the guide's softmax over the colours of a pixel. In effect it is an MSE of colour differences: the
+    temperature cancels, and brightness errors are invisible. `space="spatial"` is a softmax over the positions of each
+    channel (CWD, arXiv:2011.13256), of the images or of feature `pairs` with equal channel counts.
     """
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be positive")
@@ -75,25 +76,26 @@ def wavelet(
     bands: Sequence[float] = (1.0, 1.0, 1.0, 1.0),
     criterion: str = "l1",
 ) -> Loss:
-    """The Haar bands of the student's image against those of the teacher's; `bands` weights (ll, lh, hl, hh)."""
+    """Compares the Haar bands of the student's and the teacher's image; `bands` weights (ll, lh, hl, hh)."""
     compare = lambda s, t: losses.wavelet(s, t, levels=levels, bands=tuple(bands), criterion=criterion)  # noqa: E731
     jax.eval_shape(compare, setting.student.output, setting.teacher.output)
     return Loss(lambda context, *_: compare(context.student.output, context.teacher.output))
 
 
 def fft(setting: Setting) -> Loss:
-    """The Fourier transform of the student's image against that of the teacher's."""
+    """Compares the Fourier transforms of the student's and the teacher's image."""
     return Loss(lambda context, *_: losses.fft(context.student.output, context.teacher.output))
 
 
 def label_consistency(setting: Setting, *, criterion: str = "l1", gate: bool = False, **options: float) -> Loss:
-    """The student's image against what the teacher makes of a changed input, changed back (DUKD, arXiv:2309.14162).
+    """Compares the student's image with the teacher's for a transformed input, after undoing the transform.
 
-    Each sample is inverted (1 - x), flipped left-right, flipped top-bottom and transposed, each with probability 1/2.
-    White noise stays white noise under all of them. Costs one more forward pass of the teacher. `gate` as in `output`.
+    Each sample is inverted (1 - x), flipped left-right, flipped top-bottom and transposed, each with probability 1/2
+    (DUKD, arXiv:2309.14162). White noise stays white noise under all of these. Costs one more forward pass of the
+    teacher. `gate` is as in `output`.
 
     Raises:
-      ValueError: training crops that are not square, which cannot be transposed.
+      ValueError: if training crops are not square, as they cannot be transposed.
     """
     height, width = setting.student.output.shape[1:3]
     if height != width:
@@ -110,14 +112,15 @@ def label_consistency(setting: Setting, *, criterion: str = "l1", gate: bool = F
 
 
 def contrastive(setting: Setting, *, layers: Sequence[tuple[str, float]]) -> Loss:
-    """Near the teacher's image and far from the noisy one, in the teacher's own feature space.
+    """Pulls the student's image to the teacher's and away from the noisy one, in the teacher's own feature space.
 
-    d(student, teacher) / d(student, lq), summed over the `layers` (teacher feature, weight); d is the mean absolute
-    difference of what the teacher's layers make of the two images (CSD, arXiv:2105.11683, and DCKD, arXiv:2412.08939,
-    which use VGG and VQGAN). Costs two forward passes of the teacher up to the deepest layer, and one backward.
+    The value is d(student, teacher) / d(student, lq), summed over the `layers` (teacher feature, weight), where d is
+    the mean absolute difference of the teacher's features for the two images (CSD, arXiv:2105.11683, and DCKD,
+    arXiv:2412.08939, which use VGG and VQGAN). Costs two forward passes of the teacher up to the deepest layer, and one
+    backward pass.
 
     Raises:
-      ValueError: no layers, an unknown one, or networks that change the size of their images.
+      ValueError: if there are no layers, one is unknown, or the networks change the image size.
     """
     if setting.student.output.shape[1:3] != setting.lq[1:3]:
         raise ValueError("contrastive puts restored images into the teacher, so it needs a scale of 1")
@@ -143,9 +146,9 @@ def contrastive(setting: Setting, *, layers: Sequence[tuple[str, float]]) -> Los
 def perceptual_term(
     setting: Setting, *, vgg: str, layer_weights: Mapping[str, float], criterion: str = "l1", **options: object
 ) -> Loss:
-    """VGG features of the student's image against those of the clean one; see `kdjax.losses.perceptual`.
+    """Compares VGG features of the student's image with those of the clean one; see `kdjax.losses.perceptual`.
 
-    `vgg` is a torchvision file. `target="teacher"` compares with the teacher's image instead. It lowers PSNR.
+    `vgg` is a torchvision file. With `target="teacher"` the target is the teacher's image. This term lowers PSNR.
     """
     return _vgg_term(setting, vgg, layer_weights, criterion, perceptual.perceptual, options)
 
@@ -153,7 +156,7 @@ def perceptual_term(
 def style(
     setting: Setting, *, vgg: str, layer_weights: Mapping[str, float], criterion: str = "l1", **options: object
 ) -> Loss:
-    """As `perceptual`, on the Gram matrices of the features."""
+    """Like `perceptual`, on the Gram matrices of the features."""
     return _vgg_term(setting, vgg, layer_weights, criterion, perceptual.style, options)
 
 
@@ -168,7 +171,8 @@ def _vgg_term(
     options = dict(options)
     target_name = options.pop("target", "gt")
     vgg_type = options.pop("vgg_type", "vgg19")
-    # What the term is compared with, a constant. A sample without a clean image costs nothing: it is its own target.
+    # What the student is compared with, as a constant. A sample without a clean image is its own target and costs
+    # nothing.
     targets = {
         "gt": lambda context: (
             context.gt
@@ -190,24 +194,24 @@ def _vgg_term(
         return compare(ours, theirs, layer_weights=layer_weights, criterion=criterion)
 
     params = load_vgg(vgg, vgg_type=vgg_type, layers=layers)
-    features = jax.eval_shape(extract, params, setting.student.output)  # refuses unknown options now
+    features = jax.eval_shape(extract, params, setting.student.output)  # reject unknown options now
     jax.eval_shape(lambda f: compare(f, f, layer_weights=layer_weights, criterion=criterion), features)
     return Loss(value, frozen=params, is_mean=criterion != "fro")
 
 
 def _mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """The mean over all elements, with the (b, 1, 1, 1) weight of their sample."""
+    """Returns the mean over all elements, weighted by the (b, 1, 1, 1) sample weights."""
     return jnp.mean(values if weights is None else values * weights)
 
 
 def _gate(context: Context) -> jax.Array:
-    """(b, h, w, 1): 1 where the teacher is to be imitated."""
+    """Returns (b, h, w, 1): 1 where the teacher should be imitated."""
     gate = losses.teacher_is_better(context.student.output, context.teacher.output, context.gt)
     return gate if context.labelled is None else jnp.where(context.labelled > 0, gate, 1.0)
 
 
 def _changed(images: jax.Array, choices: jax.Array, *, back: bool = False) -> jax.Array:
-    """Square (b, n, n, c) images inverted, flipped and transposed where the (b, 4) `choices` say; or changed back."""
+    """Inverts, flips and transposes square (b, n, n, c) images as the (b, 4) `choices` say, or undoes it."""
     changes = (lambda x: 1 - x, lambda x: x[:, :, ::-1], lambda x: x[:, ::-1], lambda x: x.swapaxes(1, 2))
     for i, change in sorted(enumerate(changes), reverse=back):
         images = jnp.where(choices[:, i, None, None, None], change(images), images)

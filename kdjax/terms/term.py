@@ -1,4 +1,4 @@
-"""What a loss term is, what it may look at, and what it is built for."""
+"""The types of a loss term: what it may look at, and what it is built from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdjax.schedules import Schedule
 
 
 class Forward(NamedTuple):
-    """What a network returned: its image (b, h, w, c) and its named features."""
+    """A network's output: its image (b, h, w, c) and its named features."""
 
     output: jax.Array
     features: dict[str, jax.Array]
@@ -23,16 +23,15 @@ class Context(NamedTuple):
     """What a term may look at in one step; images are float (b, h, w, c).
 
     Attributes:
-      student: what it returned for `lq`.
-      teacher: what it returned for `lq`, a constant; None where no term needs it. The type leaves that out: a term that
-        looks at the teacher has said `needs_teacher`, and then it is there.
+      student: the student's output for `lq`.
+      teacher: the teacher's output for `lq`, a constant; None if no term needs it. The type omits the None: a term that
+        looks at the teacher has declared `needs_teacher`, so it is there.
       gt: the clean images.
       lq: the degraded images.
-      labelled: (b, 1, 1, 1), 0 where only the teacher knows what the clean image is, and elsewhere the weight that
-        makes a mean over the whole batch, however it is taken apart, one over the samples with a clean image; None
-        where all have one.
-      ask_teacher: what the teacher returns for other images; gradients flow to the images. None as `teacher` is.
-      keys: (b,) random keys, which depend on the run and the number of the sample only.
+      labelled: (b, 1, 1, 1), None if all samples have a clean image. 0 where there is none; elsewhere the weight that
+        turns a mean over the whole batch into a mean over the samples with a clean image, however the batch is split.
+      ask_teacher: runs the teacher on other images; gradients flow to the images. None whenever `teacher` is.
+      keys: (b,) random keys that depend only on the run and the sample number.
     """
 
     student: Forward
@@ -45,9 +44,11 @@ class Context(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What a term is built for: `jax.ShapeDtypeStruct`s of what the networks return for a training batch, the shape
-    of its lq, and a key for the initial values of adapters. `teacher` is None where no term needs one, which the type
-    leaves out as `Context` does."""
+    """What a term is built from: output shapes of the networks, the shape of lq, and a key.
+
+    `student` and `teacher` hold `jax.ShapeDtypeStruct`s for a training batch; `key` initialises adapters. `teacher` is
+    None if no term needs one; as in `Context`, the type omits that.
+    """
 
     student: Forward
     teacher: Forward
@@ -58,11 +59,11 @@ class Setting(NamedTuple):
 class Loss(NamedTuple):
     """A built loss: `value(context, adapters, frozen)` is a float32 scalar.
 
-    `adapters` are trained with the student and never exported; `frozen` are constants of another network (VGG). Both
-    are given back to `value` as arguments, since arrays of that size must not become constants of a compiled program.
-    `reads` names the features of `context.teacher` that `value` looks at, and `asks` tells whether it uses
-    `context.ask_teacher`: what a cache of the teacher has to hold, and whether one will do.
-    `is_mean` tells that the value is a mean over samples, so that a batch may be taken in parts.
+    `adapters` are trained with the student and never exported. `frozen` holds constants of another network (VGG). Both
+    are passed back to `value` as arguments, since arrays that large must not become constants of a compiled program.
+    `reads` names the features of `context.teacher` that `value` uses, and `asks` says whether it calls
+    `context.ask_teacher`; together they decide what a teacher cache must hold, and whether a cache can be used at all.
+    `is_mean` says that the value is a mean over samples, so that a batch may be split.
     """
 
     value: Callable[[Context, Params, Params], jax.Array]
@@ -78,11 +79,11 @@ class Term:
     """One part of the total loss: weight(step) x value.
 
     Attributes:
-      name: unique among the terms of a recipe; metrics are called `loss/NAME`.
-      weight: schedule of the weight; unused where `share` is set.
-      share: the part of the total gradient norm that the term is kept at; 0 for a term with a weight.
-      sometimes_off: the weight can be 0, and then neither this term nor, where no other needs it, the teacher is run.
-      needs_teacher: `context.teacher` is there. A term that looks at it has to say so.
+      name: unique within a recipe; the metric is called `loss/NAME`.
+      weight: schedule of the weight; unused if `share` is set.
+      share: fraction of the total gradient norm to keep the term at; 0 for a term with a weight.
+      sometimes_off: the weight can be 0; then the term is skipped, and so is the teacher if no other term needs it.
+      needs_teacher: whether the term looks at `context.teacher`.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What the user of a run can change when it does not fit into memory."""
+"""Tells the user what to change when a run does not fit into memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from kdjax.terms import needs_teacher
 
 
 def how_to_save_memory(config: Config, prefix: str = "config.") -> str:
-    """What the user can change, what costs least first; flags begin with `prefix`."""
+    """Lists what the user can change, cheapest first; flags start with `prefix`."""
     parts, asks_teacher = config.train.accumulate, needs_teacher(config.terms) and not config.teacher.cache
     ways = [
         f"train.accumulate={2 * parts} (the batch in {2 * parts} parts, one after another, with the same update)",

@@ -1,7 +1,7 @@
-"""What the processes of one run must have in common, compared once, before training starts.
+"""Checks, once before training starts, that the processes of a run agree on their inputs.
 
-Else a run whose hosts have other files or other options would train on, or hang, and not say why. A process that is
-alone agrees with itself.
+Otherwise a run whose hosts have different files or options would train on, or hang without saying why. A single process
+always agrees with itself.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from kdjax.training.folder import identity
 from kdjax.training.monitor import Monitor
 from kdjax.training.preparation import Setup
 
-_PATIENCE = 30.0  # seconds until what one host wrote must be seen by the others: network file systems cache
+_PATIENCE = 30.0  # seconds for one host's file to become visible to the others: network file systems cache
 
 
 def check(problem: str, facts: Callable[[], dict[str, Any]], workdir: Path) -> None:
-    """Waits for all processes and makes `workdir`, unless one of them has a problem or differs from the first.
+    """Waits for all processes and creates `workdir`, unless one has a problem or differs from the first.
 
     Args:
       problem: why this process cannot start; "" if it can.
-      facts: makes what must be the same on all, JSON values by name; not called with a problem.
-      workdir: the folder of the run, which all processes share.
+      facts: returns what must be equal on all processes, as JSON values by name; not called if there is a problem.
+      workdir: the run's folder, shared by all processes.
 
     Raises:
       AgreedError: on every process, with the same message.
@@ -55,7 +55,7 @@ def check(problem: str, facts: Callable[[], dict[str, Any]], workdir: Path) -> N
 
 
 def shared_facts(setup: Setup, monitor: Monitor) -> dict[str, object]:
-    """What must be the same on all processes of a run: options, versions, and digests of what was read from files."""
+    """Returns what must be equal on all processes of a run: options, versions, and digests of data read from files."""
     names: dict[str, object] = {
         what: f"{len(found)}, digest {digest(found)}"
         for what, found in (
@@ -73,7 +73,7 @@ def shared_facts(setup: Setup, monitor: Monitor) -> dict[str, object]:
 
 
 def _check_shared(workdir: Path, names: list[str]) -> None:
-    """Makes the folder, on the first process, and looks whether the others see it."""
+    """Creates the folder on the first process, and checks that the others see it."""
     mark, reason = workdir / f".seen-by-all-{secrets.token_hex(8)}", ""
     if is_first():
         try:
@@ -103,13 +103,13 @@ def _check_shared(workdir: Path, names: list[str]) -> None:
 
 @contextlib.contextmanager
 def one_writer(workdir: Path, claim: Callable[[], None]) -> Iterator[None]:
-    """Holds the folder of a run, which `check` made, for the processes of this run alone.
+    """Locks the run's folder, created by `check`, for the processes of this run.
 
     Args:
-      claim: called by the first process once it holds the folder; raises ValueError where it must not be written.
+      claim: called by the first process once it holds the lock; raises ValueError if the folder must not be written to.
 
     Raises:
-      AgreedError: on every process: another run writes there, or the folder must not or cannot be written.
+      AgreedError: on every process, if another run is writing there, or the folder must not or cannot be written to.
     """
     with contextlib.ExitStack() as held:
         problem = ""
@@ -125,7 +125,7 @@ def one_writer(workdir: Path, claim: Callable[[], None]) -> Iterator[None]:
 
 
 def digest(parts: Iterable[Any]) -> str:
-    """A short hash of strings and arrays, in their order."""
+    """Returns a short hash of strings and arrays, in order."""
     found = hashlib.sha256()
     for part in parts:
         found.update(part.encode(errors="surrogatepass") if isinstance(part, str) else np.asarray(part).tobytes())

@@ -1,9 +1,9 @@
-"""Checkpoints of a training run, by Orbax: the latest few, and the best by validation PSNR.
+"""Checkpoints of a training run, with Orbax: the latest few, and the best by validation PSNR.
 
-A checkpoint is the whole state of the step. The data pipeline needs none of its own: it is a pure function of the
-seed and the sample number, and the next sample follows from the step. A checkpoint appears whole or not at all, so a
-killed run finds its last complete one. One that the disk damaged later is put aside, and the run continues from the one
-before. All processes of a run save and restore, in a folder that they share. Orbax types stay inside this file.
+A checkpoint is the whole state of the step. The data pipeline has no state to save: it is a pure function of the seed
+and the sample number, and the next sample follows from the step. A checkpoint appears complete or not at all, so a
+killed run resumes from its last complete one. One that the disk damages later is set aside, and the run resumes from
+the one before. All processes of a run save and restore, in a shared folder. Orbax types stay inside this file.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ log = logging.getLogger("kdjax")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or read, or belongs to another run; the message says what to do."""
+    """A checkpoint cannot be written or read, or belongs to another run; the message says what to do."""
 
 
 class Checkpoints:
-    """The folder of a run's checkpoints; use it as a context manager, so that pending writes end.
+    """The folder of a run's checkpoints; use it as a context manager so that pending writes finish.
 
     Args:
-      directory: created when missing.
-      keep: how many of the latest checkpoints stay; the one with the best PSNR stays besides.
+      directory: created if missing.
+      keep: how many of the latest checkpoints to keep, besides the one with the best PSNR.
 
     Raises:
-      CheckpointError: there are checkpoints and all of them are damaged.
+      CheckpointError: if there are checkpoints and all are damaged.
     """
 
     def __init__(self, directory: Path, *, keep: int) -> None:
-        # Orbax reports every file at INFO, at WARNING that a checkpoint between validations has no metrics, and at
-        # ERROR the traceback of what it raises as well, some of it through asyncio.
+        # Orbax logs every file at INFO, warns that checkpoints between validations have no metrics, and logs at ERROR
+        # the traceback of whatever it also raises, some of it through asyncio.
         for name in ("absl", "asyncio"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
         _stop_leaks()
-        # By one process, before any of them looks which checkpoints there are.
+        # One process does this, before any of them lists the checkpoints.
         if problem := exchange(_put_damaged_aside(directory) if is_first() else "")[0]:
             raise CheckpointError(problem)
         best = policies.BestN(
@@ -69,8 +69,8 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Self:
-        # When one array cannot be written, Orbax closes its event loop, and every other array that is on its way then
-        # prints the traceback of that. What went wrong is raised.
+        # If one array cannot be written, Orbax closes its event loop, and every other array in flight then prints a
+        # traceback. The original error is raised anyway.
         self._hook = sys.unraisablehook
 
         def report(unraisable: sys.UnraisableHookArgs) -> None:
@@ -82,33 +82,33 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            # Closing waits for the other processes. After an error that they do not know of they would not come.
+            # Closing waits for the other processes. After an error only this one has seen, they would never come.
             if kind is None or issubclass(kind, AgreedError) or jax.process_count() == 1:
                 self._manager.close()
         except (ValueError, OSError) as error:
-            if kind is None:  # else what ended the run says more
+            if kind is None:  # otherwise the exception that ended the run is more helpful
                 raise self._not_written(error) from error
         finally:
             sys.unraisablehook = self._hook
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint; None when there is none."""
+        """The step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     @property
     def best(self) -> int | None:
-        """The step of the checkpoint with the highest validation PSNR; None when none was validated."""
+        """The step of the checkpoint with the highest validation PSNR; None if none was validated."""
         return self._manager.best_step()
 
     def save(self, step: int, state: Any, *, psnr: float | None = None) -> None:
-        """Writes the state after `step` in the background; a step that is already there is left alone.
+        """Writes the state after `step` in the background; does nothing if that step is already saved.
 
         Args:
-          state: a dataclass of arrays, or a dict of such.
+          state: a dataclass of arrays, or a dict of such dataclasses.
 
         Raises:
-          CheckpointError: this one or the one before, which was still being written, failed; the disk is full.
+          CheckpointError: if this write, or the previous one still in progress, failed, for example on a full disk.
         """
         if step in self._manager.all_steps():
             return
@@ -119,10 +119,10 @@ class Checkpoints:
             raise self._not_written(error) from error
 
     def restore(self, like: Any) -> Any:
-        """The newest checkpoint, with the structure, types and shardings of the state `like`.
+        """Restores the newest checkpoint with the structure, dtypes and shardings of the state `like`.
 
         Raises:
-          CheckpointError: it holds other arrays than `like`.
+          CheckpointError: if its arrays do not match `like`.
         """
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _as_dict(like)
@@ -147,29 +147,28 @@ class Checkpoints:
 
 @functools.cache
 def _stop_leaks() -> None:
-    """Keeps memory from growing with every checkpoint through TensorStore; does nothing where TensorStore is mended.
+    """Works around a TensorStore memory leak per checkpoint; does nothing if TensorStore has fixed it.
 
-    TensorStore never frees the keys and values of the dictionaries that it makes from JSON: so do all versions from
-    0.1.71 to 0.1.86 that were tried (benchmarks/tensorstore_json.py). Orbax (0.12.8) asks for one for every array that
-    it writes, and twice a checkpoint for a list of them, and has no option not to. The first question gets the same
-    answer here without TensorStore. The second only tells Orbax's log and telemetry how many bytes reached the disk; it
-    is left out.
+    TensorStore never frees the keys and values of dictionaries it makes from JSON, in all versions tried, 0.1.71 to
+    0.1.86 (benchmarks/tensorstore_json.py). Orbax (0.12.8) requests one for every array it writes, and twice per
+    checkpoint a list of them, with no way to opt out. The first request is answered here without TensorStore. The
+    second only tells Orbax's log and telemetry how many bytes reached the disk, so it is dropped.
     """
     spec_type = tensorstore.KvStore.Spec
     answer = spec_type({"driver": "file", "path": "/a/path/"}).to_json()
-    if sys.getrefcount(answer["path"]) <= 2:  # of the dictionary and of this call
+    if sys.getrefcount(answer["path"]) <= 2:  # one from the dictionary, one from this call
         return
     with_leak = spec_type.to_json
 
     def to_json(spec: tensorstore.KvStore.Spec, *args: Any, **options: Any) -> Any:
         if not args and not options:
-            with contextlib.suppress(ValueError):  # what is a path to another driver may be none to that of files
+            with contextlib.suppress(ValueError):  # another driver's path may not be valid for files
                 plain = {"driver": "file", "path": spec.path}
                 if spec_type(plain) == spec:
                     return plain
         return with_leak(spec, *args, **options)
 
-    # Other versions may have neither, or not let go of it; it is only about memory.
+    # Other versions may lack either or refuse the assignment; then only memory suffers.
     with contextlib.suppress(AttributeError, TypeError):
         spec_type.to_json = to_json  # ty: ignore[invalid-assignment] (it has fewer options)
     with contextlib.suppress(ImportError):
@@ -185,10 +184,10 @@ def _as_dict(state: Any) -> dict[str, Any]:
 
 
 def _put_damaged_aside(directory: Path) -> str:
-    """Renames checkpoints that cannot be read, as long as another one can, and returns why none can be used, or "".
+    """Renames unreadable checkpoints, provided a readable one is left; returns why none can be used, or "".
 
-    Truncated and missing files are seen, flipped bits inside the arrays are not. It is done before Orbax looks at the
-    folder, since a damaged file makes it raise something that tells little, or print hundreds of lines.
+    Detects truncated and missing files, but not flipped bits inside arrays. Runs before Orbax looks at the folder,
+    since a damaged file makes Orbax raise something unhelpful or print hundreds of lines.
     """
     steps = [path for path in directory.glob("*") if path.name.isdigit() and path.is_dir()]
     faults = {path: fault for path in steps if (fault := _fault(path))}
@@ -200,7 +199,7 @@ def _put_damaged_aside(directory: Path) -> str:
     for path, fault in faults.items():
         aside = path.with_name(f"{path.name}.damaged")
         log.warning(f"WARNING: THE CHECKPOINT OF STEP {int(path.name):,} IS DAMAGED AND PUT ASIDE AS {aside}: {fault}")
-        shutil.rmtree(aside, ignore_errors=True)  # of the same step, from before
+        shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
         try:
             path.rename(aside)
         except OSError as error:
@@ -209,7 +208,7 @@ def _put_damaged_aside(directory: Path) -> str:
 
 
 def _fault(path: Path) -> str:
-    """What keeps a checkpoint from being read; empty when nothing does."""
+    """Returns what makes a checkpoint unreadable; empty if nothing does."""
     arrays = path / "default"
     described = [arrays / "_METADATA", *(arrays / "array_metadatas").glob("*"), *path.glob("metrics/metrics")]
     try:

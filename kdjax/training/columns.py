@@ -1,4 +1,4 @@
-"""The columns of a study: a training config for every column and seed, and which of them can be trained together."""
+"""The columns of a study: a training config per column and seed, and which of them can be trained together."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ class Study:
 
     name: str
     seeds: tuple[int, ...]
-    curve_images: int  # on how many validation images the curve is measured; the result is measured on all
+    curve_images: int  # number of validation images for the curve; results use all of them
     runs: dict[tuple[str, int], Config]  # by column and seed
-    compute_of: Mapping[str, str]  # column -> the column whose multiply-accumulates it has to get; see `ready`
+    compute_of: Mapping[str, str]  # column -> the column whose multiply-accumulates it has to match; see `ready`
 
 
 def parse(values: Mapping[str, Any]) -> Study:
-    """The study of a nested mapping with name, seeds, curve_images, base and columns.
+    """Parses a study from a nested mapping with name, seeds, curve_images, base and columns.
 
     Raises:
-      ValueError: an unknown key, no columns or seeds, or a column that is no valid training config.
+      ValueError: if a key is unknown, there are no columns or seeds, or a column is not a valid training config.
     """
     wanted = ("name", "seeds", "curve_images", "base", "columns")
     for key in values:
@@ -72,15 +72,15 @@ def parse(values: Mapping[str, Any]) -> Study:
 
 
 def ready(study: Study, columns: Sequence[str] | None = None) -> Study:
-    """The study with every column's batch and steps as they are on these devices.
+    """Returns the study with every column's batch size and steps resolved for these devices.
 
-    A column with a `compute_of` gets as many steps as make its multiply-accumulates those of the other column.
+    A column with `compute_of` gets as many steps as it takes to match the other column's multiply-accumulates.
 
     Args:
-      columns: that will be trained; None for all.
+      columns: those to be trained; None for all.
 
     Raises:
-      ValueError: there is no such column.
+      ValueError: if a column does not exist.
     """
     known = dict.fromkeys(column for column, _ in study.runs)
     for column in columns or ():
@@ -97,7 +97,7 @@ def ready(study: Study, columns: Sequence[str] | None = None) -> Study:
 
 
 def groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:
-    """The columns that can be trained in one step: all but the student, its losses and its learning is the same."""
+    """Groups the columns that can be trained in one step: only students, their losses and their learning differ."""
     groups: dict[str, dict[str, Config]] = {}
     for column, config in configs.items():
         values = config_lib.to_dict(config)
@@ -110,7 +110,7 @@ def groups(configs: Mapping[str, Config]) -> Iterable[dict[str, Config]]:
 
 
 def step_macs(setup: preparation.Setup, teacher_params: Params | None) -> int:
-    """Multiply-accumulates of one step of this run on its own, with the measuring of shares spread over the steps."""
+    """Returns the multiply-accumulates of one step of this run alone, with measuring shares spread over the steps."""
     state = jax.eval_shape(functools.partial(distill.init_state, setup.recipe), setup.student.params)
     frozen = distill.make_frozen(setup.recipe.terms, teacher_params)
     batch, key = preparation.batch_shapes(setup), jax.random.key(0)
@@ -126,13 +126,13 @@ def step_macs(setup: preparation.Setup, teacher_params: Params | None) -> int:
 
 
 def _compute(config: Config) -> int:
-    """Multiply-accumulates of the whole training."""
+    """Returns the multiply-accumulates of the whole training."""
     setup = preparation.prepare(config)
     return config.train.steps * step_macs(setup, setup.teacher and setup.teacher.params)
 
 
 def _parse_column(column: str, settings: Mapping[str, Any]) -> Config:
-    """As `kdjax.config.parse`, whose errors then name the column."""
+    """Like `kdjax.config.parse`, but errors name the column."""
     try:
         return config_lib.parse(settings)
     except ConfigError as error:
@@ -140,7 +140,7 @@ def _parse_column(column: str, settings: Mapping[str, Any]) -> Config:
 
 
 def _stretch(config: Config, factor: float) -> Config:
-    """The config with `factor` times the steps, and its learning rate's schedule stretched as well."""
+    """Returns the config with `factor` times the steps, and its learning rate schedule stretched to match."""
     rate = config.train.lr
     if isinstance(rate, dict):
         rate = dict(rate)
@@ -155,7 +155,7 @@ def _stretch(config: Config, factor: float) -> Config:
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the `changes`, group by group."""
+    """Returns `base` with the `changes` merged in, group by group."""
     merged = dict(base)
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)

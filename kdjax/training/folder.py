@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, whether a run may be continued in it, and the files of the result."""
+"""A run's folder: which run it belongs to, whether it may be continued, and the result files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kdjax.weights import save_model
 log = logging.getLogger("kdjax")
 
 _STUDENT_SUFFIXES = (".pth", ".safetensors")
-# What a run writes into its folder; `run.json` comes first, and says that the folder is one of a run.
+# What a run writes into its folder. `run.json` is written first and marks the folder as a run's.
 RUN_FILES = (
     "config.json", "metrics.jsonl", "train.log", "baseline.json", "result.json", "student.pth", "student.safetensors",
     "checkpoints", "val", "tensorboard",
@@ -26,7 +26,7 @@ RUN_FILES = (
 
 
 def identity(setup: Setup) -> dict[str, object]:
-    """What a checkpoint depends on and does not hold."""
+    """Returns what a checkpoint depends on but does not contain."""
     return {
         "student": {"arch": setup.student.arch, "hparams": setup.student.hparams},
         "teacher": setup.teacher
@@ -35,10 +35,10 @@ def identity(setup: Setup) -> dict[str, object]:
 
 
 def claim(setup: Setup, workdir: Path) -> None:
-    """Makes a folder that of this run, or checks that it is already.
+    """Claims a folder for this run, or checks that it already belongs to a run.
 
     Raises:
-      ConfigError: it holds files of something else, which the run would replace.
+      ConfigError: if it holds unrelated files that the run would replace.
     """
     path = workdir / "run.json"
     foreign = [name for name in RUN_FILES if (workdir / name).exists()]
@@ -90,7 +90,7 @@ def export(student: models.Model, params: models.Params, workdir: Path) -> None:
 
 
 def finished_result(workdir: Path, step: int) -> dict[str, object]:
-    """What `result.json` says of a run that ended at this step; empty where a file of the result is missing."""
+    """Returns `result.json` of a run that ended at this step; empty if a result file is missing."""
     try:
         result = read_json(workdir / "result.json")
     except ValueError as error:  # emptied by a power cut, for example; it is written again

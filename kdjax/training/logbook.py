@@ -1,7 +1,7 @@
-"""What a run writes down: `metrics.jsonl` always, TensorBoard and Weights & Biases where asked for.
+"""A run's metrics: always in `metrics.jsonl`, optionally in TensorBoard and Weights & Biases.
 
-One JSON object a line, with the `step` first. A resumed run first drops the lines after the step it resumes from, so
-that the file of a run that was killed reads like that of one that was not.
+One JSON object per line, with the `step` first. A resumed run first drops the lines after the step it resumes from, so
+a killed run leaves the same file as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ log = logging.getLogger("kdjax")
 
 
 class Logbook:
-    """Writes the numbers of a run; use it as a context manager. Of several processes only the first one writes.
+    """Writes the metrics of a run; use it as a context manager. With several processes only the first one writes.
 
     Args:
       workdir: the run's folder.
-      resume_step: keep the lines up to this step and continue after them; 0 starts anew.
+      resume_step: keep the lines up to this step and continue after them; 0 starts over.
       tensorboard: also write event files to `workdir/tensorboard` (extra `tb`).
-      wandb: also report to this Weights & Biases project (extra `wandb`); "" does not.
+      wandb: also report to this Weights & Biases project (extra `wandb`); "" disables it.
     """
 
     def __init__(
@@ -63,13 +63,13 @@ class Logbook:
             self._wandb.finish()
 
     def has(self, step: int, name: str) -> bool:
-        """Whether a number of this name and step was there when the run was continued; all processes have to ask."""
+        """Returns whether this step's metric was logged before the run was resumed; all processes must call it."""
         return sharding.exchange(any(row["step"] == step and name in row for row in self._kept))[0]
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes numbers of one step; what is not finite is null in the JSON.
+        """Writes metrics of one step; non-finite values become null in the JSON.
 
-        Numbers that were there when the run was continued are not written twice.
+        Metrics that were already logged when the run resumed are not written twice.
         """
         if any(row["step"] == step and values.keys() <= row.keys() for row in self._kept):
             return
@@ -83,7 +83,7 @@ class Logbook:
             self._wandb.log(values, step=step)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Hands a uint8 (h, w, c) picture to TensorBoard and Weights & Biases, where they are on."""
+        """Sends a uint8 (h, w, c) image to TensorBoard and Weights & Biases, if enabled."""
         if self._tensorboard:
             self._tensorboard.add_image(name, image, step, dataformats="HWC")
         if self._wandb:
@@ -93,7 +93,7 @@ class Logbook:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of the file that end; a killed process may leave half a line behind them, and a bad disk anything."""
+    """Returns the complete lines of the file; a killed process may leave a partial last line, a bad disk anything."""
     rows = []
     for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else []:
         try:

@@ -1,10 +1,10 @@
-"""The training loop: step, log, validate, save, for any number of students that learn side by side.
+"""The training loop: step, log, validate, save, for any number of students trained side by side.
 
-A run has one student and a study several. They look at the same batches, the teacher is run once for all of them, and
-they are always at the same step. What a program does beyond that, it hands in as functions: `validate`, and `is_whole`.
+A run has one student, a study several. They see the same batches, share one forward pass of the teacher, and are always
+at the same step. Programs customise the loop by passing functions: `validate` and `is_whole`.
 
-The order matters. Numbers are checked before they are written, and everything is written and validated before the
-checkpoint is saved from which a killed run continues. So an interrupted run leaves what an unbroken one does.
+The order matters. Metrics are checked before they are written, and everything is written and validated before saving
+the checkpoint that a killed run resumes from. So an interrupted run leaves the same files as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from kdjax.training.preparation import Setup, open_batches
 log = logging.getLogger("kdjax")
 
 _T = TypeVar("_T")
-States = dict[str, distill.State]  # by the student's name
-Values = dict[str, float]  # the numbers of one step, by name
-# (step, states) -> the PSNR by which the best checkpoint is chosen, or None if a signal ended the validation early; the
-# same on every process.
+States = dict[str, distill.State]  # by student
+Values = dict[str, float]  # metrics of one step, by name
+# (step, states) -> the PSNR that selects the best checkpoint, or None if a signal ended the validation early; equal on
+# all processes.
 Validate = Callable[[int, States], float | None]
 
 
 class NonFiniteLoss(sharding.AgreedError):
-    """The loss of the student `student`, or its gradient, is not a finite number; the message has step and values."""
+    """The loss of `student`, or its gradient, is not finite; the message has the step and the values."""
 
     def __init__(self, student: str, message: str) -> None:
         super().__init__(message)
@@ -45,10 +45,10 @@ class NonFiniteLoss(sharding.AgreedError):
 
 
 def start(setups: Mapping[str, Setup], checkpoints: Checkpoints) -> States:
-    """The states of the newest checkpoint, or those before the first update, on all devices.
+    """Returns the states from the newest checkpoint, or initial ones, on all devices.
 
     Raises:
-      CheckpointError: the checkpoint is not of these students.
+      CheckpointError: if the checkpoint is not of these students.
     """
     mesh = _first(setups).mesh
     initial = {name: distill.init_state(setup.recipe, setup.student.params) for name, setup in setups.items()}
@@ -57,7 +57,7 @@ def start(setups: Mapping[str, Setup], checkpoints: Checkpoints) -> States:
 
 
 def step_of(states: States) -> int:
-    """How many updates the students have had."""
+    """Returns how many updates the students have had."""
     return int(_first(states).step)
 
 
@@ -72,24 +72,24 @@ def train(
     validate: Validate,
     is_whole: Callable[[int], bool] = lambda step: True,
 ) -> States:
-    """Trains the students to the last step, or until a signal comes, and saves their states.
+    """Trains the students to the last step, or until a signal arrives, and saves their states.
 
     Args:
-      setups: of every student, by name; all have the same data, batches, length and teacher.
-      states: from `start`; they are used up.
-      teacher_params: None where no student needs a teacher.
-      logbooks: of every student, opened at the step of `states`.
-      validate: called where `is_validated` says so. It writes `val/student_psnr` into every logbook.
-      is_whole: whether the files that `validate` writes at a step are all there, for a run that is continued there.
+      setups: by student; all share data, batches, length and teacher.
+      states: from `start`; their buffers are donated.
+      teacher_params: None if no student needs a teacher.
+      logbooks: by student, opened at the step of `states`.
+      validate: called where `is_validated` says so. It writes `val/student_psnr` to every logbook.
+      is_whole: whether all files that `validate` writes at a step exist, for a run that resumes there.
 
     Returns:
-      The states at the last step, or where the signal came.
+      The states at the last step, or where the signal arrived.
 
     Raises:
-      NonFiniteLoss: a student diverged; the last checkpoint is from before.
-      cost.OutOfMemory: the step, a validation or the data takes more memory than there is.
-      data.DataError: hardly any training image can be read.
-      CheckpointError: a checkpoint cannot be written.
+      NonFiniteLoss: if a student diverged; the last checkpoint is from before that.
+      cost.OutOfMemory: if the step, a validation or the data needs more memory than there is.
+      data.DataError: if hardly any training image can be read.
+      CheckpointError: if a checkpoint cannot be written.
     """
     config, mesh = _first(setups).config, _first(setups).mesh
     recipes = {name: setup.recipe for name, setup in setups.items()}
@@ -112,10 +112,10 @@ def train(
         cost.telling_out_of_memory(lambda: planned.needs),
         open_batches(_first(setups), start_step=step) as batches,
     ):
-        ended = False  # in the middle of a validation, by a signal to one of the processes
+        ended = False  # a signal to one of the processes ended a validation early
         if step and is_validated(config, step):
             validated = all([logbook.has(step, "val/student_psnr") for logbook in logbooks.values()])
-            if not (validated and is_whole(step)):  # it was ended before, or its files are gone
+            if not (validated and is_whole(step)):  # the validation was cut short, or its files are gone
                 ended = validate(step, states) is None
         pending: list[tuple[int, dict[str, distill.Metrics]]] = []
         timer = StepTimer(config, step)
@@ -131,8 +131,8 @@ def train(
             states, metrics = step_fn(states, frozen, batch, key)
             step += 1
             pending.append((step, metrics))
-            # Wait for the step before last, not for this one: the device never idles, and the host never runs far
-            # ahead with batches in memory.
+            # Wait for the step before last, not for this one: the device never idles, and the host never runs far ahead
+            # with batches in memory.
             jax.block_until_ready(pending[-3:][0][1])
             timer.count()
 
@@ -154,23 +154,23 @@ def train(
             timer.pace.restart()
         if pending:
             fetch(pending)
-        checkpoints.save(step, _saved(states))  # where a signal came between two checkpoints
+        checkpoints.save(step, _saved(states))  # if a signal arrived between two checkpoints
     return states
 
 
 def is_validated(config: Config, step: int) -> bool:
-    """Whether the students are validated after this step."""
+    """Returns whether the students are validated after this step."""
     return step % config.val.every == 0 or step >= config.train.steps
 
 
 def fetch(pending: list[tuple[int, dict[str, distill.Metrics]]]) -> dict[str, Values]:
-    """Fetches what the device reported since the last call, and empties the list.
+    """Fetches the metrics pending on the device, and empties the list.
 
     Returns:
-      The numbers of the last step, by the student's name.
+      The metrics of the last step, by student.
 
     Raises:
-      NonFiniteLoss: at one of the steps the loss or the gradient of a student was not finite.
+      NonFiniteLoss: if a student's loss or gradient was not finite at one of the steps.
     """
     fetched = jax.device_get(pending)
     pending.clear()
@@ -188,7 +188,7 @@ def fetch(pending: list[tuple[int, dict[str, distill.Metrics]]]) -> dict[str, Va
 
 
 class StepTimer:
-    """Times the steps of a run. `pace` counts images; the first step is left out, since compiling is most of it."""
+    """Times the steps of a run. `pace` counts images; the first step is excluded, as it is mostly compiling."""
 
     def __init__(self, config: Config, step: int) -> None:
         self._batch_size, self._is_first = config.data.batch_size, True
@@ -205,7 +205,7 @@ class StepTimer:
 
 
 def describe(step: int, setups: Mapping[str, Setup], values: Mapping[str, Values], pace: Pace) -> str:
-    """One line with the step, the losses, the speed and the time left; of a student alone also terms and rate."""
+    """Formats a line with step, losses, speed and time left; a single student also shows terms and learning rate."""
     parts = [f"step {step:,}/{_first(setups).config.train.steps:,}"]
     for name, own in values.items():
         parts.append(f"{f'{name}: ' if len(values) > 1 else ''}loss {own['loss/total']:.5f}")
@@ -220,12 +220,12 @@ def describe(step: int, setups: Mapping[str, Setup], values: Mapping[str, Values
 
 
 def _first(by_name: Mapping[str, _T]) -> _T:
-    """What stands for all students where they are the same."""
+    """Returns the first value, standing for all students where they agree."""
     return next(iter(by_name.values()))
 
 
 def _saved(states: States) -> distill.State | States:
-    """What a checkpoint holds: of a run the state of its student, of a study those of all, by name."""
+    """Returns what a checkpoint stores: for a run its student's state, for a study all states by name."""
     return _first(states) if len(states) == 1 else states
 
 

@@ -1,7 +1,7 @@
-"""Validation during training: the student beside its teacher and the input it started from.
+"""Validation during training: the student, compared with its teacher and the unrestored input.
 
-Input and teacher do not change during a run, so their scores are measured once and kept in `baseline.json`. Several
-processes share the images among them; the first one writes.
+Input and teacher do not change during a run, so they are measured once and kept in `baseline.json`. Several processes
+share the images among them; the first one writes.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from kdjax.validation import Sample, Score
 
 log = logging.getLogger("kdjax")
 
-_CHECK_IMAGES, _CHECK_CROP = 4, 128  # of the look at the teacher before training starts
-_PICTURE_SIDE = 512  # of each of the images that stand side by side, at most
+_CHECK_IMAGES, _CHECK_CROP = 4, 128  # size of the sanity check of the teacher before training starts
+_PICTURE_SIDE = 512  # maximum side of each image in a comparison picture
 
 
 class Monitor:
-    """The validation set of a run, and what has been measured on it.
+    """A run's validation set and the measurements made on it.
 
     Raises:
-      ValueError: the images are missing or damaged, or a student that enlarges has no small images to start from.
+      ValueError: if the images are missing or damaged, or if a student that enlarges has no small images to start from.
     """
 
     def __init__(self, options: Val, student: models.Model, teacher: Teacher | None) -> None:
@@ -72,7 +72,7 @@ class Monitor:
         self._pictures = range(min(options.save_images, len(images)))
 
     def report(self) -> None:
-        """Says what is validated, and warns when the teacher does not improve its input."""
+        """Reports what is validated, and warns if the teacher does not improve on its input."""
         noise = self._options.degrade.get("name") or f"noise sigma {self._options.sigma:g}"
         degraded = f"inputs {self._options.lq}" if self._options.lq else f"degraded by {noise}"
         log.info(f"validation images: {len(self.samples)} from {self._options.gt}, {degraded}")
@@ -100,10 +100,10 @@ class Monitor:
         *,
         keep_going: Callable[[], bool] = lambda: True,
     ) -> float | None:
-        """Measures the student, logs it beside teacher and input, and saves pictures in `workdir/val/STEP`.
+        """Measures the student, logs it against teacher and input, and saves pictures in `workdir/val/STEP`.
 
         Returns:
-          The student's PSNR, or None when `keep_going` ended the validation early; the same on every process.
+          The student's PSNR, or None if `keep_going` ended the validation early; equal on all processes.
         """
         started = time.monotonic()
         self._measure_baseline(workdir, keep_going)
@@ -123,7 +123,7 @@ class Monitor:
         return score.psnr
 
     def summary(self) -> str:
-        """Who reached how many dB, in one line."""
+        """Summarises in one line who reached how many dB."""
         return ", ".join(
             f"{who} {self._scores[who].psnr:.2f} dB / {self._scores[who].ssim:.4f}"
             for who in ("student", "teacher", "input")
@@ -131,7 +131,7 @@ class Monitor:
         )
 
     def _measure_baseline(self, workdir: Path, keep_going: Callable[[], bool]) -> None:
-        """Scores of the input and the teacher: from memory, from the run's folder, or measured now."""
+        """Sets the scores of the input and the teacher: from memory, from the run's folder, or by measuring."""
         if "input" in self._scores:
             return
         path = workdir / "baseline.json"
@@ -155,7 +155,7 @@ class Monitor:
     def _measure(
         self, apply: models.Apply, params: models.Params, keep_going: Callable[[], bool]
     ) -> tuple[Score, dict[int, np.ndarray]] | None:
-        """The mean score over the set and the outputs that go into pictures; None when ended early."""
+        """Returns the mean score and the outputs to be shown in pictures; None if ended early."""
         here = sorted({*sharding.share(len(self.samples)), *(self._pictures if sharding.is_first() else ())})
         rows, outputs = [], {}
         images = [self.samples[position].lq for position in here]
@@ -190,7 +190,7 @@ class Monitor:
 
 
 def _read_known(path: Path) -> dict[str, Any]:
-    """What was measured before; empty where that is damaged, so it is measured again."""
+    """Returns earlier measurements; empty if the file is damaged, so that they are repeated."""
     try:
         return read_json(path)
     except ValueError as error:
@@ -199,7 +199,7 @@ def _read_known(path: Path) -> dict[str, Any]:
 
 
 def _centre(sample: Sample, side: int, scale: int) -> Sample:
-    """The middle `side` x `side` pixels of the lq and what belongs to them."""
+    """Crops the central `side` x `side` pixels of the lq, and the matching part of gt."""
     top, left = (max(0, (size - side) // 2) for size in sample.lq.shape[:2])
     lq = sample.lq[top : top + side, left : left + side]
     gt = sample.gt[top * scale : (top + side) * scale, left * scale : (left + side) * scale]
@@ -207,7 +207,7 @@ def _centre(sample: Sample, side: int, scale: int) -> Sample:
 
 
 def _side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:
-    """The middles of images of one size in a row, with a white line between them."""
+    """Places the centres of equally large images in a row, separated by white lines."""
     height, width = (min(_PICTURE_SIDE, size) for size in images[0].shape[:2])
     top, left = (images[0].shape[0] - height) // 2, (images[0].shape[1] - width) // 2
     line = np.full((height, 4, images[0].shape[2]), 255, np.uint8)

@@ -1,6 +1,6 @@
-"""From a config to what a run works with: data, networks, losses and the recipe of the step, all of it checked.
+"""Turns a config into what a run needs: data, networks, losses and the step's recipe, all checked.
 
-`prepare` refuses what does not fit; the programs that train, show and keep the answers of a teacher begin with it.
+`prepare` rejects whatever does not fit. The programs that train, show samples and cache a teacher start with it.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ log = logging.getLogger("kdjax")
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a run works with; everything in it has been checked."""
+    """What a run needs; all of it has been checked."""
 
     config: Config
     mesh: jax.sharding.Mesh
     student: models.Model
-    teacher: Teacher | None  # as far as the losses need it
+    teacher: Teacher | None  # None if no loss needs it
     recipe: distill.Recipe
     pairs: list[data.ImagePair]
     unlabelled: list[data.ImagePair]
     unpaired: list[data.ImagePair]
-    cache: data.Cache | None = None  # where the batches and the teacher's answers come from, with config.teacher.cache
+    cache: data.Cache | None = None  # with config.teacher.cache: where batches and the teacher's outputs come from
 
 
 def prepare(config: Config) -> Setup:
-    """Data, networks and recipe of a run.
+    """Prepares data, networks and recipe of a run.
 
     Raises:
-      ValueError, OSError: something is missing or does not fit; the message is for the user.
+      ValueError, OSError: if something is missing or does not fit; the message is meant for the user.
     """
     mesh = sharding.data_mesh()
     parts = config.train.accumulate
@@ -135,9 +135,9 @@ def prepare(config: Config) -> Setup:
 
 
 def on_these_devices(config: Config) -> Config:
-    """The config with `data.batch_size` as that of all devices, where `data.per_device` says it is that of each.
+    """Resolves `data.per_device`: returns the config with `data.batch_size` as the total over all devices.
 
-    A CPU counts as one device, however many its cores are taken for.
+    A CPU counts as one device, whatever number of devices its cores are presented as.
     """
     if not config.data.per_device:
         return config
@@ -152,15 +152,15 @@ def on_these_devices(config: Config) -> Config:
 
 
 def sample_settings(setup: Setup) -> dict[str, object]:
-    """All that the samples of this run follow from; see `kdjax.teacher.targets`."""
+    """Returns everything that determines this run's samples; see `kdjax.teacher.targets`."""
     kinds = {"gt": setup.pairs, "unlabelled": setup.unlabelled, "unpaired": setup.unpaired}
     return targets.settings(setup.config, setup.student, setup.teacher, kinds, side=loaded_side(setup))
 
 
 def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
-    """The student, and the teacher where a loss term needs it.
+    """Returns the student, and the teacher if a loss term needs it.
 
-    The student starts from scratch, from a file whose architecture and hyper-parameters must be the config's, or as a
+    The student starts from scratch, from a file whose architecture and hyper-parameters must match the config, or as a
     slice of the (first) teacher.
     """
     network = models.network(config.student.arch, config.student.hparams)
@@ -184,7 +184,7 @@ def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
 
 
 def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
-    """The training batches from step `start_step` on."""
+    """Opens the training batches from step `start_step` on."""
     config = setup.config.data
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
     if setup.cache:
@@ -217,18 +217,18 @@ def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
 
 
 def loaded_side(setup: Setup) -> int:
-    """The side of the gt squares that are loaded: the canvas if something is degraded on it, else the crop."""
+    """Returns the side of the gt squares to load: the canvas if anything is degraded on it, otherwise the crop."""
     options = setup.config.data
     return options.canvas if options.canvas and setup.recipe.degrade else options.crop
 
 
 def batch_shapes(setup: Setup) -> Batch:
-    """The shapes of a training batch."""
+    """Returns the shapes of a training batch."""
     return targets.batch_shapes(setup.config, setup.student, side=loaded_side(setup), cache=setup.cache)
 
 
 def report(setup: Setup) -> None:
-    """Says, once, what this run is about to do with what."""
+    """Logs, once, what this run is about to do."""
     config, mesh = setup.config, setup.mesh
     device = mesh.devices.flat[0]
     log.info(
@@ -254,7 +254,7 @@ def report(setup: Setup) -> None:
 
 
 def warn_of_other_degradation(setup: Setup) -> None:
-    """Warns when validation is on plain noise (`val.sigma`) that training does not have."""
+    """Warns if validation uses plain noise (`val.sigma`) that training does not have."""
     val, degrade = setup.config.val, setup.config.degrade
     if val.lq or val.degrade:
         return
@@ -275,7 +275,7 @@ def warn_of_other_degradation(setup: Setup) -> None:
 
 
 def describe(model: models.Model) -> str:
-    """Architecture, size and cost of a model in a few words."""
+    """Describes a model's architecture, size and cost in a few words."""
     macs = model.network.count_macs(256, 256)
     hparams = ", ".join(f"{name}={value}" for name, value in model.hparams.items())
     return (
