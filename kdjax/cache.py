@@ -45,7 +45,7 @@ _SPARE = 1.02  # overhead of the format, as a factor on the bytes of the records
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class CacheJob:
     """A cache to be written; everything but the free disk space has been checked."""
 
     setup: preparation.Setup
@@ -78,7 +78,7 @@ class Job:
         }
 
 
-def plan(setup: preparation.Setup, out: Path, samples: int, *, shard_bytes: int = SHARD_BYTES) -> Job:
+def plan(setup: preparation.Setup, out: Path, samples: int, *, shard_bytes: int = SHARD_BYTES) -> CacheJob:
     """Plans to write the first `samples` samples of a run to the folder `out`.
 
     Args:
@@ -95,7 +95,7 @@ def plan(setup: preparation.Setup, out: Path, samples: int, *, shard_bytes: int 
     fields = targets.make_fields(answer, setup.teacher.params, preparation.batch_shapes(setup))
     batch = setup.config.data.batch_size
     in_shard = batch * max(1, shard_bytes // (batch * sum(field.bytes for field in fields)))
-    job = Job(setup, out, samples, in_shard, fields, answer)
+    job = CacheJob(setup, out, samples, in_shard, fields, answer)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--output={out} is a file; give a folder that is new, empty, or of the same command before")
     for name in (CACHE.index, PLAN):
@@ -107,7 +107,7 @@ def plan(setup: preparation.Setup, out: Path, samples: int, *, shard_bytes: int 
     return job
 
 
-def _check_same(job: Job, name: str) -> None:
+def _check_same(job: CacheJob, name: str) -> None:
     """Refuses a folder that holds, or was meant to hold, another cache."""
     before = CACHE.read_index(str(job.out)) if name == CACHE.index else _read_plan(job.out / name)
     now = job.index()
@@ -130,7 +130,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{error}; remove {path.parent}, or give another --output") from None
 
 
-def describe(job: Job) -> str:
+def describe(job: CacheJob) -> str:
     """Describes the contents and size of the cache for the user."""
     parts = [f"{f.name} {f.dtype} {'x'.join(map(str, f.shape)) or '1'}: {f.bytes:,}" for f in job.fields]
     if not any(field.name == "lq" for field in job.fields):
@@ -142,7 +142,7 @@ def describe(job: Job) -> str:
 
 
 def write(
-    job: Job,
+    job: CacheJob,
     *,
     process_index: int = 0,
     process_count: int = 1,
@@ -176,7 +176,7 @@ def write(
 
 
 def _write_own(
-    job: Job, process_index: int, process_count: int, tell: Callable[[str], None], tell_every: float
+    job: CacheJob, process_index: int, process_count: int, tell: Callable[[str], None], tell_every: float
 ) -> None:
     """Writes the missing shards of this process."""
     missing = [shard for shard in range(job.shards) if not is_written(job, shard)]
@@ -214,13 +214,13 @@ def _one_writer(folder: Path, part: str) -> Iterator[None]:
         ) from None
 
 
-def is_written(job: Job, shard: int) -> bool:
+def is_written(job: CacheJob, shard: int) -> bool:
     """Returns whether a shard exists, with all of its samples."""
     path = job.out / shards.file_name(shard)
     return path.exists() and shards.count_records(path) == job.count(shard)
 
 
-def check_room(job: Job, samples: int) -> None:
+def check_room(job: CacheJob, samples: int) -> None:
     """Raises ConfigError if the disk has no room for this many samples."""
     free = shutil.disk_usage(job.out).free
     needed = int(samples * job.sample_bytes * _SPARE)
@@ -232,7 +232,7 @@ def check_room(job: Job, samples: int) -> None:
         )
 
 
-def _records(job: Job, own: list[int]) -> Generator[bytes]:
+def _records(job: CacheJob, own: list[int]) -> Generator[bytes]:
     """Yields the records of these shards, one by one; the teacher runs one batch ahead of the disk."""
     setup = job.setup
     mesh = setup.mesh
@@ -267,7 +267,7 @@ def _records(job: Job, own: list[int]) -> Generator[bytes]:
         yield from _rows(job, *previous)
 
 
-def _rows(job: Job, first: int, fields: dict[str, jax.Array]) -> Iterator[bytes]:
+def _rows(job: CacheJob, first: int, fields: dict[str, jax.Array]) -> Iterator[bytes]:
     """Yields the records of a batch, up to the last sample."""
     arrays = jax.device_get(fields)
     for row in range(min(len(arrays["gt"]), job.samples - first)):

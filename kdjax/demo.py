@@ -35,7 +35,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from kdjax import assets, commandline, cost, models, sharding
+from kdjax import assets, commandline, cost, models, sharding, validation
 from kdjax.data import ImageError, read_image
 from kdjax.data.images import opened
 from kdjax.files import FolderInUse, locked
@@ -59,12 +59,6 @@ _HOST = "127.0.0.1"
 _POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-ancestors 'self'"
 
 
-def add_noise(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Adds Gaussian noise of `sigma` (0..255 scale) to a uint8 image, always the same; float32 in about [0, 1]."""
-    noise = np.random.default_rng(0).standard_normal(image.shape, np.float32)
-    return np.float32(image) / 255 + np.float32(sigma / 255) * noise
-
-
 def restore(
     model: models.Model, path: str | os.PathLike[str], sigma: float, *, tile: int, tile_pad: int
 ) -> tuple[np.ndarray, np.ndarray, float]:
@@ -77,7 +71,7 @@ def restore(
     check_image(path, scale)
     image = read_image(path)
     height, width = (size * scale for size in image.shape[:2])
-    noisy = add_noise(image, sigma)
+    noisy = validation.add_noise(image, sigma)
     started = time.perf_counter()
     restored = restore_image(model, noisy, tile=tile, tile_pad=tile_pad)
     seconds = time.perf_counter() - started

@@ -47,7 +47,7 @@ def evaluate(
     """Returns a model's mean PSNR and SSIM, and those of every image by name, in the order of `samples`."""
     progress = Progress(len(samples), sum(sample.gt.size for sample in samples), silent=not show_progress)
     each = lambda position, *_: progress.advance(samples[position].gt.size)  # noqa: E731
-    values = validation.measure(make_restore(model), samples, ("psnr", "ssim"), named.Context(), each=each)
+    values = validation.measure(make_restore(model), samples, ("psnr", "ssim"), named.MetricInputs(), each=each)
     by_name = {sample.name: Score(**scores) for sample, scores in zip(samples, values, strict=True)}
     return validation.mean_score(list(by_name.values())), by_name
 
@@ -107,7 +107,7 @@ class Request:
     datasets: list[Dataset]
     sigmas: list[float]
     metrics: list[str]
-    context: named.Context
+    context: named.MetricInputs
     settings: dict[str, str]
 
     def conditions(self) -> list[tuple[Dataset, float | None]]:
@@ -237,13 +237,13 @@ def _datasets(options: argparse.Namespace, channels: int, scale: int) -> list[Da
     return datasets
 
 
-def _context(options: argparse.Namespace) -> tuple[named.Context, dict[str, str]]:
+def _context(options: argparse.Namespace) -> tuple[named.MetricInputs, dict[str, str]]:
     """Returns what the metrics need, and where it came from."""
     contents, sources = {}, {}
     for name in options.metrics:
         if source := METRICS[name].source:
             contents[name], sources[name] = source.load(getattr(options, name))
-    return named.Context(options.crop_border, contents), sources
+    return named.MetricInputs(options.crop_border, contents), sources
 
 
 def _settings(options: argparse.Namespace) -> dict[str, str]:

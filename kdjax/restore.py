@@ -43,7 +43,7 @@ _FORMATS = ("png", "jpg", "webp", "tif", "bmp", "ppm")
 _SUFFIXES = (*data.IMAGE_SUFFIXES, *videos.VIDEO_SUFFIXES)  # what to look for in folders
 _LISTED = 8  # maximum number of suffixes listed in a message
 
-Restore = Callable[..., np.ndarray]  # (image, progress=Told) -> the restored image, of the same type
+RestoreImage = Callable[..., np.ndarray]  # (image, progress=Told) -> the restored image, of the same type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +244,7 @@ def _target_name(name: Path, suffix: str, format: str | None) -> Path:
 
 def run(
     jobs: Sequence[Job],
-    restore: Restore,
+    restore: RestoreImage,
     scale: int,
     quality: int | None,
     stop: StopSignals,
@@ -316,7 +316,7 @@ def _make_room(target: Path) -> None:
 
 
 def restore_picture(
-    job: Job, restore: Restore, scale: int, quality: int | None, told: Told, max_pixels: float | None = None
+    job: Job, restore: RestoreImage, scale: int, quality: int | None, told: Told, max_pixels: float | None = None
 ) -> tuple[str, Sequence[str]]:
     """Restores an image; returns what was done, and notes, for the user."""
     picture = pictures.read_picture(job.source, scale=scale, max_pixels=max_pixels)
@@ -329,7 +329,7 @@ def restore_picture(
 
 
 def restore_video(
-    job: Job, restore: Restore, scale: int, told: Told, max_pixels: float | None = None
+    job: Job, restore: RestoreImage, scale: int, told: Told, max_pixels: float | None = None
 ) -> tuple[str, Sequence[str]]:
     """Like `restore_picture`, for a video."""
     video = videos.probe(job.source)

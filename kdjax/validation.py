@@ -101,21 +101,21 @@ def restore(
             yield from zip(chunk, outputs, strict=False)
 
 
-def values(image: np.ndarray, gt: np.ndarray, names: Sequence[str], context: named.Context) -> Values:
+def values(image: np.ndarray, gt: np.ndarray, names: Sequence[str], context: named.MetricInputs) -> Values:
     """Returns the named metrics (`kdjax.metrics.named`) of a uint8 (h, w, c) image; nan if it is too small."""
     return {name: named.measure(name, image, gt, context) for name in names}
 
 
 def score(output: np.ndarray, gt: np.ndarray) -> Score:
     """Returns PSNR and SSIM of uint8 (h, w, c) images: RGB, no border cropped. SSIM is nan below 11x11 pixels."""
-    return Score(**values(output, gt, ("psnr", "ssim"), named.Context()))
+    return Score(**values(output, gt, ("psnr", "ssim"), named.MetricInputs()))
 
 
 def measure(
     restore: Restore,
     samples: Sequence[Sample],
     names: Sequence[str],
-    context: named.Context,
+    context: named.MetricInputs,
     *,
     each: Callable[[int, np.ndarray, Values], object] = lambda position, output, values: None,
 ) -> list[Values]:

@@ -223,7 +223,7 @@ def test_names_stand_for_the_functions(photograph: np.ndarray, alex: lpips.Netwo
     gt = photograph[:200, :220]
     output = np.uint8(np.clip(gt + np.random.default_rng(0).normal(0, 9, gt.shape), 0, 255))
     pristine = niqe.Pristine(np.zeros(36), np.eye(36))
-    context = named.Context(crop_border=2, files={"niqe": pristine, "lpips": alex})
+    context = named.MetricInputs(crop_border=2, files={"niqe": pristine, "lpips": alex})
     expected = {
         "psnr": psnr(output, gt, crop_border=2),
         "ssim": ssim(output, gt, crop_border=2),
@@ -240,7 +240,7 @@ def test_names_stand_for_the_functions(photograph: np.ndarray, alex: lpips.Netwo
 
 def test_what_an_image_is_too_small_for_is_left_out_of_the_mean(alex: lpips.Network) -> None:
     small = np.zeros((10, 20, 3), np.uint8)
-    context = named.Context(files={"niqe": niqe.Pristine(np.zeros(36), np.eye(36)), "lpips": alex})
+    context = named.MetricInputs(files={"niqe": niqe.Pristine(np.zeros(36), np.eye(36)), "lpips": alex})
     values = {name: named.measure(name, small, small, context) for name in named.METRICS}
     assert values["psnr"] == math.inf
     assert all(math.isnan(values[name]) for name in ("ssim", "ssim_y", "niqe", "lpips"))

@@ -331,7 +331,9 @@ def unchanged(image: np.ndarray, progress: restore.Told) -> np.ndarray:
     return image
 
 
-def quietly(network: restore.Restore, inputs: list[str], output: Path, **options: str) -> tuple[list[str], list[str]]:
+def quietly(
+    network: restore.RestoreImage, inputs: list[str], output: Path, **options: str
+) -> tuple[list[str], list[str]]:
     """What is in the output after a run, and what failed."""
     with StopSignals() as stop, contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         failures = restore.run(plan(inputs, output, **options).jobs, network, scale=1, quality=None, stop=stop)

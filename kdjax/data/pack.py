@@ -37,7 +37,7 @@ from kdjax.names import brief
 from kdjax.progress import Pace
 from kdjax.signals import Stopped
 
-Facts = tuple[str, int, int]  # of a file: name, size, modification time
+FileState = tuple[str, int, int]  # of a file: name, size, modification time
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _usable_shards(journal: _Journal, images: Sequence[ImagePair], shard_mb: int
         except shards.MALFORMED:
             break
         end = position + _count(shard)
-        sources = _sources(shard_mb, [_facts(image) for image in images[position:end]])
+        sources = _sources(shard_mb, [_file_state(image) for image in images[position:end]])
         path = out / shard["file"]
         same = shard.get("sources") == sources and path.exists() and path.stat().st_size == shard["bytes"]
         if not same or end > len(images):
@@ -207,7 +207,7 @@ def _new_shards(
     while done < len(images):
         records: list[list[Any]] = []
         damaged: dict[str, str] = {}
-        sources: list[Facts] = []
+        sources: list[FileState] = []
         size = 0
         path = out / shards.file_name(number)
         with shards.new_shard(path) as write:
@@ -234,7 +234,7 @@ def _new_shards(
         number += 1
 
 
-def _decoded(images: Sequence[ImagePair], threads: int) -> Iterator[tuple[ImagePair, Facts, np.ndarray | str]]:
+def _decoded(images: Sequence[ImagePair], threads: int) -> Iterator[tuple[ImagePair, FileState, np.ndarray | str]]:
     """Yields every image in order with its pixels or the reason for failure; decodes a few images ahead."""
     pool = ThreadPoolExecutor(threads)
     try:
@@ -249,8 +249,8 @@ def _decoded(images: Sequence[ImagePair], threads: int) -> Iterator[tuple[ImageP
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not wait for images not yet started
 
 
-def _decode(image: ImagePair) -> tuple[ImagePair, Facts, np.ndarray | str]:
-    facts = _facts(image)  # before decoding, so that a file changed meanwhile looks changed
+def _decode(image: ImagePair) -> tuple[ImagePair, FileState, np.ndarray | str]:
+    facts = _file_state(image)  # before decoding, so that a file changed meanwhile looks changed
     try:
         return image, facts, inspect_image(image.gt)[0]
     except ImageError as error:
@@ -271,7 +271,7 @@ def _count(shard: dict[str, Any]) -> int:
     return len(shard["images"]) + len(shard["damaged"])
 
 
-def _facts(image: ImagePair) -> Facts:
+def _file_state(image: ImagePair) -> FileState:
     """Returns what identifies a version of a file: name, size and time."""
     try:
         state = os.stat(image.gt)
@@ -280,7 +280,7 @@ def _facts(image: ImagePair) -> Facts:
     return image.name, state.st_size, state.st_mtime_ns
 
 
-def _sources(shard_mb: int, facts: Sequence[Facts]) -> str:
+def _sources(shard_mb: int, facts: Sequence[FileState]) -> str:
     """Returns a hash of everything that determines a shard's bytes."""
     return hashlib.sha256(json.dumps([shards.PACK.version, shard_mb, *facts]).encode()).hexdigest()
 

@@ -1,7 +1,7 @@
 """Metrics by the names used in tables and on the command line.
 
 A metric is one entry of METRICS, including its command-line option if it reads a file. Whatever it needs besides the
-two images is in one `Context`, so all metrics are called the same way.
+two images is in one `MetricInputs`, so all metrics are called the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kdjax.metrics import lpips, lpips_file, niqe, niqe_file
 from kdjax.metrics.psnr_ssim import TooSmallError, psnr, ssim
 
 
-class Context(NamedTuple):
+class MetricInputs(NamedTuple):
     """What metrics need besides the images: pixels cropped at each side, and, by metric, what it read from a file."""
 
     crop_border: int = 0
@@ -32,7 +32,7 @@ class Source(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """How to display a metric, which way is better, and `compute(output, gt, context)` on uint8 (h, w, c) images.
+    """How to display a metric, which way is better, and `compute(output, gt, inputs)` on uint8 (h, w, c) images.
 
     Attributes:
       source: the file it needs, or None.
@@ -42,7 +42,7 @@ class Metric(NamedTuple):
     unit: str
     digits: int
     higher_is_better: bool
-    compute: Callable[[np.ndarray, np.ndarray, Context], float]
+    compute: Callable[[np.ndarray, np.ndarray, MetricInputs], float]
     source: Source | None = None
 
     @property
@@ -55,12 +55,12 @@ class Metric(NamedTuple):
         return "-" if math.isnan(value) else f"{value:.{self.digits}f}"
 
 
-def _niqe(output: np.ndarray, _: np.ndarray, context: Context) -> float:
-    return niqe.distance(output, context.files["niqe"], crop_border=context.crop_border)
+def _niqe(output: np.ndarray, _: np.ndarray, inputs: MetricInputs) -> float:
+    return niqe.distance(output, inputs.files["niqe"], crop_border=inputs.crop_border)
 
 
-def _lpips(output: np.ndarray, gt: np.ndarray, context: Context) -> float:
-    return lpips.distance(output, gt, context.files["lpips"], crop_border=context.crop_border)
+def _lpips(output: np.ndarray, gt: np.ndarray, inputs: MetricInputs) -> float:
+    return lpips.distance(output, gt, inputs.files["lpips"], crop_border=inputs.crop_border)
 
 
 _PRISTINE = Source("FILE|DIR", "BasicSR's niqe_pris_params.npz, or a folder of clean photographs", niqe_file.load)
@@ -76,14 +76,14 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def measure(name: str, output: np.ndarray, gt: np.ndarray, context: Context) -> float:
+def measure(name: str, output: np.ndarray, gt: np.ndarray, inputs: MetricInputs) -> float:
     """Returns the metric `name` of a uint8 (h, w, c) image against the clean one; nan if the image is too small.
 
     Raises:
       ValueError: if the images have another dtype or shape, or for psnr_y and ssim_y of grey images.
     """
     try:
-        return METRICS[name].compute(output, gt, context)
+        return METRICS[name].compute(output, gt, inputs)
     except TooSmallError:
         return math.nan
 
