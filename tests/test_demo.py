@@ -405,5 +405,5 @@ def test_ctrl_c_leaves_nothing_and_a_start_removes_what_a_killed_page_left(serve
         begun.restore(gradio_file(json.loads(begun.upload("image.png", png(600, 600))[1])[0]), "embedded", wait=False)
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        assert process.wait(100) == 0
     assert list(server.temporary.iterdir()) == [lives]

@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Path:
     """What matters of a finished run."""
     with Checkpoints(tmp_path / "run" / "checkpoints", keep=2) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(make_state(step))
+            checkpoints.save(step, make_state(step))
     rows = [{"step": 1, "loss/total": 0.5, "images_per_second": 9.0}, {"step": 2, "loss/total": 0.25}]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "run" / "student.pth").write_bytes(b"weights")
@@ -63,7 +63,7 @@ def twice(run: Path) -> None:
 def state(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")
     with Checkpoints(run / "checkpoints", keep=2) as checkpoints:
-        checkpoints.save(make_state(2, "adamw", weight_decay=0.1))
+        checkpoints.save(2, make_state(2, "adamw", weight_decay=0.1))
 
 
 def student(run: Path) -> None:
