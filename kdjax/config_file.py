@@ -19,7 +19,7 @@ import ast
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def load(path: str) -> ConfigDict:
     if not file.is_file():
         raise ConfigFileError(f"there is no config file {name!r}; give the path of one, such as configs/denoise.py")
     try:
-        with _importing_from(file.parent):
+        with _importing_from(file.parent.resolve()):  # modules know their files by absolute paths
             spec = importlib.util.spec_from_file_location(file.stem, file)
             if spec is None or spec.loader is None:
                 raise ConfigFileError("it is no Python file; its name must end in .py")
@@ -166,10 +166,6 @@ def _importing_from(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
-        for name in _new(before):
+        for name in set(sys.modules) - before:
             if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == folder:
                 del sys.modules[name]
-
-
-def _new(before: Iterable[str]) -> list[str]:
-    return [name for name in sys.modules if name not in before]

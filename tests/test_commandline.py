@@ -163,13 +163,17 @@ def test_groups_schedules_and_new_terms_are_set_by_flags() -> None:
     assert values["terms"]["hint"]["pairs"] == (("body.9", "body.1", 1.0),) and values["degrade"] == {}
 
 
-def test_references_follow_flags_and_files_import_their_neighbours(tmp_path: Path) -> None:
+def test_references_follow_flags_and_files_import_their_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quick = read("--config", str(ROOT / "configs" / "denoise.py:quick"), "--config.train.steps=9")
     assert quick["train"]["lr"]["steps"] == 9
     (tmp_path / "base.py").write_text("from kdjax.config import defaults\n")
     (tmp_path / "mine.py").write_text("from base import defaults\n\ndef get_config():\n    return defaults()\n")
-    assert read("--config", str(tmp_path / "mine.py"))["train"]["steps"] == 250_000
-    assert "base" not in sys.modules and str(tmp_path) not in sys.path
+    monkeypatch.chdir(tmp_path.parent)
+    for file in (tmp_path / "mine.py", Path(tmp_path.name) / "mine.py"):
+        assert read("--config", str(file))["train"]["steps"] == 250_000
+        assert "base" not in sys.modules and str(tmp_path) not in sys.path
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,16 @@ def is_harmless(value: object, most: int) -> bool:
     return not isinstance(value, int | float) or (abs(value) <= (most if isinstance(value, int) else LARGEST))
 
 
+def parsed(path: str, value: object) -> object:
+    """The value as the config has it; None where it is refused, in a short message with the key."""
+    try:
+        config = parse(nested(path, value))
+    except ConfigError as error:
+        assert f"config.{path}" in str(error) and len(str(error)) < 400, error
+        return None
+    return functools.reduce(getattr, path.split("."), config)
+
+
 @pytest.mark.parametrize(("path", "default"), KEYS)
 def test_any_number_is_harmless_or_refused_by_name(path: str, default: object) -> None:
     most = 2**32 - 1 if path == "seed" else 2**31 - 1
@@ -160,12 +170,8 @@ def test_any_number_is_harmless_or_refused_by_name(path: str, default: object) -
         for value in values if isinstance(default, dict | tuple) or path == "train.lr" else [number]:
             if path == "terms" and isinstance(value, dict):
                 value = {"task": value}
-            try:
-                config = parse(nested(path, value))
-            except ConfigError as error:
-                assert f"config.{path}" in str(error) and len(str(error)) < 400, error
+            if (found := parsed(path, value)) is None:
                 continue
-            found = functools.reduce(getattr, path.split("."), config)
             assert is_harmless(found, most), (path, value)
             json.dumps(found, allow_nan=False)
             if path == "train.lr":
@@ -194,12 +200,8 @@ def test_any_text_is_harmless_or_refused_by_name(path: str, default: str) -> Non
         "\u00e4" * 300,
     ):
         for value in (text, {"x": text}, [text]):
-            try:
-                config = parse(nested(path, value))
-            except ConfigError as error:
-                assert f"config.{path}" in str(error) and len(str(error)) < 400, error
+            if (found := parsed(path, value)) is None:
                 continue
-            found = functools.reduce(getattr, path.split("."), config)
             assert "\0" not in found and len(os.fsencode(found)) <= 4096
             json.dumps(found).encode()
 

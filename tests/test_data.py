@@ -716,12 +716,12 @@ def test_folders_of_links_and_pipes_come_to_an_end(tmp_path: Path) -> None:
     names = [pair.name for pair in find_pairs(gt=str(gt))]
     assert len(names) == 2 + 3 + 3 + 2 and "a/to2/2.png" in names and "pipe.png" in names
     for i in range(20):  # which spell a million paths
-        (tmp_path / f"farm{i}").mkdir()
+        (tmp_path / f"maze{i}").mkdir()
         for name in ("x", "y"):
-            (tmp_path / f"farm{i}" / name).symlink_to(f"../farm{i + 1}")
-    touch(tmp_path / "farm20", "1.png")
+            (tmp_path / f"maze{i}" / name).symlink_to(f"../maze{i + 1}")
+    touch(tmp_path / "maze20", "1.png")
     with pytest.raises(DataError, match="cannot be read: links lead to it on more than 1,000 ways"):
-        find_pairs(gt=str(tmp_path / "farm0"))
+        find_pairs(gt=str(tmp_path / "maze0"))
     deep = f"{tmp_path}/deep"
     for _ in range(1100):  # more than functions can be nested
         os.mkdir(deep)
