@@ -1,4 +1,4 @@
-"""A better teacher from the same file: its mean over the eight flips and rotations of the input (x8).
+"""A better teacher from the same file: its average over the eight flips and rotations of the input (x8).
 
     python -m kdjax.train --config configs/ensemble.py
 

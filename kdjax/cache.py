@@ -5,7 +5,7 @@
 
 The samples are the first ones of the run itself: same images, crops, flips and noise. Each is stored with the teacher's
 output, in float16, and those teacher features that the config's loss terms read, in bfloat16. See
-`kdjax.teacher.targets` for the storage rules and the reasons for them, `kdjax.data.cached` for the format.
+`kdjax.teacher.cache` for the storage rules and the reasons for them, `kdjax.data.cache` for the format.
 
 The program first reports how much space it needs. It can be killed at any time: the same command resumes after the last
 complete shard. Several processes, on one host or many, can share the work: give each --num_processes and its own
@@ -30,11 +30,11 @@ from kdjax import commandline, sharding
 from kdjax import config as config_lib
 from kdjax.config import ConfigError
 from kdjax.data import DataError, shards
-from kdjax.data.cached import CACHE, PLAN, Field
+from kdjax.data.cache import CACHE, PLAN, Field
 from kdjax.files import FolderInUse, locked, read_json, remove_leftovers, write_json
 from kdjax.progress import Pace
 from kdjax.signals import Stopped
-from kdjax.teacher import targets
+from kdjax.teacher import cache as teacher_cache
 from kdjax.training import preparation
 
 log = logging.getLogger("kdjax")
@@ -53,7 +53,7 @@ class CacheJob:
     samples: int
     shard_samples: int
     fields: tuple[Field, ...]
-    answer: targets.Answer
+    answer: teacher_cache.Answer
 
     @property
     def sample_bytes(self) -> int:
@@ -88,16 +88,16 @@ def plan(setup: preparation.Setup, out: Path, samples: int, *, shard_bytes: int 
       ConfigError: if there is no teacher, a term needs the live teacher, or `out` already holds something else.
     """
     if setup.teacher is None or not any(term.needs_teacher for term in setup.recipe.terms):
-        raise ConfigError("no loss term of the config looks at the teacher, so there is nothing to keep of it")
+        raise ConfigError("no loss term of the config uses the teacher, so there is nothing to cache")
     if samples < 1:
         raise ConfigError(f"--samples={samples}; it must be 1 or more")
-    answer = targets.make_answer(setup.config, setup.recipe, setup.teacher, side=preparation.loaded_side(setup))
-    fields = targets.make_fields(answer, setup.teacher.params, preparation.batch_shapes(setup))
+    answer = teacher_cache.make_answer(setup.config, setup.recipe, setup.teacher, side=preparation.loaded_side(setup))
+    fields = teacher_cache.make_fields(answer, setup.teacher.params, preparation.batch_shapes(setup))
     batch = setup.config.data.batch_size
     in_shard = batch * max(1, shard_bytes // (batch * sum(field.bytes for field in fields)))
     job = CacheJob(setup, out, samples, in_shard, fields, answer)
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--output={out} is a file; give a folder that is new, empty, or of the same command before")
+        raise ConfigError(f"--output={out} is a file; give a folder that is new, empty, or left by the same command")
     for name in (CACHE.index, PLAN):
         if (out / name).exists():
             _check_same(job, name)
@@ -115,9 +115,9 @@ def _check_same(job: CacheJob, name: str) -> None:
         raise ConfigError(
             "\n".join(
                 [
-                    f"--output={job.out} holds another cache (there -> now):",
+                    f"--output={job.out} holds another cache (cached -> now):",
                     *(f"  {difference}" for difference in differences),
-                    "give the same flags to continue it, another --output, or remove that folder",
+                    "repeat its flags to continue it, choose another --output, or remove that folder",
                 ]
             )
         )
@@ -134,7 +134,7 @@ def describe(job: CacheJob) -> str:
     """Describes the contents and size of the cache for the user."""
     parts = [f"{f.name} {f.dtype} {'x'.join(map(str, f.shape)) or '1'}: {f.bytes:,}" for f in job.fields]
     if not any(field.name == "lq" for field in job.fields):
-        parts.append("lq: 0, its noise is drawn again")
+        parts.append("lq: 0, since its noise is drawn again")
     return (
         f"a sample takes {job.sample_bytes:,} bytes ({'; '.join(parts)}); {job.samples:,} samples take"
         f" {megabytes(job.samples * job.sample_bytes)} in {job.shards} shards"
@@ -183,7 +183,7 @@ def _write_own(
     check_room(job, sum(job.count(shard) for shard in missing))
     write_json(job.out / PLAN, job.index())
     if len(missing) < job.shards:
-        tell(f"{job.shards - len(missing)} of {job.shards} shards are there already")
+        tell(f"{job.shards - len(missing)} of {job.shards} shards are already written")
     # Consecutive shards, so that the data stream need not be reopened for each.
     block = range(process_index * job.shards // process_count, (process_index + 1) * job.shards // process_count)
     own = [shard for shard in missing if shard in block]
@@ -210,7 +210,8 @@ def _one_writer(folder: Path, part: str) -> Iterator[None]:
             yield
     except FolderInUse as error:
         raise ConfigError(
-            f"--output={error}. Processes that share the work need a --process-id each, and the same --num-processes"
+            f"--output={error}. Processes that share the work each need their own --process-id, and the same"
+            " --num-processes"
         ) from None
 
 
@@ -228,7 +229,7 @@ def check_room(job: CacheJob, samples: int) -> None:
         fit = int(free / _SPARE / job.sample_bytes)
         raise ConfigError(
             f"--output={job.out}: {megabytes(needed)} are needed and {megabytes(free)} are free, room for {fit:,}"
-            " samples; lower --samples, give a folder on another disk, or keep fewer features (config.terms)"
+            " samples; lower --samples, choose a folder on another disk, or use fewer features (config.terms)"
         )
 
 
@@ -273,8 +274,8 @@ def _rows(job: CacheJob, first: int, fields: dict[str, jax.Array]) -> Iterator[b
     for row in range(min(len(arrays["gt"]), job.samples - first)):
         if not np.isfinite(arrays["output"][row]).all():
             raise FloatingPointError(
-                f"the teacher's output for sample {first + row} is not finite in float16; are its weights the right"
-                " ones (config.teacher), and is config.teacher.dtype enough for it?"
+                f"the teacher's output for sample {first + row} is not finite in float16; check its weights"
+                " (config.teacher) and its precision (config.teacher.dtype)"
             )
         yield b"".join(np.ascontiguousarray(arrays[field.name][row]).tobytes() for field in job.fields)
 
@@ -306,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = config_lib.parse(values)
         sharding.use_all_cores(config.data.batch_size)
-        setup = preparation.prepare(targets.without_cache(preparation.on_these_devices(config)))
+        setup = preparation.prepare(teacher_cache.without_cache(preparation.on_these_devices(config)))
         job = plan(setup, options.output, options.samples)
         assert setup.teacher is not None
         log.info(f"teacher: {setup.teacher.identity}, {preparation.describe(setup.teacher.model)}")
@@ -321,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"complete after {time.monotonic() - started:.0f} s; train with --config.teacher.cache={options.output}"
         )
     else:
-        log.info(f"this process is done after {time.monotonic() - started:.0f} s; others are still writing")
+        log.info(f"this process finished after {time.monotonic() - started:.0f} s; others are still writing")
 
 
 if __name__ == "__main__":

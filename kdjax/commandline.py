@@ -164,12 +164,12 @@ class Parser(argparse.ArgumentParser):
         """
         self.add_argument(
             "--config", required=True, metavar="FILE[:VARIANT]",
-            help=f"a config file such as {example}, and after a colon one of its variants",
+            help=f"a config file such as {example}, optionally followed by a colon and a variant",
         )  # fmt: skip
         from kdjax.config import Config, keys  # imports JAX, which programs without a config do not need
 
         self._prefix = prefix
-        lines = ["keys of the config, and their values where the file sets none:"]
+        lines = ["keys of the config, with their defaults:"]
         for path, field, value in keys(Config()):
             lines.append(f"  --config.{prefix}{path}={value!r}\n      {field.metadata['about']}")
         self.epilog = "\n".join(lines)
@@ -182,14 +182,14 @@ class Parser(argparse.ArgumentParser):
         """
         add = self.add_argument
         add("--key", default="auto", help=f"which weights of {whose} to take, such as params (default: the best)")
-        add("--arch", help=f"architecture of {whose}, if it should not be recognised")
+        add("--arch", help=f"architecture of {whose}, in place of the recognised one")
         add("--hparam", action="append", default=[], metavar="NAME=VALUE",
-            help=f"what {whose} cannot tell: scale=3, res_scale=0.1, act_type=relu, enc_blk_nums=1,1,1,28")  # fmt: skip
+            help=f"what {whose} does not say: scale=3, res_scale=0.1, act_type=relu, enc_blk_nums=1,1,28")  # fmt: skip
 
     def add_processes(self, what: str) -> None:
         """Adds --num-processes and --process-id."""
-        self.add_argument("--num-processes", type=int, metavar="N", help=f"how many processes {what}")
-        self.add_argument("--process-id", type=int, metavar="N", help="which of them this is, from 0")
+        self.add_argument("--num-processes", type=int, metavar="N", help=f"number of processes {what}")
+        self.add_argument("--process-id", type=int, metavar="N", help="number of this process, from 0")
 
     def parse(self, arguments: Sequence[str] | None = None) -> tuple[argparse.Namespace, dict[str, Any]]:
         """Returns the options, and the config as a nested dict with the command line's overrides applied.

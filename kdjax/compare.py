@@ -138,9 +138,9 @@ def write_all(comparison: Comparison, text: str, folder: Path) -> None:
         with whole_file(folder / "compare.png") as temporary:
             tradeoff.plot(comparison, temporary)
     except ImportError:
-        print("no picture: matplotlib is not installed (pip install 'kdjax[plot]')", file=sys.stderr)
+        print("no plot: matplotlib is not installed (pip install 'kdjax[plot]')", file=sys.stderr)
     except ValueError as error:
-        print(f"no picture: {error}", file=sys.stderr)
+        print(f"no plot: {error}", file=sys.stderr)
     print(f"\nwritten to {folder}")
 
 
@@ -177,7 +177,7 @@ def _load_samples(options: argparse.Namespace, model: Model) -> list[Sample]:
     """Loads the images of --data, like `kdjax.evaluate`."""
     scale = model.network.scale
     if options.lq is None and scale != 1:
-        raise ValueError(f"these models enlarge {scale} times; give the small images with --lq")
+        raise ValueError(f"these models upscale {scale}x; give the small images with --lq")
     pairs = data.find_pairs(
         gt=assets.locate(options.data, assets.VAL_PHOTOGRAPHS),
         lq=options.lq,
@@ -190,20 +190,20 @@ def _load_samples(options: argparse.Namespace, model: Model) -> list[Sample]:
 
 def _of_owner(options: dict[str, dict[str, Any]], owner: str) -> list[dict[str, Any]]:
     """Returns the options of the model `owner`, or those of all models if it is ""."""
-    return [pick(options, owner, "model in front of the colon")] if owner else list(options.values())
+    return [pick(options, owner, "model before the colon")] if owner else list(options.values())
 
 
 def _parse_size(text: str) -> tuple[int, int]:
     """Parses "256" or "720x1280" to height and width."""
     match = re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; wanted a side, 256, or HEIGHTxWIDTH, 720x1280")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; wanted a side (256) or HEIGHTxWIDTH (720x1280)")
     return int(match[1]), int(match[2] or match[1])
 
 
 def _parse_count(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,4}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 to 99999")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 99999")
     return int(text)
 
 
@@ -211,25 +211,31 @@ def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.compare", __doc__)
     what = '[NAME=]PATH of a .pth or .safetensors file, or "embedded"'
     add = parser.add_argument
-    add("--teacher", nargs="+", required=True, metavar="MODEL", help=f"{what}; the first is what all are compared with")
+    add("--teacher", nargs="+", required=True, metavar="MODEL", help=f"{what}; the others are compared with the first")
     add("--student", nargs="+", required=True, metavar="MODEL", help=what)
-    add("--key", action="append", default=[], metavar="[MODEL:]KEY", help="which state dict of a file, e.g. params")
-    add("--hparam", action="append", default=[], metavar="[MODEL:]NAME=VALUE", help="what a file cannot tell")
+    add(
+        "--key",
+        action="append",
+        default=[],
+        metavar="[MODEL:]KEY",
+        help="which state dict of a file to take, such as params",
+    )
+    add("--hparam", action="append", default=[], metavar="[MODEL:]NAME=VALUE", help="what a file does not say")
     add(
         "--size",
         nargs="+",
         type=_parse_size,
         default=[(64, 64), (256, 256)],
-        help="of inputs, 256 or HEIGHTxWIDTH; default: 64 256",
+        help="input sizes, 256 or HEIGHTxWIDTH; default: 64 256",
     )
-    add("--batch", nargs="+", type=_parse_count, default=[1], help="images in one pass; default: 1")
+    add("--batch", nargs="+", type=_parse_count, default=[1], help="images per pass; default: 1")
     add("--repeats", type=_parse_count, default=20, help="timed passes of each model; default: 20")
     add("--bf16", action="store_true", help="also measure the costs in bfloat16")
     add("--data", help='folder of clean images to measure quality on, or "embedded"')
-    add("--sigma", type=float, help="standard deviation of the noise to add to them, 0..255 scale")
-    add("--lq", help="folder of the degraded images, in place of --sigma")
+    add("--sigma", type=float, help="standard deviation of the noise to add to them, on the scale of 0 to 255")
+    add("--lq", help="folder of the degraded images, instead of --sigma")
     add("--filename-tmpl", default="{}", help='lq file stem from the gt stem, e.g. "{}_noisy"')
-    add("--limit", type=int, default=0, help="images at most, spread over the folder; 0 takes all")
+    add("--limit", type=int, default=0, help="at most this many images, spread over the folder; 0 takes all")
     add("--output", type=Path, help="folder for compare.json, compare.md and compare.png")
     return parser
 
@@ -241,7 +247,7 @@ def _parse_options() -> argparse.Namespace:
     if options.data is not None and degraded != 1:
         parser.error("--data needs either --sigma or --lq")
     if options.data is None and degraded:
-        parser.error("--sigma and --lq are for the images of --data")
+        parser.error("--sigma and --lq need --data")
     if options.sigma is not None and not 0 <= options.sigma <= 255:
         parser.error(f"--sigma {options.sigma:g} must be from 0 to 255")
     if options.limit < 0:

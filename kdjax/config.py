@@ -83,7 +83,9 @@ def setting(default: Any, about: str, allowed: Allowed = _ANY, *, decides: str =
 class Student:
     arch: str = setting("srvggnetcompact", 'architecture, or "module:Class" for your own network')
     hparams: dict = setting({}, "hyper-parameters of the architecture; missing ones take their default")
-    weights: str = setting("", 'to start from: a .pth or .safetensors file, or "teacher" for a slice of the teacher')
+    weights: str = setting(
+        "", 'weights to start from: a .pth or .safetensors file, or "teacher" for a slice of the teacher'
+    )
     remat: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     dtype: str = setting(
         "float32", 'of the forward and backward pass; "bfloat16" on accelerators', _one_of("float32", "bfloat16")
@@ -96,12 +98,14 @@ class Teacher:
     key: str = setting(
         "auto", 'which weights of the file: "auto" takes params_ema, then params, then a bare state dict'
     )
-    hparams: dict = setting({}, "hyper-parameters that the file cannot tell, such as act_type")
+    hparams: dict = setting({}, "hyper-parameters that the file does not say, such as act_type")
     also: tuple = setting((), "files of more teachers: their images are averaged, the features are the first one's")
-    mix: tuple = setting((), "weights of that average, one per teacher; empty weighs them equally")
-    self_ensemble: bool = setting(False, "average over the eight flips and turns of the input: eight times the cost")
+    mix: tuple = setting((), "weights of that average, one per teacher; empty: all equal")
+    self_ensemble: bool = setting(
+        False, "average over the eight flips and rotations of the input, at eight times the cost"
+    )
     dtype: str = setting("float32", "of the forward pass", _one_of("float32", "bfloat16"))
-    cache: str = setting("", "folder of a teacher cache written by kdjax.cache; empty runs the teacher")
+    cache: str = setting("", "folder of a teacher cache written by kdjax.cache; empty: the teacher itself is run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +121,13 @@ class Data:
     batch_size: int = setting(16, "crops per step, over all devices and processes together", _whole(1))
     per_device: bool = setting(False, "batch_size and workers are per accelerator, as in BasicSR")
     hflip: bool = setting(True, "flip crops at random", decides=SAMPLES)
-    rot: bool = setting(True, "turn crops at random; with hflip, all eight flips and quarter turns", decides=SAMPLES)
+    rot: bool = setting(True, "rotate crops at random; with hflip, all eight flips and quarter turns", decides=SAMPLES)
     workers: int = setting(0, "decoding processes; 0 decodes in threads of the main process", _whole(0))
     cache_mb: int = setting(512, "decoded images kept in memory, MB per process", _whole(0))
     unlabelled: str = setting("", "folder of degraded images without a clean partner (clean ones without lq)")
     unlabelled_part: float = setting(0.5, "share of unlabelled images in every batch", _PART, decides=SAMPLES)
     unpaired: str = setting("", "folder of clean images beside the pairs of gt and lq, degraded with `degrade`")
-    unpaired_meta_info: str = setting("", "list of those to use, as meta_info")
+    unpaired_meta_info: str = setting("", "list of the files to use, as meta_info")
     unpaired_part: float = setting(0.5, "share of unpaired images in every batch", _PART, decides=SAMPLES)
 
 
@@ -137,13 +141,13 @@ class Val:
         25.0, "noise added to gt where there is no lq, on the scale of 0 to 255, seed 0 per image",
         Allowed(lambda value: 0 <= value <= 255, "from 0 to 255"), decides=BASELINE,
     )  # fmt: skip
-    degrade: dict = setting({}, "as config.degrade, in place of that noise", decides=BASELINE)
+    degrade: dict = setting({}, "as config.degrade, instead of that noise", decides=BASELINE)
     crop: int = setting(0, "side of a centre crop, pixels; 0 validates whole images", _whole(0), decides=BASELINE)
     limit: int = setting(
         0, "use at most this many images, spread over the folder; 0 uses all", _whole(0), decides=BASELINE
     )
     every: int = setting(5_000, "steps between validations", _whole(1))
-    save_images: int = setting(4, "side-by-side pictures per validation", _whole(0))
+    save_images: int = setting(4, "side-by-side images saved per validation", _whole(0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,12 +157,12 @@ class Train:
     lr: ScheduleSpec = setting(2e-4, "learning rate: a number or a schedule")
     betas: tuple = setting((0.9, 0.99), "Adam's", _BETAS)
     weight_decay: float = setting(0.0, "0 for none", _POSITIVE)
-    grad_clip: float = setting(0.0, "largest norm of the gradient; 0 does not clip", _POSITIVE)
+    grad_clip: float = setting(0.0, "largest norm of the gradient; 0 disables clipping", _POSITIVE)
     ema_decay: float = setting(
-        0.999, "of the moving average of the weights, which is what is validated and saved", _DECAY
+        0.999, "decay of the moving average of the weights, which is what is validated and saved", _DECAY
     )
     accumulate: int = setting(
-        1, "parts a batch is taken in, one after another: less memory, the same update", _whole(1)
+        1, "parts a batch is split into, one after another: less memory, the same update", _whole(1)
     )
 
 
@@ -182,7 +186,9 @@ class Checkpoint:
 class Config:
     name: str = setting("run", "the run's folder is runs/NAME unless --workdir says otherwise")
     # Larger seeds would give JAX the random numbers of smaller ones.
-    seed: int = setting(0, "of initial weights, data order, crops and noise", _whole(0, 2**32 - 1), decides=SAMPLES)
+    seed: int = setting(
+        0, "seed of initial weights, data order, crops and noise", _whole(0, 2**32 - 1), decides=SAMPLES
+    )
     student: Student = Student()
     teacher: Teacher = Teacher()
     terms: dict = setting({}, "loss terms by name, see docs/distillation.md")
@@ -198,8 +204,8 @@ class Config:
         for key, arch in (("student", self.student.arch), ("teacher.hparams", self.teacher.hparams.get("arch", True))):
             if not arch:
                 raise ConfigError(
-                    f"config.{key}.arch is empty, and a network of your own, which a YAML can only ask for, is imported"
-                    f" when the command line names it: --config.{key}.arch=my_package.my_net:MyNet"
+                    f"config.{key}.arch is empty. A YAML cannot import code; name your network on the"
+                    f" command line: --config.{key}.arch=my_package.my_net:MyNet"
                 )
         for path, field, value in keys(self):
             if not field.metadata["allowed"].holds(value):
@@ -209,7 +215,7 @@ class Config:
         except ValueError as error:
             raise ConfigError(f"config.train.lr: {error}") from None
         if min(levels(self.train.lr)) < 0:
-            raise ConfigError(f"config.train.lr={brief(self.train.lr)} must be never negative")
+            raise ConfigError(f"config.train.lr={brief(self.train.lr)} must never be negative")
         for name, spec in self.terms.items():
             if not isinstance(spec, Mapping):
                 raise ConfigError(f"config.terms.{name} is {brief(spec)}; it must be a group of keys")
@@ -222,14 +228,14 @@ class Config:
             raise ConfigError(f"config.data.canvas={data.canvas} must be 0, or at least data.crop={data.crop}")
         if data.unpaired and not data.lq:
             raise ConfigError(
-                f"config.data.unpaired={brief(data.unpaired)} must be empty where config.data.lq is: clean images alone"
-                " are config.data.gt; for pairs beside them set config.data.lq to the partners of"
+                f"config.data.unpaired={brief(data.unpaired)} needs config.data.lq. Clean images alone belong in"
+                " config.data.gt; to add pairs, set config.data.lq to the partners of"
                 f" config.data.gt={data.gt or 'FOLDER'!r}"
             )
         if data.unpaired_meta_info and not data.unpaired:
             raise ConfigError(
-                f"config.data.unpaired_meta_info={brief(data.unpaired_meta_info)} must be empty without"
-                " config.data.unpaired, the folder that its names are in"
+                f"config.data.unpaired_meta_info={brief(data.unpaired_meta_info)} needs config.data.unpaired,"
+                " the folder of the files it lists"
             )
 
 
@@ -286,7 +292,7 @@ def check_name(name: object, key: str) -> None:
     if not plain or set(name) & set("/\\\n\t") or len(name.encode()) > _LONGEST_NAME:
         raise ConfigError(
             f"{key}={brief(name)} must be the name of one folder: without slashes, backslashes and control characters,"
-            f" not . or .., at most {_LONGEST_NAME} bytes. Another place is given as --workdir"
+            f" not . or .., at most {_LONGEST_NAME} bytes. To write somewhere else, give --workdir"
         )
 
 
@@ -353,7 +359,7 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
     wanted = ""
     if isinstance(value, Mapping):
         if wrong := [key for key in value if not (isinstance(key, str) and _can_be_a_path(key))]:
-            raise ConfigError(f"config.{path} has the key {brief(wrong[0])}; keys must be texts")
+            raise ConfigError(f"config.{path} has the key {brief(wrong[0])}; keys must be strings")
         return {key: _plain(entry, f"{path}.{key}", depth + 1) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_plain(entry, path, depth + 1) for entry in value)
@@ -367,7 +373,7 @@ def _plain(value: Any, path: str, depth: int = 0) -> Any:
         if path != "seed" and not -_LARGEST <= value <= _LARGEST:
             wanted = f"a whole number from {-_LARGEST:,} to {_LARGEST:,}"
     elif value is not None:
-        wanted = "made of numbers, texts, true, false, lists and groups"
+        wanted = "made of numbers, strings, booleans, lists and groups"
     if wanted:
         raise ConfigError(f"config.{path}={brief(value)} must be {wanted}")
     return value

@@ -49,12 +49,12 @@ def load(path: str) -> ConfigDict:
     name, _, variant = path.partition(":")
     file = _found(Path(name))
     if not file.is_file():
-        raise ConfigFileError(f"there is no config file {name!r}; give the path of one, such as configs/denoise.py")
+        raise ConfigFileError(f"config file {name!r} does not exist; give a path such as configs/denoise.py")
     try:
         with _importing_from(file.parent.resolve()):  # modules know their files by absolute paths
             spec = importlib.util.spec_from_file_location(file.stem, file)
             if spec is None or spec.loader is None:
-                raise ConfigFileError("it is no Python file; its name must end in .py")
+                raise ConfigFileError("it is not a Python file; its name must end in .py")
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             config = module.get_config(*([variant] if variant else []))
@@ -79,7 +79,7 @@ def set_key(config: ConfigDict, path: str, text: str | bool, kind_of: Callable[[
     """
     *groups, name = path.split(".")
     if not all((*groups, name)):
-        raise ConfigFileError(f"--config.{path} has an empty name in it; write --config.GROUP.KEY=VALUE")
+        raise ConfigFileError(f"--config.{path} has an empty part; write --config.GROUP.KEY=VALUE")
     node = config
     for group in groups:
         if not isinstance(_get(node, group), ConfigDict):

@@ -19,8 +19,8 @@ from kdjax.weights import load_weights, save_model, weights_options
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.convert", __doc__)
     parser.add_argument("input", metavar="INPUT", help="a .pth or .safetensors file")
-    parser.add_argument("output", metavar="OUTPUT", nargs="?", help="the file to write: .pth or .safetensors")
-    parser.add_argument("--info", action="store_true", help="print what the file holds and write nothing")
+    parser.add_argument("output", metavar="OUTPUT", nargs="?", help="file to write: .pth or .safetensors")
+    parser.add_argument("--info", action="store_true", help="print what the file holds, write nothing")
     parser.add_weights_options()
     return parser
 

@@ -267,19 +267,19 @@ class Planned:
         devices = {device for leaf in jax.tree.leaves(arguments) for device in leaf.sharding.addressable_devices}
         count = len(devices) if jax.default_backend() == "cpu" else 1
         there, free = device_memory()
-        inside = f"{amount(memory.temporaries)} of them for what it computes in between"
+        inside = f"{amount(memory.temporaries)} of them for intermediate results"
         if count > 1:
             self.needs = f"{self._what} takes {amount(count * memory.peak)}: {amount(memory.peak)} for each of {count}"
             self.needs += f" devices, {inside}"
         else:
             self.needs = f"{self._what} takes {amount(memory.peak)} on each device, {inside}"
-        self.needs += f"; there are {amount(there)}" if there else ""
+        self.needs += f"; {amount(there)} are available" if there else ""
         log.info(f"memory: {self.needs}")
         check_it_fits(memory, self._what, devices=count)
         if free and count * (memory.peak - memory.arguments) > free:
             log.warning(
-                f"WARNING: THERE MAY BE TOO LITTLE MEMORY: only {amount(free)} are free now; if this machine runs out,"
-                " it ends the program without a message"
+                f"WARNING: THERE MAY BE TOO LITTLE MEMORY: only {amount(free)} are free now; a machine that runs out"
+                " ends the program without a message"
             )
         return compiled
 
@@ -342,7 +342,9 @@ def check_network_fits(network: models.Network) -> None:
         most = _MOST_CHANNELS if name in _CHANNELS else _MOST_LEVELS if name in _LEVELS else _MOST_BLOCKS
         numbers = value if isinstance(value, tuple) else (value,)
         if len(numbers) > _MOST_LEVELS:
-            raise ConfigError(f"config.student.hparams.{name} has {len(numbers):,} numbers, and {_MOST_LEVELS} at most")
+            raise ConfigError(
+                f"config.student.hparams.{name} has {len(numbers):,} numbers; {_MOST_LEVELS} is the limit"
+            )
         if any(type(number) is int and number > most for number in numbers):
             raise ConfigError(f"config.student.hparams.{name}={brief(value)} must be at most {most}")
     shown = f"config.student.hparams={brief(network.hparams, 200)}"
@@ -356,7 +358,7 @@ def check_network_fits(network: models.Network) -> None:
     if there and needed > there:
         raise ConfigError(
             f"config.student: {network.arch} with {shown} has {count:,} parameters; training them takes"
-            f" {amount(needed)} at least, and there are {amount(there)}"
+            f" {amount(needed)} at least, and {amount(there)} are available"
         )
 
 

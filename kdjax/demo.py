@@ -107,7 +107,7 @@ def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: 
             raise _error("Drop an image first.")
         path = image["path"]
         if not Path(path).resolve().is_relative_to(folder.resolve()) or not os.path.exists(path):
-            raise _error("The image is not there: those dropped on the page are deleted after an hour. Drop it again.")
+            raise _error("The image is gone: images dropped on the page are deleted after an hour. Drop it again.")
         try:
             if not isinstance(sigma, int | float) or not 0 <= sigma <= _MOST_NOISE:
                 raise ValueError(f"the noise is {brief(sigma)}; it must be a number from 0 to {_MOST_NOISE}")
@@ -136,7 +136,7 @@ def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: 
                 image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", elem_id="image")
                 sigma = gr.Slider(0, _MOST_NOISE, 0, step=1, label="Noise to add first, sigma of 255", elem_id="sigma")
                 button = gr.Button("Restore", variant="primary", elem_id="restore")
-                gr.Examples([str(photo) for photo in _photographs()], image, label="Photographs of the package")
+                gr.Examples([str(photo) for photo in _photographs()], image, label="Bundled photographs")
             with gr.Column(scale=2):
                 slider = gr.ImageSlider(
                     label="Input | restored", type="numpy", format="png", interactive=False, elem_id="result"
@@ -162,7 +162,7 @@ def _without_folder(error: Exception, path: str) -> str:
 def _about(loaded: Loaded) -> str:
     model = loaded.model
     scale = model.network.scale
-    enlarges = f", enlarges {scale} times" if scale > 1 else ""
+    enlarges = f", upscales {scale}x" if scale > 1 else ""
     return f"{model.arch}, {models.count_params(model.params):,} parameters{enlarges}"
 
 
@@ -199,7 +199,7 @@ class _Guard:
             return await self._app(scope, receive, send)
         request = Request(scope, receive)
         if _is_foreign(request):
-            return await PlainTextResponse("this page answers no other site", 403)(scope, receive, send)
+            return await PlainTextResponse("this page does not answer other sites", 403)(scope, receive, send)
         if request.method in ("GET", "HEAD", "OPTIONS"):
             return await self._app(scope, receive, send)
         try:
@@ -296,8 +296,8 @@ def _private_folder() -> Iterator[Path]:
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.demo", __doc__)
     parser.add_argument("--model", nargs="+", required=True, metavar="[NAME=]FILE", help='weights, or "embedded"')
-    parser.add_argument("--port", type=int, default=7860, help="port on localhost; 0 takes a free one (default: 7860)")
-    parser.add_argument("--tile", type=int, default=256, help="side of a tile; 0 runs images whole (default: 256)")
+    parser.add_argument("--port", type=int, default=7860, help="port on localhost; 0 picks a free one (default: 7860)")
+    parser.add_argument("--tile", type=int, default=256, help="side of a tile; 0 takes images whole (default: 256)")
     parser.add_argument("--tile-pad", type=int, default=16, help="context around a tile (default: 16)")
     parser.add_weights_options("the files")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")

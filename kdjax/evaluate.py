@@ -122,26 +122,32 @@ def make_parser() -> commandline.Parser:
         help='.pth or .safetensors files, or "embedded"')  # fmt: skip
     add("--data", default=[], action="extend", nargs="+", metavar="[NAME=]DIR",
         help='folders of clean images, or "embedded"')  # fmt: skip
-    add("--sigma", type=float, nargs="+", default=[], help="standard deviations of the noise to add, 0..255 scale")
+    add(
+        "--sigma",
+        type=float,
+        nargs="+",
+        default=[],
+        help="standard deviations of the noise to add, on the scale of 0 to 255",
+    )
     add("--pairs", default=[], action="append", nargs=3, metavar=("NAME", "GT", "LQ"),
-        help="a set of clean and degraded images in two folders; can be given several times")  # fmt: skip
-    add("--lq", metavar="DIR", help="the degraded images of the one --data, in place of --sigma")
+        help="a set of clean and degraded images in two folders; repeatable")  # fmt: skip
+    add("--lq", metavar="DIR", help="folder of the degraded images of --data, instead of --sigma")
     add("--filename-tmpl", default="{}", help='lq file stem from the gt stem, e.g. "{}_noisy"')
-    add("--limit", type=int, default=0, help="images at most, spread over each folder; 0 takes all")
+    add("--limit", type=int, default=0, help="at most this many images, spread over each folder; 0 takes all")
     add("--metrics", nargs="+", default=["psnr", "ssim"], choices=list(METRICS), help="what to measure")
-    add("--crop-border", type=int, default=0, metavar="N", help="pixels that metrics leave out at each side")
+    add("--crop-border", type=int, default=0, metavar="N", help="pixels that metrics leave out on each side")
     for name, metric in METRICS.items():
         if metric.source:
             add(f"--{name}", metavar=metric.source.metavar, help=f"for {name}: {metric.source.about}")
-    add("--tile", type=int, default=0, help="side of the tiles to restore images in; 0, the default, takes them whole")
-    add("--tile-pad", type=int, default=16, help="pixels around a tile that the network sees as well; default: 16")
-    add("--x8", action="store_true", help="mean over the eight flips and rotations")
+    add("--tile", type=int, default=0, help="side of the tiles; 0, the default, takes images whole")
+    add("--tile-pad", type=int, default=16, help="pixels of context around a tile; default: 16")
+    add("--x8", action="store_true", help="average over the eight flips and rotations")
     add("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_weights_options("the files")
-    add("--output", type=Path, metavar="DIR", help="writes results.json, results.md and report.html there")
-    add("--report-images", type=int, default=24, metavar="N", help="pictures in the report, the worst; default: 24")
-    add("--save-images", action="store_true", help="also writes every restored image, into DIR/images")
-    add("--json", type=Path, metavar="FILE", help="writes what results.json holds to this file")
+    add("--output", type=Path, metavar="DIR", help="folder for results.json, results.md and report.html")
+    add("--report-images", type=int, default=24, metavar="N", help="images in the report, worst first; default: 24")
+    add("--save-images", action="store_true", help="also writes every restored image to DIR/images")
+    add("--json", type=Path, metavar="FILE", help="writes the contents of results.json to this file")
     return parser
 
 
@@ -150,13 +156,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = make_parser()
     options = parser.parse_args(arguments)
     if not options.data and not options.pairs:
-        parser.error("no images are given: wanted --data DIR with --sigma, or --pairs NAME GT LQ")
+        parser.error("no images given: give --data DIR with --sigma, or --pairs NAME GT LQ")
     if options.data and bool(options.sigma) == (options.lq is not None):
         parser.error("give either --sigma or --lq with --data")
     if not options.data and (options.sigma or options.lq is not None):
-        parser.error("--sigma and --lq are about the images of --data, and none are given")
+        parser.error("--sigma and --lq need --data")
     if options.lq is not None and len(options.data) > 1:
-        parser.error(f"--lq is about one --data, and {len(options.data)} are given; use --pairs NAME GT LQ for each")
+        parser.error(f"--lq goes with one --data, and {len(options.data)} are given; use --pairs NAME GT LQ for each")
     if wrong := [sigma for sigma in options.sigma if not 0 <= sigma <= 255]:
         parser.error(f"--sigma {wrong[0]:g} must be from 0 to 255")
     for name in options.metrics:
@@ -183,7 +189,7 @@ def prepare(options: argparse.Namespace) -> Request:
     }
     channels, scale = _common_kind(loaded)
     if scale != 1 and options.sigma:
-        raise ValueError(f"{options.model[0]} enlarges {scale} times; give its small images with --pairs or --lq")
+        raise ValueError(f"{options.model[0]} upscales {scale}x; give its small images with --pairs or --lq")
     if channels != 3 and (on_luma := [name for name in options.metrics if name.endswith("_y")]):
         raise ValueError(f"the metric {on_luma[0]} needs RGB, and the models are grey; use {on_luma[0][:-2]}")
     dtype = jnp.bfloat16 if options.bf16 else jnp.float32
@@ -256,7 +262,7 @@ def _settings(options: argparse.Namespace) -> dict[str, str]:
         | limit
         | {
             "restored": f"{whole}{ensemble}, {'bfloat16' if options.bf16 else 'float32'}",
-            "measured": f"on 8 bit, {options.crop_border} pixels left out at each side, mean over the images",
+            "measured": f"on 8 bit, {options.crop_border} pixels left out on each side, mean over the images",
             "devices": f"{jax.local_device_count()} x {jax.devices()[0].device_kind}",
         }
     )
@@ -425,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (data.ImageError, OSError) as error:
         commandline.fail(str(error))
     except cost.OutOfMemory as error:
-        advice = "give a smaller --tile" if options.tile else "give --tile 256: images are then restored in parts"
+        advice = "give a smaller --tile" if options.tile else "give --tile 256, to restore images in tiles"
         commandline.fail(f"out of memory: {error}; {advice}")
 
 

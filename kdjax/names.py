@@ -82,7 +82,7 @@ def named_paths(
     for (name, path), place, default in zip(given, places, defaults, strict=True):
         name = name or (default if defaults.count(default) == 1 else f"{place.parent.name}_{default}")
         if name in paths or name in reserved:
-            taken = f"is also the name of {paths[name]}" if name in paths else "stands for something else"
+            taken = f"is also the name of {paths[name]}" if name in paths else "already means something else"
             raise ValueError(f"{path}: {name!r} {taken}; give it another name: {option} NAME={path}")
         paths[name] = path
     return paths

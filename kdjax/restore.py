@@ -123,7 +123,7 @@ def plan(inputs: Sequence[str], output: Path, *, suffix: str = "", format: str |
                 f"{job.source}: the output {job.target} would overwrite an input; give another --output, or a --suffix"
             )
     if not found.jobs:
-        what = "\n".join([f"no pictures or videos in {', '.join(inputs)}", *left_out(found), *found.unread])
+        what = "\n".join([f"no images or videos in {', '.join(inputs)}", *left_out(found), *found.unread])
         raise ValueError(f"{what}\nlooked for {', '.join(_SUFFIXES)}")
     return found
 
@@ -144,10 +144,10 @@ def _files(inputs: Sequence[str], output: Path, found: Plan) -> Iterator[tuple[P
     """Yields every file with its name relative to the input; records in `found` what is left out."""
     for text in inputs:
         if "\0" in text:
-            raise ValueError(f"{printable(text)!r} is no name of a file: it has a NUL character")
+            raise ValueError(f"{printable(text)!r} is not a file name: it has a NUL character")
         paths = [text] if os.path.lexists(text) else sorted(glob.glob(text, recursive=True))
         if not paths:
-            raise ValueError(f"{text}: there is no file or folder of this name, and none that fits it as a pattern")
+            raise ValueError(f"{text}: no file or folder has this name or matches it as a pattern")
         for path in map(Path, paths):
             if path.is_dir():
                 os.listdir(path)  # an input must be readable; folders below it may be skipped
@@ -200,7 +200,7 @@ def left_out(found: Plan) -> list[str]:
     """Lists for the user what is left out."""
     lines = []
     if found.ignored:
-        lines.append(f"not taken, for their suffixes are not those of pictures or videos: {_count(found.ignored)}")
+        lines.append(f"skipped, since their suffixes are not those of images or videos: {_count(found.ignored)}")
         groups = defaultdict(list)
         for path in found.ignored:
             groups[path.suffix.lower()].append(path)
@@ -211,9 +211,9 @@ def left_out(found: Plan) -> list[str]:
         if others := [path for suffix in largest[_LISTED:] for path in groups[suffix]]:
             lines.append(f"  {len(others)} others: {_some(others)}")
     for what, paths in (
-        ("not taken, for their names begin with a dot", found.hidden),
-        ("given more than once, and restored once", found.repeated),
-        ("taken for results of an earlier run, for this one would write them", found.results),
+        ("skipped, since their names begin with a dot", found.hidden),
+        ("given more than once, restored once", found.repeated),
+        ("skipped as results of an earlier run, since this one would write them", found.results),
     ):
         if paths:
             lines.append(f"{what}: {_count(paths)}: {_some(paths)}")
@@ -291,7 +291,8 @@ def run(
             print(f"failed: {failures[-1]}", file=sys.stderr, flush=True)
             if _is_disk_full(job, error):
                 raise OSError(
-                    f"the disk is full; {len(jobs) - number} of {len(jobs)} files are left: the same command continues"
+                    f"the disk is full; {len(jobs) - number} of {len(jobs)} files are left; run the same command to"
+                    " continue"
                 ) from None
         else:
             lines = [f"{job.source} -> {job.target}: {what}, {time.monotonic() - started:.1f} s"]
@@ -344,7 +345,9 @@ def restore_video(
             yield restore(frame, progress=lambda done, total, n=number, all=length: told(n * total + done, all * total))
 
     number, *size = videos.write_video(job.target, video, restored())
-    missing = [f"about {video.length} frames were expected: is it cut short?"] if number < 0.9 * video.length else []
+    missing = (
+        [f"about {video.length} frames were expected; is the file truncated?"] if number < 0.9 * video.length else []
+    )
     return f"{number} frames of {_size(*size)}", missing
 
 
@@ -382,19 +385,19 @@ def make_parser() -> commandline.Parser:
     add("inputs", nargs="+", metavar="INPUT", help="files, folders, or patterns in quotes")
     add("--model", required=True, metavar="FILE", help='.pth or .safetensors file, or "embedded"')
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
-    add("--suffix", default="", help="what to add to the names of files, such as _x4")
-    add("--format", choices=_FORMATS, help="of pictures; by default they keep theirs")
-    add("--quality", type=int, metavar="N", help="of JPEG and WebP, 1 to 100; default: JPEG 95, WebP without loss")
+    add("--suffix", default="", help="added to file names, such as _x4")
+    add("--format", choices=_FORMATS, help="format of images; by default they keep theirs")
+    add("--quality", type=int, metavar="N", help="quality of JPEG and WebP, 1 to 100; default: JPEG 95, lossless WebP")
     add("--overwrite", action="store_true", help="also restore files whose output exists")
-    add("--tile", type=int, default=256, help="side of the tiles; 0 takes a picture whole; default: 256")
-    add("--tile-pad", type=int, default=16, help="pixels around a tile that the network sees as well; default: 16")
+    add("--tile", type=int, default=256, help="side of the tiles; 0 takes images whole; default: 256")
+    add("--tile-pad", type=int, default=16, help="pixels of context around a tile; default: 16")
     add(
         "--max-megapixels",
         type=float,
         metavar="N",
-        help="refuse larger pictures; default: those that would take more than half of the free memory",
+        help="refuse larger images; default: those that would take more than half of the free memory",
     )
-    add("--x8", action="store_true", help="mean over the eight flips and rotations, at eight times the cost")
+    add("--x8", action="store_true", help="average over the eight flips and rotations, at eight times the cost")
     add("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_weights_options()
     return parser
@@ -412,9 +415,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     if options.quality is not None and not 1 <= options.quality <= 100:
         parser.error(f"--quality {options.quality} must be from 1 to 100")
     if os.path.basename(options.suffix) != options.suffix:
-        parser.error(f"--suffix {options.suffix!r} must not lead to another folder")
+        parser.error(f"--suffix {options.suffix!r} must not contain slashes")
     if options.output.suffix.lower() in (*pictures.FORMATS, *videos.VIDEO_SUFFIXES) and not options.output.is_dir():
-        parser.error(f"--output {options.output} looks like a file, and must be a folder")
+        parser.error(f"--output {options.output} looks like a file; it must be a folder")
     return options
 
 
@@ -436,17 +439,17 @@ def restore_all(options: argparse.Namespace, stop: StopSignals) -> list[str]:
     loaded = load_weights(assets.locate(options.model, assets.TEACHER), **weights_options(options))
     model, scale, channels = loaded.model, loaded.model.network.scale, loaded.model.network.channels
     if channels not in (1, 3):
-        raise ValueError(f"{loaded.path} takes images of {channels} channels; pictures have 1 or 3")
+        raise ValueError(f"{loaded.path} takes images of {channels} channels; images have 1 or 3")
     print(f"{loaded.path}: {model.arch}, {models.count_params(model.params):,} parameters, scale {scale},")
     print(f"  weights under {loaded.key!r}, sha256 {loaded.sha256}")
     try:
         options.output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=options.output).close()
     except OSError as error:
-        raise OSError(f"--output {options.output}: this folder cannot be written to: {error.strerror}") from None
+        raise OSError(f"--output {options.output}: this folder is not writable: {error.strerror}") from None
     jobs = found.jobs
     left = [job for job in jobs if options.overwrite or not os.path.isfile(job.target)]
-    done = f", {len(jobs) - len(left)} of them are done" if len(left) < len(jobs) else ""
+    done = f", {len(jobs) - len(left)} of them are already done" if len(left) < len(jobs) else ""
     print(f"{_count(jobs)}{done}", flush=True)
     on_devices = dataclasses.replace(model, params=jax.device_put(model.params))
     dtype = jnp.bfloat16 if options.bf16 else jnp.float32

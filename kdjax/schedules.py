@@ -51,7 +51,7 @@ def piecewise(values: Sequence[float], boundaries: Sequence[int]) -> Schedule:
     """Piecewise constant: `values[0]` before update `boundaries[0]`, then `values[1]` until `boundaries[1]`, etc."""
     if len(values) != len(boundaries) + 1 or any(b <= a for a, b in itertools.pairwise(boundaries)):
         raise ValueError(
-            f"a piecewise schedule needs rising boundaries and one value more than boundaries, got"
+            f"a piecewise schedule needs rising boundaries and one more value than boundaries, got"
             f" values={brief(values)} and boundaries={brief(boundaries)}"
         )
     edges, levels = np.asarray(boundaries, np.int32), np.asarray(values, np.float32)

@@ -67,7 +67,7 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
     if count == 1 or (count is None and index is None and not launcher):
         if address and count is None:
             raise ProcessError(
-                f"a coordinator address is given ({address}), but not how many processes there are: give"
+                f"a coordinator address is given ({address}), but no number of processes: give"
                 " --num_processes and --process_id too (or JAX_NUM_PROCESSES and JAX_PROCESS_ID)"
             )
         return False
@@ -75,7 +75,7 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
     if count is not None or index is not None:
         if not address or count is None or index is None:
             raise ProcessError(
-                f"a run of several processes needs all of coordinator address ({address or 'missing'}), number of"
+                f"a run of several processes needs a coordinator address ({address or 'missing'}), number of"
                 f" processes ({'missing' if count is None else count}) and number of this process"
                 f" ({'missing' if index is None else index}): --coordinator_address=HOST:PORT of process 0,"
                 " --num_processes=N, --process_id=0 ... N-1"
@@ -111,12 +111,13 @@ def connect(address: str = "", count: int | None = None, index: int | None = Non
                 " called later"
             ) from error
         raise ProcessError(
-            f"the processes did not find each other at {address or 'the address of the launcher'}: were all of them"
-            f" started, can they reach that host and port, and do proxy variables stand in the way? ({error})"
+            f"the processes could not connect at {address or 'the address of the launcher'}: check that"
+            " all of them were started, can reach that host and port, and that no proxy variables interfere"
+            f" ({error})"
         ) from error
     per_process = Counter(device.process_index for device in jax.devices())
     if len(set(per_process.values())) > 1:
-        raise ProcessError(f"every process needs as many devices as the others; they have {dict(per_process)}")
+        raise ProcessError(f"every process needs the same number of devices; they have {dict(per_process)}")
     return len(per_process) > 1
 
 

@@ -20,7 +20,7 @@ from kdjax import config as config_lib
 from kdjax.data import DataError
 from kdjax.degradations import realesrgan
 from kdjax.degradations.resize import MODES
-from kdjax.teacher import targets
+from kdjax.teacher import cache as teacher_cache
 from kdjax.training import preparation
 
 _TEXT_WIDTH, _LINE, _GAP = 220, 15, 6
@@ -115,9 +115,9 @@ def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.show", __doc__)
     parser.add_config()
     add = parser.add_argument
-    add("--output", type=Path, default=Path("sheet.png"), metavar="FILE", help="the picture to write")
+    add("--output", type=Path, default=Path("sheet.png"), metavar="FILE", help="image to write")
     add("--count", type=int, default=8, metavar="N", help="how many samples")
-    add("--step", type=int, default=0, metavar="N", help="training step whose samples come first")
+    add("--step", type=int, default=0, metavar="N", help="training step to start with")
     return parser
 
 
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         config = config_lib.parse(values)
         sharding.use_all_cores(config.data.batch_size)
-        setup = preparation.prepare(targets.without_cache(preparation.on_these_devices(config)))
+        setup = preparation.prepare(teacher_cache.without_cache(preparation.on_these_devices(config)))
         data.write_image(output, draw_sheet(setup, count=options.count, step=options.step))
     except (ValueError, OSError, DataError) as error:
         commandline.fail(str(error))

@@ -16,7 +16,7 @@ class Stopped(Exception):
     """
 
     def __init__(self, name: str, where: str = "") -> None:
-        super().__init__(f"stopped by {name}{' ' * bool(where)}{where}; the same command continues")
+        super().__init__(f"stopped by {name}{' ' * bool(where)}{where}; run the same command to continue")
         self.exit_code = 128 + signal.Signals[name]
 
 

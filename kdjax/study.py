@@ -97,8 +97,8 @@ def check_folder(workdir: Path) -> None:
     ours = "rows" in before and "results" in before
     if foreign and not ours and not list(workdir.glob("seed*/*/config.json")):
         raise ConfigError(
-            f"{workdir} holds {', '.join(foreign)}, and no study of kdjax, which would replace them; give a new"
-            " --workdir, or move these files away"
+            f"{workdir} holds {', '.join(foreign)}, which kdjax would overwrite, and no study; give a"
+            " new --workdir, or move these files"
         )
 
 
@@ -142,8 +142,8 @@ def is_finished(config: Config, folder: Path) -> bool:
     if not before:
         if foreign := [name for name in RUN_FILES if (folder / name).exists()]:
             raise ConfigError(
-                f"{folder} holds {', '.join(foreign)}, and no config.json of a run, which would replace them; give a"
-                " new --workdir, rename the column, or move these files away"
+                f"{folder} holds {', '.join(foreign)}, which kdjax would overwrite, and no config.json of a run;"
+                " give a new --workdir, rename the column, or move these files"
             )
         return False
     with contextlib.suppress(ConfigError):  # keys added since then take their defaults
@@ -152,7 +152,8 @@ def is_finished(config: Config, folder: Path) -> bool:
     changes = [c for c in config_lib.changes(before, config_lib.to_dict(config)) if not c.startswith(("log.", "check"))]
     if changes:
         raise ConfigError(
-            f"{folder} holds a run with another config ({'; '.join(changes)}); give a new --workdir, rename the column,"
+            f"{folder} holds a run with a different config ({'; '.join(changes)}); give a new --workdir, rename the"
+            " column,"
             " or remove that folder"
         )
     return bool(result)
@@ -296,7 +297,7 @@ def write_results(study: Study, workdir: Path) -> str:
     if not results:
         return "no run has finished yet"
     ladder.write(study.name, results, workdir)
-    return f"{len(results)} of {len(study.runs)} runs have a result: {workdir / 'results.md'}"
+    return f"{len(results)} of {len(study.runs)} runs are finished: {workdir / 'results.md'}"
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -312,7 +313,7 @@ def make_parser() -> commandline.Parser:
     parser.add_config("base.", "configs/study_denoise.py")
     add = parser.add_argument
     add("--workdir", type=Path, metavar="DIR", help="folder of the study (default: studies/NAME)")
-    add("--columns", nargs="+", metavar="NAME", help="train these columns alone, now (default: all)")
+    add("--columns", nargs="+", metavar="NAME", help="train only these columns now (default: all)")
     return parser
 
 
@@ -334,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commandline.fail(str(error), alone=isinstance(error, CheckpointError))  # as in train
     except cost.OutOfMemory as error:
         advice = how_to_save_memory(next(iter(study.runs.values())), "config.base.")
-        commandline.fail(f"out of memory: {error}. {advice}, or have fewer columns")
+        commandline.fail(f"out of memory: {error}. {advice}, or use fewer columns")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ class Restorer:
             output, count = batch
             tiles = np.asarray(output)[:count]
             if not np.isfinite(tiles).all():  # these would turn into white or black pixels
-                raise ValueError("the model makes nan or inf of this image; in bfloat16, try float32")
+                raise ValueError("the model returns nan or inf for this image; if it ran in bfloat16, try float32")
             done += count
             if progress:
                 progress(done, len(places))
@@ -189,9 +189,8 @@ class Restorer:
             output = self._step(params, jax.device_put(batch, sharding.split_batch(mesh)))
             if output.shape[1:3] != (window[0] * self.scale, window[1] * self.scale):
                 raise ValueError(
-                    f"the model made {output.shape[1]}x{output.shape[2]} of {window[0]}x{window[1]} pixels, wanted"
-                    f" {self.scale} times as much; the hyper-parameter scale or upscale of a network says how much it"
-                    " enlarges"
+                    f"the model returned {output.shape[1]}x{output.shape[2]} for {window[0]}x{window[1]} pixels, wanted"
+                    f" {self.scale}x; is the network's hyper-parameter scale or upscale right?"
                 )
             yield output, len(chunk)
 
@@ -292,7 +291,7 @@ def restore_image(
         raise ValueError(f"the image has the shape {image.shape}; wanted (h, w), or (h, w, c) with c from 1 to 4")
     if image.dtype.kind == "f" and np.max(np.abs(image)) > _LARGEST_FLOAT:
         raise ValueError(
-            f"the image is {image.dtype} with values up to {np.max(np.abs(image)):g}; wanted [0, 1]: divide it, or give"
+            f"the image is {image.dtype} with values up to {np.max(np.abs(image)):g}; wanted [0, 1]: scale it, or give"
             " uint8 or uint16"
         )
     number = planes.shape[2] - (planes.shape[2] in (2, 4))  # colours, without alpha
@@ -324,9 +323,7 @@ def _as_channels(colours: np.ndarray, channels: int) -> list[np.ndarray]:
         return [colours[..., i : i + 1] for i in range(number)]
     if number == 1:
         return [np.broadcast_to(colours, (*colours.shape[:2], channels))]
-    raise ValueError(
-        f"the image has {number} colours, and the model takes {channels} channels: give what it takes to Restorer"
-    )
+    raise ValueError(f"the image has {number} colours, but the model takes {channels} channels")
 
 
 def _largest_value(dtype: np.dtype) -> int | None:

@@ -106,9 +106,9 @@ def make_parser() -> commandline.Parser:
     parser.add_argument("--workdir", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME)")
     parser.add_argument(
         "--coordinator-address", default="", metavar="HOST:PORT",
-        help="of process 0, for several processes without a launcher",
+        help="address of process 0, for several processes without a launcher",
     )  # fmt: skip
-    parser.add_processes("the run has; 1 stays alone under any launcher")
+    parser.add_processes("of the run; 1 ignores any launcher")
     return parser
 
 
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (CheckpointError, WeightsError, data.DataError, data.ImageError, OSError) as error:
         cause = error.__cause__ if isinstance(error, data.ImageError) else error  # a validation image
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        more = f": make room for {workdir}; the same command continues" if full else ""
+        more = f": make room in {workdir}; run the same command to continue" if full else ""
         # Exit at once if a checkpoint could not be written: Orbax may wait minutes for parts of it.
         fail(f"{error}{more}", alone=jax.process_count() > 1 or isinstance(error, CheckpointError))
     except (Exception, KeyboardInterrupt) as error:
@@ -158,8 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         if sharding.lost_another(error):
             fail(
-                "another process of this run has ended, or its host cannot be reached; look at what it printed. Start"
-                f" all of them again with the same command to continue from the last checkpoint. ({error})",
+                "another process of this run ended, or its host is unreachable; see what it printed. Restart"
+                f" all of them with the same command to continue from the last checkpoint. ({error})",
                 alone=True,
             )
         traceback.print_exc()

@@ -54,6 +54,7 @@ def test_every_public_function_has_an_example(name: str) -> None:
     assert ">>>" in function.__doc__ and function.__module__ in WITH_EXAMPLES
 
 
+@pytest.mark.once
 def test_the_loop_of_the_docs_learns(tmp_path: Path) -> None:
     """`examples/own_loop.py`, as it is: at most 40 lines of code, and the loss falls."""
     path = ROOT / "examples" / "own_loop.py"
@@ -73,16 +74,12 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         _ = kdjax.restore_images
 
 
-def test_importing_costs_nothing() -> None:
-    code = (
-        "import sys, time; started = time.perf_counter(); import kdjax; seconds = time.perf_counter() - started;"
-        "assert not {'jax', 'numpy', 'flax'} & set(sys.modules); print(seconds)"
-    )
-    run = [sys.executable, "-c", code]
-    seconds = [float(subprocess.run(run, capture_output=True, check=True, timeout=60).stdout) for _ in range(3)]
-    assert min(seconds) < 0.3, seconds
+def test_importing_loads_nothing_large() -> None:
+    code = "import sys, kdjax; assert not {'jax', 'numpy', 'flax'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+@pytest.mark.once
 def test_the_notebook_runs_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))  # without the start-up files of whoever runs this
     notebook = nbformat.read(NOTEBOOK, as_version=4)

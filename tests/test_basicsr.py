@@ -427,7 +427,7 @@ def test_what_becomes_of_keys(values: dict, expected: dict) -> None:
         ({"network_teacher__num_blk": 3}, "network_teacher.num_blk: .*did you mean 'num_block'"),
         ({"datasets__train__type": "FFHQDataset"}, "datasets.train.type: .*unknown data set 'FFHQDataset'.*Paired"),
         ({"datasets__train__io_backend__type": "lmdb"}, "datasets.train.io_backend.type: 'lmdb': .*unpack the lmdb"),
-        ({"datasets__train__use_shuffle": False}, "use_shuffle: False: the order is always random"),
+        ({"datasets__train__use_shuffle": False}, "use_shuffle: False: the order is always shuffled"),
         ({"datasets__train__mean": [0.5, 0.5, 0.5]}, "datasets.train.mean"),
         ({"datasets__train__color": "y"}, "datasets.train.color"),
         ({"datasets__train__dataroot_lq_paired": ...}, "dataroot_lq_paired: pairs need"),
@@ -464,7 +464,7 @@ def test_what_becomes_of_keys(values: dict, expected: dict) -> None:
         ({"train__distillation_scheduler": {"gamma": 0.5}}, "train.distillation_scheduler: .*milestones"),
         ({"train": ...}, "no group `train`, so it is for testing"),
         ({"train__ema_decay": 1.5}, "config.train.ema_decay=1.5"),
-        ({"train": 5}, "train: it is a group of keys"),
+        ({"train": 5}, "train: it must be a group of keys"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_honoured_is_refused(values: dict, message: str) -> None:
@@ -735,7 +735,7 @@ def test_pairs_and_clean_images_are_trained_on_together(tmp_path: Path) -> None:
         ("- a\n- b\n", r"the file holds \['a', 'b'\]; wanted a training YAML"),
         ("name: [1, 2\n", "train.yml: while parsing"),
         ("train: !!python/object/apply:os.system ['touch executed']\n", "the tag .*os.system' is not read"),
-        ("a: &a {b: *a}\ntrain: *a\n", "error: train.yml: the alias .* stands inside what it stands for"),
+        ("a: &a {b: *a}\ntrain: *a\n", "error: train.yml: the alias .* refers to itself"),
         ("\x00\x01", "error: train.yml: "),
         ("name: x\ntrain: {}\n", "network_g.type, .*train.total_iter: missing"),
     ],
@@ -756,7 +756,7 @@ def test_messages_of_the_program(tmp_path: Path) -> None:
     (tmp_path / "guide.yml").write_text((FILES / "guide.yml").read_text())
     result = start(tmp_path, "guide.yml")
     assert result.returncode == 1 and "Traceback" not in result.stderr and result.stdout == ""
-    assert result.stderr.startswith("error: guide.yml: it cannot be run as it is:\n  network_g.type: ")
+    assert result.stderr.startswith("error: guide.yml: it cannot be run as written:\n  network_g.type: ")
     (tmp_path / "pairs.yml").write_text((FILES / "msrresnet_x4.yml").read_text())
     result = start(tmp_path, "pairs.yml", "--config.log.wandb=", "--config.val.degrade.nam=1")
     assert result.returncode == 1 and "Traceback" not in result.stderr

@@ -20,7 +20,7 @@ from test_config import load
 from kdjax import cache, config, data, distill, models, sharding
 from kdjax.data import DataError, shards
 from kdjax.files import locked, whole_file
-from kdjax.teacher import targets
+from kdjax.teacher import cache as teacher_cache
 from kdjax.training import preparation
 from kdjax.weights import save_model
 
@@ -229,7 +229,7 @@ def test_wherever_it_is_stopped_it_continues_with_the_same_bytes(files: Path, ma
     temporary.write_bytes(b"half")  # as a process that is killed leaves it
     (job.out / "00002.arrayrecord").write_bytes(b"damaged")
     assert cache.write(job, tell=said.append)
-    assert "1 of 3 shards are there already" in said and content(job.out) == content(made)
+    assert "1 of 3 shards are already written" in said and content(job.out) == content(made)
     assert cache.write(job) and content(job.out) == content(made)
 
 
@@ -252,9 +252,9 @@ def test_what_cannot_be_written_is_refused(files: Path, made: Path, tmp_path: Pa
         ((setup, tmp_path / "file", 8), "is a file"),
         ((setup, tmp_path / "other", 8), "holds other files"),
         ((setup, tmp_path / "new", 0), "--samples=0"),
-        ((setup, made, 11), r"holds another cache \(there -> now\):\n  samples: 10 -> 11"),
+        ((setup, made, 11), r"holds another cache \(cached -> now\):\n  samples: 10 -> 11"),
         ((asking, tmp_path / "new", 8), "label_consistency: they ask it about images"),
-        ((alone, tmp_path / "new", 8), "no loss term of the config looks at the teacher"),
+        ((alone, tmp_path / "new", 8), "no loss term of the config uses the teacher"),
     ]:
         with pytest.raises(config.ConfigError, match=message):
             cache.plan(*arguments, shard_bytes=1)
@@ -295,7 +295,7 @@ def test_two_processes_never_write_the_same_part(files: Path, tmp_path: Path) ->
     job.out.mkdir()
     for held, message in (
         (".process-0-of-1.lock", "is being written by process"),
-        (".00000.lock", "--process-id each"),
+        (".00000.lock", "their own --process-id"),
     ):
         with locked(job.out, held), pytest.raises(config.ConfigError, match=message):
             cache.write(job)
@@ -308,7 +308,7 @@ def test_two_processes_never_write_the_same_part(files: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": 1}, r"does not fit this run \(in the cache -> now\):\n  seed: 0 -> 1\nrun with the settings"),
+        ({"seed": 1}, r"does not fit this run \(cached -> now\):\n  seed: 0 -> 1\nrun with the settings"),
         ({"data": dict(crop=20)}, "  data.crop: 16 -> 20"),
         ({"data": dict(canvas=20)}, "  data.canvas: 16 -> 20"),
         ({"data": dict(rot=False)}, "  data.rot: True -> False"),
@@ -322,7 +322,7 @@ def test_two_processes_never_write_the_same_part(files: Path, tmp_path: Path) ->
             "lacks the teacher's features conv_first, which the loss terms attention read; it has body.0, conv_body",
         ),
         ({"terms": {"contrastive": dict(layers=(("body.0", 1.0),), weight=1.0)}}, "no cache can replace"),
-        ({"terms": {"task": TERMS["task"]}}, "no loss term looks at the teacher"),
+        ({"terms": {"task": TERMS["task"]}}, "no loss term uses the teacher"),
         ({"teacher": dict(cache="nowhere")}, "'nowhere' does not exist; `python -m kdjax.cache` writes a cache"),
     ],
 )  # fmt: skip
@@ -339,7 +339,7 @@ def test_the_number_of_images_in_a_batch_and_the_folder_may_change(files: Path, 
     changes = dict(batch_size=8, gt=str(tmp_path / "moved"))
     setup = preparation.prepare(configured(files, data=changes, teacher={"cache": str(made)}))
     assert setup.cache.samples == 10
-    assert targets.without_cache(setup.config) == configured(files, data=changes)
+    assert teacher_cache.without_cache(setup.config) == configured(files, data=changes)
 
 
 @pytest.mark.parametrize(

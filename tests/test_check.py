@@ -17,7 +17,7 @@ from PIL import Image
 from kdjax.data import check as program
 from kdjax.data import write_image
 from kdjax.data.pack import pack
-from kdjax.data.sources import survey
+from kdjax.data.pairs import survey
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -98,7 +98,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_touched(tmp_path: Path) ->
             checkpoints.save(step, make_state(step))
     for step in ("1", "2"):
         shutil.rmtree(tmp_path / step / "default" / "d")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read: .*to start anew"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* can be read: .*to start over"):
         Checkpoints(tmp_path, keep=2)
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 

@@ -184,7 +184,7 @@ def test_references_follow_flags_and_files_import_their_neighbours(
         (("--config", "configs/denoise.py", "--config.train.steps"), "needs a value: --config.train.steps=VALUE"),
         (("--config", "configs/denoise.py", "--config.train.betas=1"), "must be a tuple, such as"),
         (("--config", "configs/denoise.py", "--config.data.hflip=perhaps"), "must be True or False"),
-        (("--config", "configs/denoise.py", "--config.data..x=1"), "has an empty name in it"),
+        (("--config", "configs/denoise.py", "--config.data..x=1"), "has an empty part"),
         (("--config", "configs/denoise.py:quik"), "no variant 'quik'"),
         (("--config", "README.md"), "its name must end in .py"),
     ],
@@ -254,7 +254,7 @@ def test_a_config_that_takes_the_devices_is_named_as_the_cause(tmp_path: Path) -
     (tmp_path / "early.py").write_text(ASKS_EARLY)
     alone = start("-m", "kdjax.train", "--config", "early.py", cwd=tmp_path, code=1)
     assert "JAX'S DEVICES WERE IN USE BEFORE THE PROGRAM STARTED" in alone and "config file" in alone
-    assert alone.splitlines()[-1].startswith("error: training images (gt): no path was given")
+    assert alone.splitlines()[-1].startswith("error: training images (gt): no path given")
     two = start(
         "-m", "kdjax.train", "--config", "early.py", "--num-processes", "2", "--process-id", "0",
         "--coordinator-address", "localhost:1", cwd=tmp_path, code=1,
@@ -293,7 +293,7 @@ def test_names_reach_the_terminal_as_text(variables: dict[str, str]) -> None:
     [
         ("SystemExit(3)", 3, ""),
         ("BrokenPipeError", 128 + signal.SIGPIPE, ""),
-        ("commandline.Stopped('SIGTERM')", 143, "stopped by SIGTERM; the same command continues"),
+        ("commandline.Stopped('SIGTERM')", 143, "stopped by SIGTERM; run the same command to continue"),
         ("RuntimeError('a fault')", 1, "RuntimeError: a fault"),
     ],
 )

@@ -141,7 +141,7 @@ def test_a_path_with_an_equals_sign_is_a_path(folder: Path, tmp_path: Path) -> N
         (["--student", "student.pth", "--data", "nowhere", "--sigma", "5"], "nowhere", 1),
         (["--student", "student.pth", "--output", "teacher.pth"], "teacher.pth", 1),
         (["--student", "student.pth", "--data", "gt"], "either --sigma or --lq", 2),
-        (["--student", "student.pth", "--sigma", "5"], "for the images of --data", 2),
+        (["--student", "student.pth", "--sigma", "5"], "--sigma and --lq need --data", 2),
         (["--student", "student.pth", "--data", "gt", "--sigma", "-5"], "from 0 to 255", 2),
         (["--student", "student.pth", "--limit", "-1"], "--limit -1 must be 0 or more", 2),
         (["--student", "student.pth", "--size", "64x"], "'64x' is no size", 2),

@@ -100,7 +100,7 @@ def test_what_a_key_decides_is_kept_apart() -> None:
         ({"data": {"crop": -1}}, "config.data.crop=-1 must be from 1"),
         ({"seed": 2**64 - 1}, "config.seed=18446744073709551615 must be from 0 to 4,294,967,295"),
         ({"seed": -1}, "config.seed=-1 must be from 0 to 4,294,967,295"),
-        ({"train": {"lr": -1e-4}}, "config.train.lr=-0.0001 must be never negative"),
+        ({"train": {"lr": -1e-4}}, "config.train.lr=-0.0001 must never be negative"),
         ({"train": {"lr": {"name": "linear", "value": 1.0, "steps": 5, "final": -1.0}}}, "config.train.lr.* negative"),
         (
             {"train": {"lr": {"name": "cosine", "value": 1.0, "steps": 1e5}}},
@@ -109,7 +109,7 @@ def test_what_a_key_decides_is_kept_apart() -> None:
         ({"train": {"betas": (0.9, 1 - 1e-12)}}, "config.train.betas"),  # 1 in float32
         ({"terms": {"task": 5}}, "config.terms.task is 5; it must be a group"),
         ({"terms": {"task": {"weight": object()}}}, "config.terms.task.weight=<object .* must be made of numbers"),
-        ({"student": {"hparams": {1: 2}}}, "config.student.hparams has the key 1; keys must be texts"),
+        ({"student": {"hparams": {1: 2}}}, "config.student.hparams has the key 1; keys must be strings"),
         ({"student": {"arch": ""}}, "config.student.arch is empty.*--config.student.arch=my_package"),
         ({"teacher": {"hparams": {"arch": ""}}}, "config.teacher.hparams.arch is empty"),
     ],

@@ -186,7 +186,7 @@ def test_a_planned_step_tells_what_it_takes_and_is_compiled_once(caplog: pytest.
         state = planned(planned(jnp.zeros(()), batch), batch)
     assert float(state) == pytest.approx(2 * (1 << 20) * math.sin(1), rel=1e-3) and len(traced) == 1
     (line,) = (record.message for record in caplog.records)
-    assert re.match(r"memory: a step takes \d+ MiB on each device, \d+ MiB of them for .*; there are [\d.]+ GiB", line)
+    assert re.match(r"memory: a step takes \d+ MiB on each device, \d+ MiB of them for .*; [\d.]+ GiB are", line)
     assert float(planned(jnp.zeros(()), jnp.zeros((8,)))) == 0 and len(traced) == 2  # another batch is compiled for too
 
 

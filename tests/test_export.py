@@ -272,7 +272,7 @@ def test_the_program_writes_report_and_card(student_file: Path, tmp_path: Path) 
         assert entry["sha256"] == hashlib.sha256(content).hexdigest() and entry["bytes"] == len(content)
         assert f"| `{entry['file']}` | {len(content):,} | `{entry['sha256']}` |" in text
     checks = {entry["file"]: entry["checks"] for entry in report["files"]}
-    assert checks["net.pth"] == {"read_back": "equal, bit for bit"}
+    assert checks["net.pth"] == {"read_back": "identical, bit for bit"}
     assert max(checks["net.onnx"]["largest_differences"]) < 1e-6 and checks["net.onnx"]["bound"] >= 1e-4
     source = hashlib.sha256(student_file.read_bytes()).hexdigest()
     assert report["model"]["sha256"] == source and source in text and not report["failed"]
@@ -309,7 +309,7 @@ def test_without_onnx_the_rest_is_written(student_file: Path, tmp_path: Path, mo
         (["--model", "{tmp}/half.pth", "--output", "{tmp}"], "half.pth: the file is damaged"),
         (["--model", "{net}", "--output", "{tmp}/half.pth/deeper"], "half.pth/deeper"),
         (["--model", "{net}", "--output", "{tmp}", "--hparam", "arch=dncnn"], "it says it is srvggnetcompact"),
-        (["--model", "{net}", "--output", "{tmp}", "--run", "{tmp}"], "is not the folder of the finished run"),
+        (["--model", "{net}", "--output", "{tmp}", "--run", "{tmp}"], "is not the folder of a finished run"),
         (["--model", "{net}", "--output", "{tmp}/taken", "--format", "pth"], "net.pth: cannot be written"),
     ],
 )

@@ -34,7 +34,7 @@ def test_a_damaged_line_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
     with open_logbook(tmp_path, 3) as logbook:
         assert logbook.has(3, "loss")
     assert rows(tmp_path) == [{"step": 1, "loss": 0.1}, {"step": 3, "loss": 0.3}]
-    assert caplog.text.count("is damaged and left out") == 2
+    assert caplog.text.count("is damaged and was skipped") == 2
 
 
 def test_a_new_run_starts_an_empty_file(tmp_path: Path) -> None:

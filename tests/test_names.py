@@ -31,7 +31,7 @@ def test_a_path_that_exists_has_no_name_in_it(tmp_path: Path, monkeypatch: pytes
 def test_names_are_given_once() -> None:
     with pytest.raises(ValueError, match=r"^y.pth: 'a' is also the name of x.pth; .* --model NAME=y.pth$"):
         named_paths(["a=x.pth", "a=y.pth"], "--model")
-    with pytest.raises(ValueError, match=r"^x/input.pth: 'input' stands for something else"):
+    with pytest.raises(ValueError, match=r"^x/input.pth: 'input' already means something else"):
         named_paths(["x/input.pth"], "--model", reserved=("input",))
 
 

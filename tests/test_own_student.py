@@ -99,8 +99,8 @@ class Other: pass
         ("bad_nets:Plain", {"width": 1}, r"returned .*, wanted \(output, features\)"),
         ("bad_nets:Plain", {"width": 1, "depth": 2}, "has no hyper-parameter 'depth'"),
         ("bad_nets:Vector", {"width": 1}, r"made \(1, 3\) of an image"),
-        ("bad_nets:Other", {}, "no Flax module class of bad_nets .there are: Norm, LinenNorm, Plain, Vector"),
-        ("bad_nets:Missing", {}, "no Flax module class"),
+        ("bad_nets:Other", {}, "not a Flax module class of bad_nets .it has: Norm, LinenNorm, Plain, Vector"),
+        ("bad_nets:Missing", {}, "not a Flax module class"),
         ("no_such_module:Net", {}, "cannot be imported .ModuleNotFoundError"),
     ],
 )

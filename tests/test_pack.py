@@ -31,7 +31,7 @@ from kdjax.data import (
     write_image,
 )
 from kdjax.data import pack as program
-from kdjax.data.cached import CACHE
+from kdjax.data.cache import CACHE
 from kdjax.signals import Stopped
 
 REPOSITORY = Path(__file__).parent.parent
@@ -173,7 +173,7 @@ def test_the_program_packs_and_is_done_when_started_again(tmp_path: Path) -> Non
     write_image(Path(folder) / "new.png", random_image(8, 8, 9))
     for arguments in ([folder, out], [folder, out, "--shard-mb", "7"]):
         other = run(*arguments)
-        assert other.returncode == 1 and "is a finished pack, of other images" in other.stderr
+        assert other.returncode == 1 and "is a finished pack, but of other images" in other.stderr
         assert other.stderr.startswith("error: ") and "Traceback" not in other.stderr and content(out) == before
 
 
@@ -193,7 +193,7 @@ def test_a_killed_program_continues_with_the_same_bytes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"unfinished; start the same `python -m kdjax\.data\.pack` again"):
         find_pairs(gt=str(out))
     again = run(folder, out, "--shard-mb", 2)
-    assert again.returncode == 0 and "of 40 images are there already" in again.stdout, again.stderr
+    assert again.returncode == 0 and "of 40 images are already packed" in again.stdout, again.stderr
     assert content(out) == whole
 
 
@@ -230,7 +230,7 @@ def test_wherever_it_is_stopped_it_continues(tmp_path: Path, monkeypatch: pytest
         with pytest.raises(KeyboardInterrupt):
             program.pack(folder, out, shard_mb=1, tell=said.append)
     kept = images // 2  # two images make a shard
-    assert said == ([f"{2 * kept} of 8 images are there already"] if kept else [])
+    assert said == ([f"{2 * kept} of 8 images are already packed"] if kept else [])
     assert program.pack(folder, out, shard_mb=1, tell=said.append).kept == 4
     assert content(out) == whole
 
@@ -249,7 +249,7 @@ def test_a_shard_of_other_files_is_made_again(tmp_path: Path, monkeypatch: pytes
     write_image(Path(folder) / "3.png", random_image(300, 300, 99))
     said: list[str] = []
     assert program.pack(folder, out, shard_mb=1, tell=said.append).kept == 1
-    assert said[0] == "2 of 8 images are there already" and content(out) == content(packed(folder, shard_mb=1))
+    assert said[0] == "2 of 8 images are already packed" and content(out) == content(packed(folder, shard_mb=1))
 
 
 @pytest.mark.once
@@ -315,7 +315,7 @@ def test_bad_input_of_the_program(tmp_path: Path) -> None:
         (("nowhere", new), "'nowhere' does not exist"),
         ((str(tmp_path / "empty"), new), "no image in"),
         ((str(tmp_path / "file"), new), "is a file; give a folder"),
-        ((pack, new), "is a pack already"),
+        ((pack, new), "is already a pack"),
         ((folder, folder), "it holds other files"),
         ((folder, str(tmp_path / "file")), "it is a file"),
         ((str(tmp_path / "bad"), str(tmp_path / "out")), "none of the 1 images .*\n.*the file is empty"),
@@ -374,7 +374,7 @@ def test_bad_packs_are_refused_with_what_to_do(tmp_path: Path) -> None:
         for _ in range(4):
             next(batches)
         assert len(batches.damaged) == 1
-    with pytest.raises(ImageError, match="there is no such image in the pack"):
+    with pytest.raises(ImageError, match="no such image in the pack"):
         read_image(os.path.join(good, "pack.json", "no.png"))
 
 
@@ -404,7 +404,7 @@ def crafted(folder: Path, *, images: object = (), damaged: object = None, **chan
                 ("/x.png", "leads out"),
                 ("", "is empty"),
                 ("a\0b", "has a NUL"),
-                ("\ud800", "has characters that no file name has"),
+                ("\ud800", "has characters that file names cannot have"),
                 ("x" * 5000, "is longer than any path"),
                 ("9" * 5000, "is longer than any path"),
                 (5, "is not text"),
@@ -417,8 +417,8 @@ def crafted(folder: Path, *, images: object = (), damaged: object = None, **chan
         (dict(images={}), "is damaged"),
         (dict(images=[["a", 0, 1, 1]]), "not enough values"),
         (dict(images=["a"]), "not enough values"),
-        (dict(images=[["a", 0, 1, 1, 1], ["a", 1, 1, 1, 1]]), "a name is there twice"),
-        (dict(images=[["a", 0, 1, 1, 1]], damaged={"a": ""}), "a name is there twice"),
+        (dict(images=[["a", 0, 1, 1, 1], ["a", 1, 1, 1, 1]]), "a name appears twice"),
+        (dict(images=[["a", 0, 1, 1, 1]], damaged={"a": ""}), "a name appears twice"),
         *((dict(images=[["a", number, 1, 1, 1]]), "is record") for number in (-1, 1, 10**30, 1.0, True, None, "0")),
         *(
             (dict(images=[["a", 0, *shape]]), r"has the shape|is record")
@@ -532,7 +532,7 @@ def test_stopped_by_ctrl_c_it_leaves_whole_files_only(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(program, "inspect_image", stops)
     monkeypatch.setattr(sys, "argv", ["pack", folder, str(out), "--shard-mb", "1"])
-    with pytest.raises(Stopped, match=r"^stopped by SIGINT; the same command continues$") as stopped:
+    with pytest.raises(Stopped, match=r"^stopped by SIGINT; run the same command to continue$") as stopped:
         program.main()
     assert stopped.value.exit_code == 130
     assert {path.suffix for path in out.iterdir()} <= {".arrayrecord", ".jsonl", ".lock"}

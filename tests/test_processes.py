@@ -23,7 +23,7 @@ from kdjax import sharding
 from kdjax.weights import load_model
 
 ROOT = Path(__file__).parent.parent
-GONE = ("another process of this run has ended", "another task died")  # ours, and JAX's when it is faster
+GONE = ("another process of this run ended", "another task died")  # ours, and JAX's when it is faster
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -150,8 +150,8 @@ def test_what_processes_must_agree_on(tmp_path: Path, start: Start) -> None:
     assert first["flags"] == second["flags"] == [False] * 4 + [True]
     for name, wanted in {
         "problem": r"process 1 \(.*\): no images here",
-        "facts": r"process 1 \(.*\) is not as process 0 \(.*\): config.data.crop: 128 -> 64\. Start the same command",
-        "unshared": r"process 1 \(.*\) does not see what process 0 \(.*\) writes in .*--workdir",
+        "facts": r"process 1 \(.*\) differs from process 0 \(.*\): config.data.crop: 128 -> 64\. Start the same",
+        "unshared": r"process 1 \(.*\) does not see what process 0 \(.*\) writes to .*--workdir",
     }.items():
         assert re.match(wanted, first[name]) and re.match(wanted, second[name]), (first[name], second[name])
     assert first["agreed"] == second["agreed"] == ""
@@ -251,7 +251,7 @@ def test_launchers(variables: dict[str, str], launcher: str) -> None:
     [
         (("", 2, 0), {}, "coordinator address (missing)"),
         (("host:1", 2, None), {}, "number of this process (missing)"),
-        (("host:1", None, None), {}, "not how many processes"),
+        (("host:1", None, None), {}, "no number of processes"),
         (("host:1", 2, 2), {}, "process_id=2 is not one of 0 ... 1"),
         (("host", 2, 0), {}, "'host' needs a port"),
         (("host:1", 2, None), {"JAX_PROCESS_ID": "first"}, "JAX_PROCESS_ID='first' is not a whole number"),

@@ -127,7 +127,9 @@ def test_videos_are_restored_frame_by_frame(folder: Path, tmp_path: Path, capsys
     assert np.abs(frames[0] @ luma - expected @ luma).mean() < 3
     output = capsys.readouterr().out
     assert f"{before.length} frames of 64x48" in output
-    assert output.count(f"about {before.length} frames were expected: is it cut short?") == 1  # half of b.avi is there
+    assert (
+        output.count(f"about {before.length} frames were expected; is the file truncated?") == 1
+    )  # half of b.avi is there
 
 
 # Which files
@@ -214,7 +216,7 @@ def test_what_is_given_twice_is_restored_once(tmp_path: Path, monkeypatch: pytes
     assert targets(found, Path()) == {"in/a.png": "out/a.png", "in/sub/b.png": "out/sub/b.png"}
     assert len(found.repeated) == 6
     assert left_out(found) == [
-        "given more than once, and restored once: 6 files: in/a.png, in/sub/../a.png, link/a.png, ..."
+        "given more than once, restored once: 6 files: in/a.png, in/sub/../a.png, link/a.png, ..."
     ]
 
 
@@ -226,13 +228,13 @@ def test_what_is_not_taken_is_counted_and_named(tmp_path: Path, monkeypatch: pyt
     found = plan(["in", "empty"], Path("out"))
     assert targets(found, Path()) == {"in/a.png": "out/a.png", "in/b.JFIF": "out/b.JFIF", "in/c.avif": "out/c.png"}
     assert left_out(found) == [
-        "not taken, for their suffixes are not those of pictures or videos: 17 files",
+        "skipped, since their suffixes are not those of images or videos: 17 files",
         "  4 .heic: in/0.HEIC, in/1.HEIC, in/2.HEIC, ...; convert HEIC to JPEG or PNG first,"
         " for example with heif-convert",
         "  1 without a suffix: in/README",
         *(f"  1 .{number}: in/x.{number}" for number in range(6)),
         "  6 others: in/x.6, in/x.7, in/x.8, ...",
-        "not taken, for their names begin with a dot: 2 files: in/.cache, empty/.x",
+        "skipped, since their names begin with a dot: 2 files: in/.cache, empty/.x",
     ]
 
 
@@ -253,9 +255,9 @@ def test_names_that_clash_are_refused(tmp_path: Path) -> None:
         ([b], tmp_path / "sub", {}, "would overwrite an input"),
         ([a, b], tmp_path / "out", {}, "would both become"),
         ([a, a.replace("png", "jpg")], tmp_path / "out", {"format": "png"}, "or without --format"),
-        ([str(tmp_path / "none.png")], tmp_path / "out", {}, "there is no file or folder of this name"),
-        ([str(tmp_path / "none*.png")], tmp_path / "out", {}, "none that fits it as a pattern"),
-        ([str(tmp_path / "empty")], tmp_path / "out", {}, r"no pictures or videos in .*empty\n(.*\n)*.*notes\.txt"),
+        ([str(tmp_path / "none.png")], tmp_path / "out", {}, "no file or folder has this name"),
+        ([str(tmp_path / "none*.png")], tmp_path / "out", {}, "or matches it as a pattern"),
+        ([str(tmp_path / "empty")], tmp_path / "out", {}, r"no images or videos in .*empty\n(.*\n)*.*notes\.txt"),
         (["a\0b.png"], tmp_path / "out", {}, "has a NUL character"),
     ):
         with pytest.raises(ValueError, match=reason):
@@ -288,7 +290,7 @@ def test_bad_files_do_not_stop_the_rest(
         "  in/cut.png: image file is truncated",
         "  in/empty.png: the file is empty (0 bytes)",
         "  in/link.png: No such file: is a link to nowhere.png",
-        "  in/moving.gif: is an animation; make single pictures or a video of it first "
+        "  in/moving.gif: is an animation; convert it to images or a video first "
         "(GIF and PNG: ffmpeg -i FILE frame_%04d.png)",
     ]
     assert files(Path("out")) == ["cmyk.jpg", "one.jpg", "strip.jpg"]
@@ -391,10 +393,10 @@ def test_bad_requests_are_refused(folder: Path, tmp_path: Path) -> None:
     out = ("--output", tmp_path / "out")
     for arguments, reason in (
         ((picture, "--model", tmp_path / "cut.pth", *out), "cut.pth: the file is damaged"),
-        ((picture, "--model", tmp_path / "4.pth", *out), "takes images of 4 channels; pictures have 1 or 3"),
+        ((picture, "--model", tmp_path / "4.pth", *out), "takes images of 4 channels; images have 1 or 3"),
         ((picture, "--model", same, "--hparam", "upscale=3", *out), "same.pth: "),
         ((picture, "--model", same, "--key", "params_ema", *out), "params_ema"),
-        ((picture, "--model", same, "--output", picture / "out"), "this folder cannot be written to: Not a directory"),
+        ((picture, "--model", same, "--output", picture / "out"), "this folder is not writable: Not a directory"),
         ((picture, "--model", same, "--output", tmp_path), "would overwrite an input"),
     ):
         message = refused(*arguments)
@@ -412,7 +414,7 @@ def test_forbidden_files_and_folders(folder: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "locked").mkdir(mode=0o500)
     message = refused("--model", folder / "same.pth", tmp_path / "a.png", "--output", tmp_path / "locked")
-    assert "locked: this folder cannot be written to: Permission denied" in message
+    assert "locked: this folder is not writable: Permission denied" in message
 
 
 def test_a_full_disk_ends_the_run(tmp_path: Path) -> None:
@@ -461,7 +463,10 @@ def test_a_killed_program_leaves_whole_files_and_continues(folder: Path, tmp_pat
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM
-    assert message.splitlines()[-1] == "stopped by SIGTERM; the same command continues" and "Traceback" not in message
+    assert (
+        message.splitlines()[-1] == "stopped by SIGTERM; run the same command to continue"
+        and "Traceback" not in message
+    )
     assert files(tmp_path / "out") == ["a.png"]
 
     write(tmp_path / "in" / "b.png")

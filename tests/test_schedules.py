@@ -65,7 +65,7 @@ def test_warmup_reaches_the_full_value() -> None:
         (10**400, "a schedule=.* must be a finite number"),
         ("fast", "a schedule='fast' must be"),
         (None, "a schedule=None must be"),
-        (dict(name="piecewise", values=(1, 0), boundaries=(5, 9)), "one value more than boundaries"),
+        (dict(name="piecewise", values=(1, 0), boundaries=(5, 9)), "one more value than boundaries"),
         (dict(name="piecewise", values=(1, 2, 0), boundaries=(9, 5)), "rising boundaries"),
         (dict(name="constant", value=1.0, warmup=-1), "warmup=-1"),
     ],

@@ -296,7 +296,7 @@ def test_restore_image_takes_a_file_and_tells_its_progress(tmp_path: Path) -> No
         (np.zeros((0, 4, 3), np.uint8), r"has the shape \(0, 4, 3\)"),
         (np.zeros((4, 4, 3), np.int32), "is int32; wanted uint8, uint16, or float"),
         (np.zeros((4, 4, 3), bool), "is bool; wanted"),
-        (np.full((4, 4, 3), 200.0), r"values up to 200; wanted \[0, 1\]: divide it"),
+        (np.full((4, 4, 3), 200.0), r"values up to 200; wanted \[0, 1\]: scale it"),
         (np.where(np.arange(16).reshape(4, 4) == 6, np.nan, 0), "nan or inf at row 1, column 2"),
     ],
 )
@@ -308,7 +308,7 @@ def test_bad_images_are_refused(image: np.ndarray, message: str) -> None:
 def test_a_model_that_overflows_is_told() -> None:
     model = network(DNCNN[0], **DNCNN[1])
     huge = Model(model.network, jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), model.params))
-    with pytest.raises(ValueError, match="the model makes nan or inf of this image"):
+    with pytest.raises(ValueError, match="the model returns nan or inf for this image"):
         restore_image(huge, noise(8, 8, 3))
 
 

@@ -103,5 +103,5 @@ def test_pictures(comparison: Comparison, tmp_path: Path) -> None:
 def test_nothing_to_draw_is_an_error(comparison: Comparison, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     costs = [dataclasses.replace(each, timing=None) for each in comparison.costs]
-    with pytest.raises(ValueError, match="nothing to draw"):
+    with pytest.raises(ValueError, match="nothing to plot"):
         tradeoff.plot(dataclasses.replace(comparison, costs=costs), tmp_path / "picture.png")

@@ -76,6 +76,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return workdir, run(workdir, "--config.train.steps=12", "--config.log.tensorboard=True")
 
 
+@pytest.mark.once
 def test_report_progress_and_result_are_printed(finished: tuple[Path, str]) -> None:
     workdir, output = finished
     teacher = load_weights(assets.TEACHER)
@@ -151,7 +152,7 @@ def test_one_run_a_folder_and_no_files_of_others(finished: tuple[Path, str], tmp
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text("mine")
-        with pytest.raises(config.ConfigError, match=rf"{name} holds {name}, and no run of kdjax"):
+        with pytest.raises(config.ConfigError, match=rf"{name} holds {name}, which kdjax would overwrite"):
             run_files.claim(setup, folder)
         assert {path.name for path in folder.iterdir()} == {name}
 
@@ -231,7 +232,7 @@ def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
     write_json(tmp_path / "run.json", {"student": {}, "teacher": None})
     (tmp_path / "train.log").symlink_to("/dev/full")
     output = run(tmp_path, code=1)
-    message = f"error: [Errno 28] No space left on device: make room for {tmp_path}; the same command continues"
+    message = f"error: [Errno 28] No space left on device: make room in {tmp_path}; run the same command to continue"
     assert output.splitlines()[-1] == message and "Traceback" not in output
 
 
@@ -254,7 +255,7 @@ def test_no_room_for_pictures_of_the_validation_is_one_message(tmp_path: Path) -
     assert re.fullmatch(
         rf"error: {tmp_path}/val/0000002/[^/]+: cannot be written: No space left on device: .*", message
     )
-    assert message.endswith(f": make room for {tmp_path}; the same command continues")
+    assert message.endswith(f": make room in {tmp_path}; run the same command to continue")
 
 
 @pytest.mark.parametrize(

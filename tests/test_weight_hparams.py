@@ -101,7 +101,7 @@ def test_published_sizes_of_edsr(num_feat: int, num_block: int, res_scale: float
         ("srvggnetcompact", dict(num_feat=4, num_conv=1), None),
         ("srvggnetcompact", dict(num_feat=4, num_conv=1, unshuffle=2), r"12 input channels.*unshuffle=2"),
         ("dncnn", dict(depth=17), None),
-        ("dncnn", dict(num_feat=4, depth=3), r"activation was taken for ReLU"),
+        ("dncnn", dict(num_feat=4, depth=3), r"ReLU was assumed"),
         ("msrresnet", SMALL, None),
         ("nafnet", dict(width=4, enc_blk_nums=(1,), dec_blk_nums=(1,)), None),
         ("unet", dict(num_feat=4, num_level=1), None),

@@ -173,7 +173,7 @@ def test_a_discriminator_is_never_taken_for_the_network(net: State, tmp_path: Pa
         under("discriminator", net),
         {"state_dict": under("netD", net) | under("loss.vgg", net)},
     ):
-        with pytest.raises(WeightsError, match=r"no network that restores images.*only: .*key="):
+        with pytest.raises(WeightsError, match=r"no image restoration network.*only: .*key="):
             load_weights(write(tmp_path, zip_file(content)))
     assert load_weights(write(tmp_path, zip_file({"netD": net})), key="netD").key == "netD"
     with pytest.raises(WeightsError, match="looks like a discriminator"):

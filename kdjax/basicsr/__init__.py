@@ -63,7 +63,7 @@ _VGG19 = "experiments/pretrained_models/vgg19-dcbb9e9d.pth"
 MISSING = "missing, and needed"
 _MOST_FAULTS, _LONGEST_FAULT = 50, 600  # per message; in characters
 
-Tree = dict[str, Any]
+Options = dict[str, Any]
 Faults = dict[str, str]  # what is wrong, by YAML key
 
 
@@ -83,8 +83,8 @@ def translate(options: Any) -> Translation:
     if "train" not in options:
         raise ConfigError("the file has no group `train`, so it is for testing; measure with python -m kdjax.evaluate")
     rows: list[Row] = []
-    values: Tree = {}  # by their key in KEYS, without nulls
-    config: Tree = {}
+    values: Options = {}  # by their key in KEYS, without nulls
+    config: Options = {}
     set_by: dict[str, str] = {}
     faults: Faults = {}
     for path, rule, value in _leaves(options):
@@ -94,7 +94,9 @@ def translate(options: Any) -> Translation:
         if key is None and _is_group(rule) and not value:
             key = ignored("an empty group")
         elif key is None:
-            faults[path] = "it is a group of keys" if _is_group(rule) else f"there is no such key{nearest(rule, KEYS)}"
+            faults[path] = (
+                "it must be a group of keys" if _is_group(rule) else f"there is no such key{nearest(rule, KEYS)}"
+            )
             continue
         becomes = key.becomes.replace("*", path.rpartition(".")[2])
         rows.append(Row(path, value, becomes, key.note))
@@ -187,7 +189,7 @@ def _is_group(rule: str) -> bool:
     return rule in _GROUPS
 
 
-def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
+def _finish_data(config: Options, values: Options, faults: Faults) -> None:
     """Sets the data folders for the data set's type, the canvas, the batch over all devices, and the validation set."""
     data, train = config["data"], "datasets.train."
     gpus = values.get("num_gpu", 1)
@@ -197,7 +199,7 @@ def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
     data |= {name: data[name] * gpus for name in ("batch_size", "workers") if name in data}
     if folder := values.get(f"{train}dataroot_paired"):
         if "gt" in data or "lq" in data:
-            faults[f"{train}dataroot_paired"] = "the folders are said by dataroot_gt and dataroot_lq already; keep one"
+            faults[f"{train}dataroot_paired"] = "dataroot_gt and dataroot_lq already give the folders; keep one"
         parts = ("", "") if "meta_info" in data else ("/GT", "/LQ")
         data["gt"], data["lq"] = folder + parts[0], folder + parts[1]
     kind, degrades = values[f"{train}type"], values.get("high_order_degradation", True)
@@ -225,7 +227,7 @@ def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
         elif unpaired[0] and degrades:
             data["gt"], data["meta_info"] = unpaired
         elif "gt" not in data:
-            faults[f"{train}dataroot_gt_unpaired"] = "neither this nor pairs are given; write one of them"
+            faults[f"{train}dataroot_gt_unpaired"] = "neither this nor pairs are given; give one of them"
     elif unpaired[0]:
         faults[f"{train}dataroot_gt_unpaired"] = "only RealESRGANHybridDataset reads it; use that type, or remove it"
     if "lq" not in data or "unpaired" in data:
@@ -233,7 +235,7 @@ def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
         data["canvas"] = -(-max(400, data["crop"]) // scale) * scale  # rounded up to a multiple of `scale`
         config.setdefault("degrade", {})
     elif data.get("gt_usm"):
-        faults["gt_usm"] = "true, but pairs are used as they are; remove it"
+        faults["gt_usm"] = "true, but pairs are used unchanged; remove it"
     if "degrade" in config:
         try:
             config["degrade"] = preset("realesrgan", **config["degrade"])
@@ -246,17 +248,19 @@ def _finish_data(config: Tree, values: Tree, faults: Faults) -> None:
     if "lq" not in val and "canvas" in data:
         val["degrade"] = config["degrade"]  # the same object, so that the command line sets both
     elif "lq" not in val:
-        faults["datasets.val.dataroot_lq"] = f"{MISSING}: in training nothing is degraded"
+        faults["datasets.val.dataroot_lq"] = f"{MISSING}: training would not degrade anything"
 
 
-def _finish_networks(config: Tree, values: Tree, faults: Faults) -> None:
+def _finish_networks(config: Options, values: Options, faults: Faults) -> None:
     """Checks both networks' hyper-parameters, and that the options for weights match how kdjax reads them."""
     scale = values.get("scale", 1)
     student, teacher = config["student"], config.setdefault("teacher", {})
     hparams = _hparams(student["arch"], "network_g", student.get("hparams", {}), faults)
     if not student["arch"]:  # user-defined: its arguments are known once it is imported
         if (said := hparams.get("upscale", hparams.get("scale", 1))) != scale:
-            faults["network_g.scale"] = f"{said}, but scale is {scale}; write what the class calls it, scale or upscale"
+            faults["network_g.scale"] = (
+                f"{said}, but scale is {scale}; use the name that the class uses, scale or upscale"
+            )
         student["hparams"] = hparams
     else:
         known = architecture(student["arch"]).defaults
@@ -264,7 +268,9 @@ def _finish_networks(config: Tree, values: Tree, faults: Faults) -> None:
         if name and hparams.setdefault(name, scale) != scale:
             faults[f"network_g.{name}"] = f"{brief(hparams[name])}, but scale is {scale}; they must be equal"
         if not name and scale != 1:
-            faults["scale"] = f"{scale}: {student['arch']} does not enlarge; write `scale: 1`, or another network_g"
+            faults["scale"] = (
+                f"{scale}: {student['arch']} does not upscale; write `scale: 1`, or choose another network_g"
+            )
         try:
             student["hparams"] = network(student["arch"], hparams).hparams
         except ValueError as error:
@@ -286,14 +292,14 @@ def _finish_networks(config: Tree, values: Tree, faults: Faults) -> None:
         )
 
 
-def _hparams(arch: str, group: str, given: Mapping[str, Any], faults: Faults) -> Tree:
+def _hparams(arch: str, group: str, given: Mapping[str, Any], faults: Faults) -> Options:
     """Returns the given hyper-parameters in the architecture's form; for a user-defined one, anything goes."""
     kept = {}
     for name, value in given.items():
         value = _number_if_any(value)
         try:
             if not name.isidentifier() or name in ("arch", "key", "rngs"):
-                raise ValueError("no network has an argument of this name")
+                raise ValueError("no network takes an argument of this name")
             kept[name] = network(arch, {name: value}).hparams[name] if arch else value
         except ValueError as error:
             faults[f"{group}.{name}"] = str(error)
@@ -302,7 +308,7 @@ def _hparams(arch: str, group: str, given: Mapping[str, Any], faults: Faults) ->
     return kept
 
 
-def _finish_terms(config: Tree, values: Tree, faults: Faults) -> None:
+def _finish_terms(config: Options, values: Options, faults: Faults) -> None:
     """Sets the loss terms; those with weight 0 are kept, so that the command line can enable them."""
     terms = config.setdefault("terms", {})
     for name, kind, defaults in (
@@ -315,9 +321,7 @@ def _finish_terms(config: Tree, values: Tree, faults: Faults) -> None:
         elif f"{kind}.type" in values:
             terms[name] = defaults | terms.get(name, {})
         elif name == "output" and name in terms:
-            faults["train.distillation_scheduler"] = (
-                "there is no distillation_opt to schedule; write that, or remove this"
-            )
+            faults["train.distillation_scheduler"] = "there is no distillation_opt to schedule; add one, or remove this"
     if "train.distillation_opt.type" in values:
         weight = {"value": 1.0} | terms["output"]["weight"]
         terms["output"]["weight"] = {"name": "multistep"} | weight if len(weight) > 1 else weight["value"]
@@ -334,10 +338,10 @@ def _finish_terms(config: Tree, values: Tree, faults: Faults) -> None:
             )
         terms["style"] = perceptual | {"weight": 0.0} | terms.get("style", {})
     if not any(term.get("weight") for term in terms.values()):
-        faults["train.pixel_opt"] = "no loss has a weight above 0; write pixel_opt"
+        faults["train.pixel_opt"] = "no loss has a weight above 0; add pixel_opt"
 
 
-def _finish_train(config: Tree, values: Tree, faults: Faults) -> None:
+def _finish_train(config: Options, values: Options, faults: Faults) -> None:
     """Merges the learning rate into one schedule, and sets torch's default for AdamW."""
     train = config["train"]
     if train["optimizer"] == "adamw":
@@ -365,7 +369,7 @@ def _finish_train(config: Tree, values: Tree, faults: Faults) -> None:
         restarts = values.get(f"{scheduler}restarts", (0,))
         if len(restarts) != len(weights):
             faults[f"{scheduler}restarts"] = (
-                f"{len(restarts)} restarts and {len(weights)} restart_weights; give as many"
+                f"{len(restarts)} restarts and {len(weights)} restart_weights; their numbers must be equal"
             )
         elif (restarts, weights) != ((0,), (1.0,)) and "milestones" in lr:
             lr = _with_restarts(lr, dict(zip(restarts, weights, strict=True)))
@@ -374,7 +378,7 @@ def _finish_train(config: Tree, values: Tree, faults: Faults) -> None:
         _check_schedule(train["lr"], "train.scheduler", faults)
 
 
-def _with_restarts(lr: Tree, restarts: Mapping[int, float]) -> Tree:
+def _with_restarts(lr: Options, restarts: Mapping[int, float]) -> Options:
     """MultiStepRestartLR: `gamma` at every milestone, and weight x the initial rate at every restart."""
     milestones = lr["milestones"]
     boundaries = sorted({*restarts, *milestones})
@@ -400,14 +404,14 @@ def _number_if_any(value: Any) -> Any:
         return value
 
 
-def _set(tree: Tree, path: str, value: Any) -> None:
+def _set(tree: Options, path: str, value: Any) -> None:
     *groups, name = path.split(".")
     for group in groups:
         tree = tree.setdefault(group, {})
     tree[name] = value
 
 
-def _get(tree: Tree, path: str) -> Any:
+def _get(tree: Options, path: str) -> Any:
     for name in path.split("."):
         tree = tree[name]
     return tree
@@ -426,4 +430,4 @@ def _told(faults: Faults) -> str:
     for key, fault in faults.items():
         fault = fault if len(fault) <= _LONGEST_FAULT else f"{fault[:_LONGEST_FAULT]}..."
         keys.setdefault(fault, []).append(_shortened(key, 80))
-    return "\n  ".join(["it cannot be run as it is:", *(f"{', '.join(keys[fault])}: {fault}" for fault in keys)])
+    return "\n  ".join(["it cannot be run as written:", *(f"{', '.join(keys[fault])}: {fault}" for fault in keys)])

@@ -75,7 +75,7 @@ def named(read: Read) -> Read:
 
     def read_all(values: Any) -> dict[str, Any]:
         if not isinstance(values, Mapping) or not values:
-            raise ValueError("wanted names with a value each")
+            raise ValueError("wanted a group of names and values")
         return {str(name): read(value) for name, value in values.items()}
 
     return read_all
@@ -144,10 +144,10 @@ def ignored(note: str, read: Read = anything) -> Key:
 
 _DISK = only("disk", why="only files in folders are read; unpack the lmdb store into one")
 _GAN = "GAN training is not supported; remove network_d and gan_opt, and set model_type to SRModel or RealESRNetModel"
-_MEAN = only("mean", why="losses are means; write `mean` and adapt loss_weight")
-_MEAN_COLOUR = only([0.4488, 0.4371, 0.4040], why="EDSR's mean is that of DIV2K, [0.4488, 0.4371, 0.4040]")
+_MEAN = only("mean", why="losses are means; write `mean` and adjust loss_weight")
+_MEAN_COLOUR = only([0.4488, 0.4371, 0.4040], why="EDSR uses the mean of DIV2K, [0.4488, 0.4371, 0.4040]")
 _RAW = "images stay in [0, 1]; networks here subtract their own mean"
-STRICT = "weights fit as a whole or not at all"
+STRICT = "weights are loaded strictly: all of them or none"
 _WHOLE_RGB = "PSNR and SSIM of the whole RGB image; kdjax.evaluate has crop_border, psnr_y, ssim_y, niqe, lpips"
 _CRITERIA = {"l1": "l1", "l2": "mse", "smooth_l1": "smooth_l1"}
 
@@ -173,7 +173,7 @@ DATASETS = {
 KEYS: dict[str, Key] = {
     "name": Key("name", "the run's folder is runs/NAME, or --workdir", plain_name),
     "model_type": ignored(
-        "one program trains all of them",
+        "the same program trains every kind",
         only(
             "DistillationModel",
             "SRModel",
@@ -181,7 +181,7 @@ KEYS: dict[str, Key] = {
             why=f"wanted DistillationModel, SRModel or RealESRNetModel: {_GAN}",
         ),
     ),
-    "scale": Key("student.hparams", "upscale or scale of network_g, which must agree", whole, direct=False),
+    "scale": Key("student.hparams", "must equal upscale or scale of network_g", whole, direct=False),
     "num_gpu": Key(
         "data.batch_size",
         "all devices are used; this multiplies batch_size_per_gpu, auto sets data.per_device",
@@ -189,19 +189,19 @@ KEYS: dict[str, Key] = {
         read=lambda value: value if value == "auto" else whole(value),
     ),
     "manual_seed": Key("seed", read=whole),
-    "gt_usm": Key("data.gt_usm", "sharpens every clean image, beside degraded ones those of pairs too", flag),
-    "l1_gt_usm": ignored("see gt_usm", never("sharpened targets are said by gt_usm, for input and target together")),
-    "percep_gt_usm": ignored("see gt_usm", never("sharpened targets are said by gt_usm")),
-    "gan_gt_usm": ignored("there is no discriminator"),
+    "gt_usm": Key("data.gt_usm", "sharpens every clean image, those of pairs included", flag),
+    "l1_gt_usm": ignored("see gt_usm", never("gt_usm decides about sharpening, for input and target together")),
+    "percep_gt_usm": ignored("see gt_usm", never("gt_usm decides about sharpening")),
+    "gan_gt_usm": ignored("no discriminator is trained"),
     "high_order_degradation": Key("degrade", "false uses pairs only", flag, direct=False),
     "gt_size": Key("data.crop", read=whole),
-    "queue_size": ignored("no pool is needed: every sample draws its own degradation"),
+    "queue_size": ignored("not needed: every sample draws its own degradation"),
     "dist_params.*": ignored("one process drives all devices"),
     "find_unused_parameters": ignored("one process drives all devices"),
     # ---- data
     "datasets.train.name": ignored("only a label"),
     "datasets.train.type": Key(
-        "data", "says which of the folders are used", one_of("data set", **DATASETS), direct=False
+        "data", "decides which of the folders are used", one_of("data set", **DATASETS), direct=False
     ),
     "datasets.train.dataroot_gt": Key("data.gt", read=text),
     "datasets.train.dataroot_lq": Key("data.lq", read=text),
@@ -217,7 +217,9 @@ KEYS: dict[str, Key] = {
     "datasets.train.meta_info_unpaired": Key(
         "data.unpaired_meta_info", "data.meta_info where there are no pairs", text
     ),
-    "datasets.train.unpaired_prob": Key("data.unpaired_part", "of every batch, not a coin for every image", number),
+    "datasets.train.unpaired_prob": Key(
+        "data.unpaired_part", "a fixed part of every batch, not a coin toss per image", number
+    ),
     "datasets.train.filename_tmpl": Key("data.filename_tmpl", read=text),
     "datasets.train.io_backend.type": ignored("files are read directly", _DISK),
     "datasets.train.gt_size": Key(
@@ -225,17 +227,19 @@ KEYS: dict[str, Key] = {
     ),
     "datasets.train.use_hflip": Key("data.hflip", read=flag),
     "datasets.train.use_rot": Key("data.rot", read=flag),
-    "datasets.train.use_shuffle": ignored("the order is random", only(True, why="the order is always random")),
+    "datasets.train.use_shuffle": ignored(
+        "the order is always shuffled", only(True, why="the order is always shuffled")
+    ),
     "datasets.train.num_worker_per_gpu": Key("data.workers", "times num_gpu", whole),
     "datasets.train.batch_size_per_gpu": Key("data.batch_size", "times num_gpu: the batch of all devices", whole),
-    "datasets.train.dataset_enlarge_ratio": ignored("the stream of crops has no end, epochs cost nothing"),
-    "datasets.train.prefetch_mode": ignored("batches are made ahead of time"),
-    "datasets.train.num_prefetch_queue": ignored("batches are made ahead of time"),
-    "datasets.train.pin_memory": ignored("there is no such memory here"),
-    "datasets.train.persistent_workers": ignored("workers live as long as the run"),
+    "datasets.train.dataset_enlarge_ratio": ignored("samples are an endless stream; epochs cost nothing"),
+    "datasets.train.prefetch_mode": ignored("batches are always prefetched"),
+    "datasets.train.num_prefetch_queue": ignored("batches are always prefetched"),
+    "datasets.train.pin_memory": ignored("batches are always prefetched"),
+    "datasets.train.persistent_workers": ignored("workers always live as long as the run"),
     "datasets.train.scale": ignored("see scale"),
     "datasets.train.color": ignored(
-        "networks of one channel read grey", never("Y alone is not trained on; use RGB or grey")
+        "networks with one channel read grey", never("training on Y alone is not supported; use RGB or grey")
     ),
     "datasets.train.mean": ignored(_RAW, never(_RAW)),
     "datasets.train.std": ignored(_RAW, never(_RAW)),
@@ -245,7 +249,7 @@ KEYS: dict[str, Key] = {
         only(
             "PairedImageDataset",
             "RealESRGANPairedDataset",
-            why="wanted PairedImageDataset: without clean images nothing can be measured",
+            why="wanted PairedImageDataset: nothing can be measured without clean images",
         ),
     ),
     "datasets.val.dataroot_gt": Key("val.gt", read=text),
@@ -254,10 +258,10 @@ KEYS: dict[str, Key] = {
     "datasets.val.meta_info_file": Key("val.meta_info", read=text),
     "datasets.val.filename_tmpl": Key("val.filename_tmpl", read=text),
     "datasets.val.io_backend.type": ignored("files are read directly", _DISK),
-    "datasets.val.color": ignored("networks of one channel read grey", never("validation is on RGB or grey, not Y")),
+    "datasets.val.color": ignored("networks with one channel read grey", never("validation uses RGB or grey, not Y")),
     "datasets.val.mean": ignored(_RAW, never(_RAW)),
     "datasets.val.std": ignored(_RAW, never(_RAW)),
-    "datasets.*": ignored("one set is validated; python -m kdjax.evaluate measures others"),
+    "datasets.*": ignored("only one set is used; python -m kdjax.evaluate measures others"),
     # ---- networks
     "network_g.type": Key("student.arch", "one of your own is imported only with --config.student.arch", network),
     "network_g.rgb_mean": ignored("EDSR's, always", _MEAN_COLOUR),
@@ -266,24 +270,27 @@ KEYS: dict[str, Key] = {
         "recognised from the weights; one of your own is imported only with --config.teacher.hparams.arch", network
     ),
     "network_teacher.rgb_mean": ignored("EDSR's, always", _MEAN_COLOUR),
-    "network_teacher.*": Key("teacher.hparams.*", "the weights decide, and have to agree"),
-    "network_d": ignored("there is no discriminator", never(_GAN)),
-    "path.pretrain_network_g": Key("student.weights", "its params_ema, where it has them", text),
+    "network_teacher.*": Key("teacher.hparams.*", "recognised from the weights, which must agree"),
+    "network_d": ignored("no discriminator is trained", never(_GAN)),
+    "path.pretrain_network_g": Key("student.weights", "its params_ema, if the file has it", text),
     "path.param_key_g": ignored("params_ema before params"),
     "path.strict_load_g": ignored(STRICT),
     "path.pretrain_network_teacher": Key(
-        "teacher.weights", "the guide takes its params; here params_ema where it has them", text
+        "teacher.weights", "the guide takes its params; here params_ema if the file has it", text
     ),
     "path.param_key_teacher": Key("teacher.key", read=text),
     "path.strict_load_teacher": ignored(STRICT),
-    "path.pretrain_network_d": ignored("there is no discriminator", never(_GAN)),
-    "path.strict_load_d": ignored("there is no discriminator"),
-    "path.param_key_d": ignored("there is no discriminator"),
+    "path.pretrain_network_d": ignored("no discriminator is trained", never(_GAN)),
+    "path.strict_load_d": ignored("no discriminator is trained"),
+    "path.param_key_d": ignored("no discriminator is trained"),
     "path.ignore_resume_networks": ignored("the teacher is never in a checkpoint"),
     "path.experiments_root": ignored("say --workdir"),
     "path.resume_state": ignored(
-        "the same command continues a run",
-        never("a .state of PyTorch cannot be continued; name its net_g file as pretrain_network_g to start from it"),
+        "run the same command to resume",
+        never(
+            "a .state file of PyTorch cannot be resumed; to start from its weights, give its net_g file as"
+            " pretrain_network_g"
+        ),
     ),
     # ---- training
     "train.ema_decay": Key("train.ema_decay", read=number),
@@ -292,8 +299,8 @@ KEYS: dict[str, Key] = {
     "train.optim_g.weight_decay": Key("train.weight_decay", read=number),
     "train.optim_g.betas": Key("train.betas", read=several(number)),
     "train.optim_g.eps": ignored("1e-8", lambda value: only(1e-8, why="Adam's eps is 1e-8")(number(value))),
-    "train.optim_g.amsgrad": ignored("Adam is without it", never("Adam here is without it")),
-    "train.optim_d.*": ignored("there is no discriminator"),
+    "train.optim_g.amsgrad": ignored("AMSGrad is not supported", never("AMSGrad is not supported")),
+    "train.optim_d.*": ignored("no discriminator is trained"),
     "train.scheduler.type": Key(
         "train.lr.name",
         read=one_of(
@@ -303,13 +310,15 @@ KEYS: dict[str, Key] = {
     "train.scheduler.milestones": Key("train.lr.milestones", read=several(whole)),
     "train.scheduler.gamma": Key("train.lr.gamma", read=number),
     "train.scheduler.restarts": Key("train.lr", "phases of a piecewise schedule", several(whole), direct=False),
-    "train.scheduler.periods": Key("train.lr.steps", "one; past its end the rate stays", several(whole), direct=False),
+    "train.scheduler.periods": Key(
+        "train.lr.steps", "one; after it the rate stays constant", several(whole), direct=False
+    ),
     "train.scheduler.restart_weights": Key("train.lr", read=several(number), direct=False),
     "train.scheduler.eta_min": Key("train.lr.final", read=number),
     "train.total_iter": Key("train.steps", read=whole),
     "train.warmup_iter": Key(
         "train.lr.warmup",
-        "the full rate is reached; BasicSR's MultiStep stops short of it",
+        "reaches the full rate; BasicSR's MultiStep stops just short of it",
         lambda value: max(0, whole(value)),
     ),
     "train.pixel_opt.type": Key(
@@ -336,15 +345,15 @@ KEYS: dict[str, Key] = {
         "needs the VGG file: vgg_file, --config.terms.perceptual.vgg or BasicSR's place",
         number,
     ),
-    "train.perceptual_opt.style_weight": Key("terms.style.weight", "needs the VGG file as well", number),
+    "train.perceptual_opt.style_weight": Key("terms.style.weight", "also needs the VGG file", number),
     "train.distillation_opt.type": Key(
         "terms.output",
-        "both types compare images, in the guide too",
+        "both types compare images, as in the guide",
         direct=False,
         read=only(
             "OutputDistillation",
             "FeatureDistillation",
-            why="wanted OutputDistillation or FeatureDistillation; every other kind is a term of a config here, see"
+            why="wanted OutputDistillation or FeatureDistillation; other kinds are loss terms of a config, see"
             " docs/distillation.md",
         ),
     ),
@@ -358,20 +367,22 @@ KEYS: dict[str, Key] = {
     "train.distillation_opt.feature_layers": ignored("the guide never reads it; features: configs/hint.py"),
     "train.distillation_scheduler.milestones": Key("terms.output.weight.milestones", read=several(whole)),
     "train.distillation_scheduler.gamma": Key("terms.output.weight.gamma", read=number),
-    "train.gan_opt": ignored("there is no discriminator", never(_GAN)),
-    "train.net_d_iters": ignored("there is no discriminator"),
-    "train.net_d_init_iters": ignored("there is no discriminator"),
+    "train.gan_opt": ignored("no discriminator is trained", never(_GAN)),
+    "train.net_d_iters": ignored("no discriminator is trained"),
+    "train.net_d_init_iters": ignored("no discriminator is trained"),
     # ---- validation and logging
     "val.val_freq": Key("val.every", read=whole),
-    "val.save_img": Key("val.save_images", "4 pictures: input, student, teacher, clean", lambda value: 4 * flag(value)),
-    "val.suffix": ignored("pictures are val/STEP/NAME.png"),
-    "val.pbar": ignored("a line is logged"),
+    "val.save_img": Key(
+        "val.save_images", "4 images side by side: input, student, teacher, clean", lambda value: 4 * flag(value)
+    ),
+    "val.suffix": ignored("images are val/STEP/NAME.png"),
+    "val.pbar": ignored("progress is logged line by line"),
     "val.metrics.*": ignored(_WHOLE_RGB),
     "logger.print_freq": Key("log.every", read=whole),
     "logger.save_checkpoint_freq": Key("checkpoint.every", read=whole),
     "logger.use_tb_logger": Key("log.tensorboard", "needs the extra tb", flag),
     "logger.wandb.project": Key("log.wandb", "needs the extra wandb", text),
-    "logger.wandb.resume_id": ignored("the run's folder says which run continues"),
+    "logger.wandb.resume_id": ignored("the run's folder decides which run is resumed"),
 } | {
     f"{place}{name}": Key("degrade.*", "of clean images without a pair", read)
     for place in ("datasets.train.", "")

@@ -37,7 +37,7 @@ def read_yaml(content: bytes) -> Any:
       ValueError: the content is not YAML, or uses unsupported features; the message says where.
     """
     if len(content) > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES:,} bytes, which no training YAML has")
+        raise ValueError(f"it has more than {MAX_BYTES:,} bytes, too many for a training YAML")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -60,12 +60,12 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self._sizes:
-                raise _Refused(f"the alias *{brief(event.anchor)} stands inside what it stands for", event.start_mark)
+                raise _Refused(f"the alias *{brief(event.anchor)} refers to itself", event.start_mark)
             nodes, characters = self._sizes.get(event.anchor, (0, 0))  # PyYAML rejects unknown ones
             self._count(nodes, characters, event.start_mark)
             return super().compose_node(parent, index)
         if event.tag is not None and event.tag not in _PLAIN_TAGS:
-            raise _Refused(f"the tag {brief(event.tag)} is not read; write a plain value", event.start_mark)
+            raise _Refused(f"the tag {brief(event.tag)} is not supported; write a plain value", event.start_mark)
         if self._depth == MAX_DEPTH:
             raise _Refused(f"it is nested more than {MAX_DEPTH} deep", event.start_mark)
         before = self._nodes, self._characters
@@ -83,9 +83,9 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.tag not in (self.DEFAULT_SCALAR_TAG, _MERGE):
-                    raise _Refused(f"the key {brief(key.value)} is no text; quote it", key.start_mark)
+                    raise _Refused(f"the key {brief(key.value)} is not text; quote it", key.start_mark)
                 if key.value in lines:
-                    problem = f"the key {brief(key.value)} stands twice in one group, before in line {lines[key.value]}"
+                    problem = f"the key {brief(key.value)} appears twice in one group, first in line {lines[key.value]}"
                     raise _Refused(f"{problem}; keep one of them", key.start_mark)
                 lines[key.value] = key.start_mark.line + 1
         return node
@@ -99,10 +99,10 @@ class _Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if node.tag in _NUMBERS and isinstance(node, yaml.ScalarNode):
             if len(node.value) > _LONGEST_NUMBER or ":" in node.value:
-                raise _Refused(f"{brief(node.value)} is not read as a number", node.start_mark)
+                raise _Refused(f"{brief(node.value)} is not a number in YAML 1.1", node.start_mark)
             if _OCTAL.fullmatch(node.value):
-                problem = f"{node.value} is octal in YAML 1.1, and stands for {int(node.value.replace('_', ''), 8)}"
-                raise _Refused(f"{problem}; write the number without 0 before it, or quote a text", node.start_mark)
+                problem = f"{node.value} is octal in YAML 1.1 and means {int(node.value.replace('_', ''), 8)}"
+                raise _Refused(f"{problem}; remove the leading 0, or quote it as text", node.start_mark)
         try:
             return super().construct_object(node, deep)
         except (ValueError, LookupError, ArithmeticError):  # a plain tag before something else, as in `!!int text`

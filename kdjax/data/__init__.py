@@ -9,8 +9,9 @@ Two programs belong to it: `kdjax.data.check` checks a data set before training,
 for fast reading.
 """
 
-from kdjax.data.cached import Cache, open_cache
+from kdjax.data.cache import Cache, open_cache
 from kdjax.data.images import IMAGE_SUFFIXES, WRITTEN_SUFFIXES, ImageError, read_image, write_image
+from kdjax.data.pairs import ImagePair, find_pairs, find_unlabelled
 from kdjax.data.pipeline import (
     TrainingData,
     ValidationImage,
@@ -19,7 +20,7 @@ from kdjax.data.pipeline import (
     spread,
     training_batches,
 )
-from kdjax.data.sources import DataError, ImagePair, find_pairs, find_unlabelled
+from kdjax.data.sources import DataError
 
 __all__ = [
     "IMAGE_SUFFIXES",

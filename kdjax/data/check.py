@@ -34,7 +34,8 @@ import numpy as np
 
 from kdjax import assets, commandline
 from kdjax.data.images import ImageError, inspect_image
-from kdjax.data.sources import Found, is_one_file, left_out_line, shortened, survey, survey_unlabelled
+from kdjax.data.pairs import Found, is_one_file, left_out_line, survey, survey_unlabelled
+from kdjax.data.sources import shortened
 from kdjax.files import write_json
 from kdjax.progress import Pace
 
@@ -162,7 +163,9 @@ def check(
     for gt, lq in dict.fromkeys(pairs):
         partners[lq].append(gt)
     report.shared = [
-        f"{lq}: the lq of {len(gts)} gt, such as {gts[0]} and {gts[1]}" for lq, gts in partners.items() if gts[1:]
+        f"{lq}: is the lq of {len(gts)} gt images, such as {gts[0]} and {gts[1]}"
+        for lq, gts in partners.items()
+        if gts[1:]
     ]
     report.left_out = _unique([path for source in found.values() for path in source.left_out])
     return report
@@ -250,15 +253,15 @@ def lines(report: Report) -> list[str]:
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.data.check", __doc__)
     parser.add_argument("--gt", required=True, help='folder or pack of clean images, or "embedded"')
-    parser.add_argument("--lq", help="of their degraded partners")
+    parser.add_argument("--lq", help="folder or pack of their degraded partners")
     parser.add_argument("--filename-tmpl", default="{}", help='lq file stem from the gt stem, e.g. "{}_noisy"')
     parser.add_argument("--meta-info", help="list of the files to use, one a line")
-    parser.add_argument("--unpaired", help="of clean images beside the pairs")
+    parser.add_argument("--unpaired", help="folder of clean images beside the pairs")
     parser.add_argument("--unpaired-meta-info", help="list of those to use")
-    parser.add_argument("--unlabelled", help="of degraded images without a clean partner")
+    parser.add_argument("--unlabelled", help="folder of degraded images without a clean partner")
     parser.add_argument("--scale", type=int, default=1, help="how many times larger gt is than lq (default: 1)")
     parser.add_argument("--crop", type=int, default=128, help="side of the training crop, gt pixels (default: 128)")
-    parser.add_argument("--json", type=Path, help="also write all that was found to this file")
+    parser.add_argument("--json", type=Path, help="also write every finding to this file")
     return parser
 
 

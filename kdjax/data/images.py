@@ -49,7 +49,7 @@ IMAGE_SUFFIXES = (
 _FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "TIFF", "PPM", "GIF")
 
 _HEIC = "convert HEIC to JPEG or PNG first, for example with heif-convert"
-_RAW = "develop the raw files of cameras first, for example with darktable"
+_RAW = "develop raw camera files first, for example with darktable"
 _EXPORT = "save it as PNG or TIFF first"
 # Formats that are often stored beside pictures but cannot be read, by suffix.
 CONVERSIONS = {
@@ -218,10 +218,10 @@ def _identified(file: BinaryIO) -> Image.Image:
         image.info["is_animated"] = is_animated
         return image
     if start[:2] in (b"II", b"MM") and containers.tiff_claims_too_much(file):
-        raise ImageError("is damaged: its tags claim more than there is of the file")
+        raise ImageError("is damaged: its tags reach beyond the end of the file")
     image = Image.open(file, formats=_FORMATS)
     if image.format == "TIFF" and (start[8:10] == b"CR" or containers.is_camera_raw(tiff_tags(image))):
-        raise ImageError(f"is the raw file of a camera; {_RAW}")
+        raise ImageError(f"is a raw camera file; {_RAW}")
     image.info["is_animated"] = getattr(image, "is_animated", False)
     if image.format == "TIFF":
         image.info["is_animated"] &= tiff_tags(image).next < os.fstat(file.fileno()).st_size
@@ -235,7 +235,7 @@ def _identified_jpeg(data: bytes) -> Image.Image:
     if (exif := containers.hidden_exif(getattr(image, "applist", []))) is not None:
         image.info["exif"] = exif
     if image.info.get("progressive") and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
-        raise ImageError(f"has {scans} scans, each of which costs time; save it again as an ordinary JPEG")
+        raise ImageError(f"has {scans} scans and would take too long to decode; save it again as an ordinary JPEG")
     return image
 
 
@@ -264,7 +264,7 @@ def _unidentified(file: BinaryIO, suffix: str) -> ImageError:
     if not start:
         return ImageError("the file is empty (0 bytes)")
     if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return UnknownTiff("is damaged, or a TIFF of an unusual kind; save it with 8 or 16 bits, grey or RGB")
+        return UnknownTiff("is damaged, or an unusual kind of TIFF; save it with 8 or 16 bits, grey or RGB")
     if start[4:8] == b"ftyp":
         if start[8:11] in (b"hei", b"hev"):
             return ImageError(f"HEIC cannot be read; {_HEIC}")
@@ -307,7 +307,7 @@ def _check_training_image(image: Image.Image) -> None:
     if (needed := bytes_to_decode(image, 3)) > most_bytes():
         raise ImageError(
             f"too many pixels: {image.width}x{image.height} would take {needed / 2**30:.1f} GB of memory, more than an"
-            f" eighth of the {8 * most_bytes() / 2**30:.1f} GB that there are; cut it into smaller images"
+            f" eighth of the {8 * most_bytes() / 2**30:.1f} GB of this machine; cut it into smaller images"
         )
 
 

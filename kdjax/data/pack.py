@@ -31,7 +31,8 @@ import numpy as np
 from kdjax import commandline
 from kdjax.data import shards
 from kdjax.data.images import ImageError, inspect_image
-from kdjax.data.sources import DataError, ImagePair, left_out_line, shortened, survey
+from kdjax.data.pairs import ImagePair, left_out_line, survey
+from kdjax.data.sources import DataError, shortened
 from kdjax.files import locked
 from kdjax.names import brief
 from kdjax.progress import Pace
@@ -73,7 +74,7 @@ def pack(
     if os.path.isfile(folder):
         raise DataError(f"images to pack: {folder!r} is a file; give a folder")
     if shards.is_pack(folder):
-        raise DataError(f"images to pack: {folder!r} is a pack already; give the folder it was made from")
+        raise DataError(f"images to pack: {folder!r} is already a pack; give the folder it was made from")
     images = found.pairs
     if found.left_out:
         tell(left_out_line(found.left_out))
@@ -85,7 +86,7 @@ def pack(
         if not finished:
             journal.keep(written)
             if kept:
-                tell(f"{done} of {len(images)} images are there already")
+                tell(f"{done} of {len(images)} images are already packed")
             for shard in _new_shards(journal.out, images, done, kept, shard_mb, threads, tell):
                 journal.append(shard)
                 written.append(shard)
@@ -149,7 +150,7 @@ def _journal(folder: str) -> Iterator[_Journal]:
             raise DataError(f"cannot pack into {str(out)!r}: it is a file; give a folder that does not exist yet")
         out.mkdir(parents=True, exist_ok=True)
         if not shards.is_pack(str(out)) and any(not path.name.startswith(".") for path in out.iterdir()):
-            raise DataError(f"cannot pack into {str(out)!r}: it holds other files; give a folder that is empty or new")
+            raise DataError(f"cannot pack into {str(out)!r}: it holds other files; give an empty or new folder")
         stack = contextlib.ExitStack()
         stack.enter_context(locked(out))
         journal = stack.enter_context(contextlib.closing(_Journal(out)))
@@ -182,8 +183,8 @@ def _usable_shards(journal: _Journal, images: Sequence[ImagePair], shard_mb: int
     if finished and (len(fits) < len(written) or position < len(images)):
         journal.remove()
         raise DataError(
-            f"{str(out)!r} is a finished pack, of other images, of another --shard-mb or with damaged shards; remove it"
-            " or give another folder"
+            f"{str(out)!r} is a finished pack, but of other images, of another --shard-mb or with damaged shards;"
+            " remove it or choose another folder"
         )
     return fits, finished
 
@@ -292,7 +293,7 @@ def _line(shard: dict[str, Any]) -> bytes:
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.data.pack", __doc__)
     parser.add_argument("folder", help="folder of images, sub-folders included")
-    parser.add_argument("out", help="folder of the pack: new, empty, or of the same command before")
+    parser.add_argument("out", help="folder of the pack: new, empty, or left by the same command")
     parser.add_argument("--shard-mb", type=int, default=512, help="size of a shard in megabytes (default: 512)")
     return parser
 
@@ -314,7 +315,10 @@ def main() -> None:
     if summary.damaged:
         print(f"damaged: {len(summary.damaged)}")
         print("\n".join(shortened([f"{name}: {reason}" for name, reason in summary.damaged.items()])))
-        print("they stay in the pack by name only, and training replaces them; repair them and pack again to have them")
+        print(
+            "the pack has them by name only, and training substitutes others; to include them, repair them and pack"
+            " again"
+        )
         sys.exit(1)
 
 

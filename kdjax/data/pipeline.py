@@ -41,8 +41,9 @@ import numpy as np
 from absl import flags
 
 from kdjax.batch import Batch
-from kdjax.data.cached import Cache, CachedBatches
+from kdjax.data.cache import Cache, CachedBatches
 from kdjax.data.images import ImageError, read_image
+from kdjax.data.pairs import ImagePair
 from kdjax.data.samples import (
     Batches,
     ImageCache,
@@ -53,7 +54,7 @@ from kdjax.data.samples import (
     size_text,
     window,
 )
-from kdjax.data.sources import DataError, ImagePair, one_line
+from kdjax.data.sources import DataError, one_line
 from kdjax.streams import Kind
 
 _logger = logging.getLogger("kdjax")
@@ -113,7 +114,9 @@ def training_batches(
     main = Part("main", Samples(pairs, Kind.LABELLED, **options), rest, all_true)
     has_lq = main.samples.pairs[0].lq is not None
     if unlabelled and (unlabelled[0].lq is not None) != has_lq:
-        raise DataError("unlabelled images must be degraded where the labelled ones have lq files, and only there")
+        raise DataError(
+            "unlabelled images are degraded images, so they need labelled ones with lq files, and the other way round"
+        )
     if unpaired and not has_lq:
         raise DataError("unpaired images stand beside pairs, and these have no lq files: give all clean images as gt")
     if unpaired and unpaired[0].lq is not None:
@@ -188,7 +191,7 @@ class TrainingData(Iterator[Batch]):
                 raise
             raise DataError(
                 f"a process that loads training images was killed ({str(error).partition('. ')[0]}). Often the machine"
-                " ran out of memory: lower data.workers or data.cache_mb, or just start the same command again"
+                " ran out of memory: lower data.workers or data.cache_mb, or just run the same command again"
             ) from None
         for number in batch.pop("damaged").tolist():
             if number >= 0:
@@ -205,7 +208,7 @@ class TrainingData(Iterator[Batch]):
         self._reported |= {number, path}
         if not known:
             self.damaged[path if name in self.damaged else name] = reason
-            _logger.warning("damaged training image %s, replaced by others: %s", one_line(name), one_line(reason))
+            _logger.warning("damaged training image %s, others are used instead: %s", one_line(name), one_line(reason))
 
     def close(self) -> None:
         """Stops workers and threads; safe to call twice."""

@@ -17,7 +17,8 @@ import numpy as np
 
 from kdjax.batch import Batch
 from kdjax.data.images import ImageError, read_image
-from kdjax.data.sources import DataError, ImagePair, one_line
+from kdjax.data.pairs import ImagePair
+from kdjax.data.sources import DataError, one_line
 from kdjax.streams import SAMPLES, Kind, generator
 
 DRAWS = 64  # images a sample tries before the data set counts as unusable
@@ -48,7 +49,7 @@ class Samples:
         if not pairs:
             raise DataError("there are no training images: the list of pairs is empty")
         if len({pair.lq is None for pair in pairs}) > 1:
-            raise DataError("some training images have an lq file and some have none; use one kind at a time")
+            raise DataError("some training images have an lq file and some do not; use one kind at a time")
         if seed < 0:
             raise DataError(f"seed is {seed}; it must be 0 or more")
         check_crop(crop, scale)
@@ -138,7 +139,7 @@ class Batches:
             if part.count < 1 or parts[0].count < 1:
                 raise DataError(
                     f"{part.count} of the {batch_size} images of a batch would be {part.what}, and "
-                    f"{parts[0].count} of the main kind; each kind needs one image at least: change batch_size "
+                    f"{parts[0].count} of the main kind; each kind needs at least one image: change batch_size "
                     f"or {part.what}_part"
                 )
         self._parts = list(parts)
@@ -182,9 +183,9 @@ class Batches:
                     part.samples.load(pair)
                 except ImageError as error:
                     return pair.name, pair.gt, str(error)
-                return pair.name, pair.gt, f"{pair.gt}: could not be read at first, but could be when tried again"
+                return pair.name, pair.gt, f"{pair.gt}: could not be read at first, but could on a second try"
             number -= len(part.samples.pairs)
-        raise IndexError("there are not so many images")
+        raise IndexError("there are fewer images")
 
 
 class ImageCache:

@@ -12,7 +12,7 @@ and hence the order, of the original folder.
 An image in a pack has a path like a file's, `PACK/pack.json/NAME`, which no file can have. It works wherever an image
 path does.
 
-This module defines the format, its reader, and the writing of shards. The caches of `kdjax.data.cached` use the same
+This module defines the format, its reader, and the writing of shards. The caches of `kdjax.data.cache` use the same
 kind of shards and index. Nothing is opened before the first record is read. Open shards are shared by threads but never
 sent to another process.
 """
@@ -75,7 +75,7 @@ class Kind:
         path = os.path.join(folder, self.index)
         if not os.path.isfile(path):
             raise PackError(
-                f"the {self.name} {folder!r} is unfinished; start the same `{self.program}` again: it continues"
+                f"the {self.name} {folder!r} is unfinished; run the same `{self.program}` again to continue it"
             )
         try:
             with open(path, encoding="utf-8") as file:
@@ -85,9 +85,7 @@ class Kind:
         except (ValueError, RecursionError) as error:
             raise PackError(f"{path!r} is damaged or cut short ({error}); {self.make_again}") from None
         if not isinstance(index, dict) or index.get("format") != self.format:
-            raise PackError(
-                f"{path!r} is not the index of a {self.name}; rename it if {folder!r} is a folder of something else"
-            )
+            raise PackError(f"{path!r} is not the index of a {self.name}; rename it if {folder!r} is not one")
         if index.get("version") != self.version:
             raise PackError(
                 f"the {self.name} {folder!r} has version {brief(index.get('version'))} and this kdjax reads version"
@@ -189,7 +187,7 @@ class Pack:
                 self._damaged |= damaged
                 count += len(records) + len(damaged)
             if len(self._records.keys() | self._damaged.keys()) < count:
-                raise ValueError("a name is there twice")
+                raise ValueError("a name appears twice")
             sizes = [shard["bytes"] for shard in shards]
         except MALFORMED as error:
             raise PACK.damaged(folder, error) from None
@@ -224,7 +222,7 @@ class Pack:
         if name in self._damaged:
             raise PackError(f"damaged when it was packed: {printable(self._damaged[name][:_REASON])}")
         if (record := self._records.get(name)) is None:
-            raise PackError(f"there is no such image in the pack {self.folder!r}")
+            raise PackError(f"no such image in the pack {self.folder!r}")
         data = read_bytes(os.path.join(self.folder, file_name(record.shard)), record.number, record.bytes)
         return np.frombuffer(data, np.uint8).reshape(record.height, record.width, record.channels).copy()
 
@@ -254,7 +252,7 @@ def parse_shard(shard: Any, number: int) -> tuple[dict[str, Record], dict[str, s
         if height < 1 or width < 1 or channels not in (1, 3) or record.bytes > size:
             raise ValueError(f"{brief(name)} has the shape {brief(record[2:])} in a shard of {size:,} bytes")
     if len(records) < len(images):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name appears twice")
     for name in (*records, *damaged):
         if fault := name_fault(name) if isinstance(name, str) else "is not text":
             raise ValueError(f"the name {brief(name)} {fault}")
@@ -274,11 +272,11 @@ def name_fault(name: str) -> str | None:
         return "is empty" if not name else "has a NUL in it" if "\0" in name else "is longer than any path"
     parts = name.replace(os.sep, "/").split("/")
     if not parts[0] or ".." in parts or os.path.splitdrive(name)[0]:  # absolute, or with a drive letter
-        return "leads out of the folder"
+        return "leads outside the folder"
     try:
         name.encode(errors="surrogateescape")  # non-UTF-8 bytes become exactly these surrogates
     except UnicodeEncodeError:
-        return "has characters that no file name has"
+        return "has characters that file names cannot have"
     return None
 
 
@@ -395,8 +393,8 @@ def array_record() -> ModuleType:
     except ImportError as error:
         raise PackError(
             f"packs and caches need the package array-record, which cannot be imported ({error}): pip install"
-            " array-record; it exists for Linux and for Macs with Apple silicon; elsewhere use folders of images and"
-            " the teacher itself"
+            " array-record. It exists for Linux and Macs with Apple silicon; elsewhere use folders of images and no"
+            " cache"
         ) from None
     return array_record_module
 

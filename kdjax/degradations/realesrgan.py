@@ -410,7 +410,7 @@ def _check(name: str, value: object) -> None:
         if not numbers or len(value) != 2 or not low <= value[0] <= value[1] <= high:
             raise ValueError(f"{name}={value!r} must be two numbers, low <= high, from {low:g} to {high:g}")
         if kind == "resize_range" and not value[0] <= 1 <= value[1]:
-            raise ValueError(f"{name}={value!r} must reach from 1 or less to 1 or more: it goes down and up from there")
+            raise ValueError(f"{name}={value!r} must include 1: images are scaled down and up from there")
     elif kind == "kernel_list":
         if not isinstance(value, tuple):
             raise ValueError(f"{name}={value!r} must be a tuple of kernels ({', '.join(kernels.KINDS)})")
@@ -425,7 +425,7 @@ def _check(name: str, value: object) -> None:
         if not numbers or len(value) != wanted or min(value, default=-1) < 0 or abs(sum(value) - 1) > 1e-6:
             raise ValueError(
                 f"{name}={value!r} must be probabilities that sum to 1"
-                + (", of going up, down and keeping the size" if kind == "resize_prob" else "")
+                + (", of scaling up, scaling down and keeping the size" if kind == "resize_prob" else "")
             )
     elif kind == "blur_kernel_size":
         if not isinstance(value, int) or value < kernels.SMALLEST or value % 2 == 0 or value > 51:

@@ -61,7 +61,7 @@ def export_model(model: models.Model, path: Path, *, about: Mapping[str, str] | 
         cannot be written to, or the file differs from the model.
     """
     if path.suffix not in FORMATS:
-        raise ExportError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; use {', '.join(FORMATS)}")
+        raise ExportError(f"{path}: cannot write {path.suffix or 'a file without a suffix'}; use {', '.join(FORMATS)}")
     if not path.parent.is_dir():
         raise ExportError(f"{path}: the folder {path.parent} does not exist; create it first")
     write, verify = FORMATS[path.suffix]
@@ -94,8 +94,8 @@ def verify_weights(model: models.Model, path: Path) -> dict[str, Any]:
     back = load_weights(path, arch=model.arch).model
     bits = [[np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params)] for params in (model.params, back.params)]
     if (back.arch, back.hparams) != (model.arch, model.hparams) or bits[0] != bits[1]:
-        raise ExportError("what was written reads back as another model; nothing was kept")
-    return {"read_back": "equal, bit for bit"}
+        raise ExportError("the written file reads back as a different model; nothing was kept")
+    return {"read_back": "identical, bit for bit"}
 
 
 # ---- ONNX --------------------------------------------------------------------------------------------------------
@@ -195,7 +195,9 @@ def _compare(model: models.Model, run: Callable[[np.ndarray], Any]) -> dict[str,
             image = rng.random((batch, height, width, model.network.channels), np.float32)
             wanted, found = np.asarray(model(jnp.asarray(image))[0]), np.asarray(run(image))
             if found.shape != wanted.shape:
-                raise ExportError(f"of an image {image.shape} it makes {found.shape}, the model {wanted.shape}")
+                raise ExportError(
+                    f"for an image of shape {image.shape} it returns {found.shape}, the model {wanted.shape}"
+                )
             differences.append(float(np.abs(found - wanted).max()))
             bound = max(bound, BOUND * float(np.abs(wanted).max()))
     if not max(differences) <= bound:  # also catches nan

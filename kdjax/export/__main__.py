@@ -25,12 +25,14 @@ FORMAT_NAMES = [suffix.removeprefix(".") for suffix in FORMATS]
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.export", __doc__)
     parser.add_argument("--model", required=True, help='.pth or .safetensors file, or "embedded"')
-    parser.add_argument("--output", required=True, type=Path, help="a folder, or one file that ends in its format")
-    parser.add_argument("--format", nargs="+", choices=FORMAT_NAMES, help="what to write into the folder; default: all")
+    parser.add_argument(
+        "--output", required=True, type=Path, help="a folder, or one file with the suffix of its format"
+    )
+    parser.add_argument("--format", nargs="+", choices=FORMAT_NAMES, help="what to write to the folder; default: all")
     parser.add_argument(
         "--run", type=Path, help="folder of the run that trained the model; default: where the model is"
     )
-    parser.add_argument("--license", default="unknown", help="what the card says, such as apache-2.0")
+    parser.add_argument("--license", default="unknown", help="license for the card, such as apache-2.0")
     parser.add_weights_options()
     return parser
 
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     is_file = options.output.suffix in FORMATS and not options.output.is_dir()
     if is_file and options.format:
-        parser.error(f"--output {options.output} is a file, whose ending is its format; leave out --format")
+        parser.error(f"--output {options.output} is a file, and its suffix is the format; leave out --format")
     if not re.fullmatch(r"[\w.+-]+", options.license):
         parser.error(f"--license {options.license!r} must be an identifier, such as apache-2.0")
     try:

@@ -56,7 +56,9 @@ def find_run(loaded: Loaded, given: Path | None) -> Run | None:
         if given is None:
             return None
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ExportError(f"--run {folder}: is not the folder of the finished run of this model: {reason}") from error
+        raise ExportError(
+            f"--run {folder}: is not the folder of a finished run that trained this model: {reason}"
+        ) from error
     return run
 
 
@@ -84,7 +86,7 @@ def _read_run(folder: Path, model: models.Model) -> Run:
     wrong = [name for name, value in numbers.items() if not isinstance(value, float | int | None)]
     if type(step) is not int or wrong:
         raise ValueError(
-            f"its numbers are no numbers: {brief({'step': step} | {name: numbers[name] for name in wrong})}"
+            f"these results are not numbers: {brief({'step': step} | {name: numbers[name] for name in wrong})}"
         )
     return Run(config, teacher, step, numbers)
 

@@ -215,9 +215,7 @@ def wavelet(
     """
     _check_equal("shape", prediction.shape, target.shape)
     if not 1 <= levels <= math.log2(max(1, min(prediction.shape[1:3]))):
-        raise ValueError(
-            f"levels={levels}: an image of {prediction.shape[1:3]} pixels must halve at least once a level"
-        )
+        raise ValueError(f"levels={levels}: an image of {prediction.shape[1:3]} pixels cannot be halved that often")
     if len(bands) != 4 or min(bands) < 0 or not any(bands):
         raise ValueError(f"bands={tuple(bands)} must be four weights for (ll, lh, hl, hh), none negative, not all 0")
     compare = make_criterion(criterion)

@@ -46,7 +46,7 @@ def needed_layers(vgg_type: str, layers: Sequence[str]) -> list[str]:
     """
     names = layer_names(vgg_type)
     if not layers:
-        raise ValueError(f"no layers of {vgg_type} were given (known: {', '.join(names)})")
+        raise ValueError(f"no layers of {vgg_type} given (known: {', '.join(names)})")
     positions = {name: i for i, name in enumerate(names)}
     return names[: 1 + max(pick(positions, layer, f"layer of {vgg_type}") for layer in layers)]
 

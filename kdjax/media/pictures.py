@@ -56,8 +56,8 @@ _TIFF_EXTRA_SAMPLES = 338
 _TIFF_EXIF = (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298, 0x8769, 0x8825)
 
 _DAMAGED_EXIF = "damaged EXIF dropped"
-_SEVERAL = "holds several pages; split it into one file for each, for example with tiffsplit"
-_ANIMATION = "is an animation; make single pictures or a video of it first (GIF and PNG: ffmpeg -i FILE frame_%04d.png)"
+_SEVERAL = "has several pages; split it into one file per page, for example with tiffsplit"
+_ANIMATION = "is an animation; convert it to images or a video first (GIF and PNG: ffmpeg -i FILE frame_%04d.png)"
 
 _PNG_END = bytes.fromhex("00000000 49454e44 ae426082")  # the IEND chunk
 
@@ -175,7 +175,7 @@ def too_large(
             return None
         return (
             f"too many pixels: {width}x{height}, and --max-megapixels is {max_pixels / 1e6:g};"
-            f" {math.ceil(width * height / 1e6)} would do"
+            f" {math.ceil(width * height / 1e6)} would be enough"
         )
     there, free = host_memory()
     free = free or there // 2 or _UNKNOWN_MEMORY
@@ -186,7 +186,8 @@ def too_large(
         return None
     return (
         f"too many pixels: {width}x{height} would take about {needed / 2**30:.1f} GB of memory, more than half of the"
-        f" {free / 2**30:.1f} GB that are free; --max-megapixels {math.ceil(width * height / 1e6)} tries all the same"
+        f" {free / 2**30:.1f} GB that are free; with --max-megapixels {math.ceil(width * height / 1e6)} it is tried"
+        " anyway"
     )
 
 
@@ -206,15 +207,18 @@ def check_target(path: str | os.PathLike[str], picture: Picture, scale: int = 1)
     height, width = (side * scale for side in picture.pixels.shape[:2])
     if max(height, width) > target.longest_side:
         raise ImageError(
-            f"{path}: {width}x{height} pixels, and {suffix} files hold {target.longest_side} a side; write png or tif"
+            f"{path}: {width}x{height} pixels, and {suffix} files can have {target.longest_side} a side; write png or"
+            " tif"
         )
     if picture.pixels.nbytes * scale**2 > target.most_bytes:
-        raise ImageError(f"{path}: {width}x{height} pixels are more than the 4 GB that {suffix} files hold; write png")
+        raise ImageError(
+            f"{path}: {width}x{height} pixels are more than the 4 GB that {suffix} files can hold; write png"
+        )
     if picture.has_alpha and not target.alpha and (picture.pixels[..., -1] != _full(picture.pixels)).any():
-        raise ImageError(f"{path}: {suffix} files hold no alpha channel; write png, webp or tif")
+        raise ImageError(f"{path}: {suffix} files have no alpha channel; write png, webp or tif")
     notes = []
     if picture.pixels.dtype == np.uint16 and not target.sixteen_bits:
-        notes.append(f"16 bits became 8: {suffix} files hold no more")
+        notes.append(f"16 bits became 8: {suffix} files have no more")
     for what, metadata, most in (
         ("colour profile", picture.icc, target.most_icc),
         ("EXIF", picture.exif, 0 if target is _TIFF and _needs_vips(picture) else target.most_exif),
@@ -289,7 +293,7 @@ def _save_with_exif(
 def _tiff_exif(exif: bytes) -> Image.Exif:
     """Returns the part of EXIF that belongs in a TIFF file; may raise anything if it is damaged."""
     if containers.exif_claims_too_much(exif.removeprefix(containers.EXIF)):
-        raise ValueError("its tags claim more bytes than it has")
+        raise ValueError("its tags reach beyond its end")
     kept = Image.Exif()
     kept.load(exif)
     for tag in list(kept):
@@ -326,7 +330,7 @@ def _read_with_pillow(image: Image.Image) -> Picture:
     if "icc_profile" in image.info and not icc:
         notes.append("damaged colour profile dropped")
     if image.format == "TIFF" and (extra := _extra_channels(image)):
-        notes.append(f"{extra} extra channel{'' if extra == 1 else 's'} of no said meaning dropped")
+        notes.append(f"{extra} extra channel{'' if extra == 1 else 's'} of unknown meaning dropped")
     if image.mode in ("CMYK", "LAB"):
         notes.append(f"{image.mode} converted to sRGB")
         image, icc = _to_srgb(image, icc), None

@@ -89,18 +89,18 @@ def probe(path: str | os.PathLike[str]) -> Video:
     except VideoError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
-        raise VideoError(f"{path}: cannot be read: what ffprobe says of it makes no sense ({error})") from error
+        raise VideoError(f"{path}: cannot be read: the output of ffprobe makes no sense ({error})") from error
 
 
 def _described(path: Path, about: dict[str, Any]) -> Video:
     if not about.get("streams"):
-        raise VideoError(f"{path}: holds no moving pictures")
+        raise VideoError(f"{path}: has no video stream")
     stream = about["streams"][0]
     # The nominal rate is exact for constant frame rates, but too high for variable ones.
     nominal, average = (_fraction(stream.get(name)) for name in ("r_frame_rate", "avg_frame_rate"))
     rate = nominal if average == 0 or abs(nominal / average - 1) < 0.01 else average
     if rate == 0:
-        raise VideoError(f"{path}: does not say how many frames there are in a second")
+        raise VideoError(f"{path}: does not say its frame rate")
     seconds = float(stream.get("duration") or about.get("format", {}).get("duration") or 0)
     shape = stream.get("sample_aspect_ratio", "1:1")
     return Video(
@@ -132,7 +132,7 @@ def frames(video: Video) -> Iterator[np.ndarray]:
             number += 1
             yield frame
     if number == 0:
-        raise VideoError(f"{video.path}: not one frame could be decoded")
+        raise VideoError(f"{video.path}: no frame could be decoded")
 
 
 def write_video(path: str | os.PathLike[str], video: Video, frames: Iterable[np.ndarray]) -> tuple[int, int, int]:
@@ -238,7 +238,7 @@ def _read_ppm(stream: IO[bytes]) -> np.ndarray | None:
 
 def _program(name: str, path: str | os.PathLike[str]) -> str:
     if (program := shutil.which(name)) is None:
-        raise VideoError(f"{path}: videos need the program {name}, and it is not on the path; install ffmpeg")
+        raise VideoError(f"{path}: videos need the program {name}, which is not on the PATH; install ffmpeg")
     return program
 
 
@@ -258,7 +258,7 @@ def _url(path: str | os.PathLike[str]) -> str:
 
 def _reason(messages: bytes, path: str | os.PathLike[str]) -> str:
     lines = [line.strip() for line in os.fsdecode(messages).splitlines() if line.strip()]
-    return lines[-1].removeprefix(f"{_url(path)}: ") if lines else "ffmpeg does not say why"
+    return lines[-1].removeprefix(f"{_url(path)}: ") if lines else "ffmpeg gave no reason"
 
 
 def _fraction(value: Any) -> Fraction:

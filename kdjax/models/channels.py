@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from kdjax.models.model import Params
+
 Conv = Mapping[str, np.ndarray]  # kernel (HWIO) and bias
-Tree = dict[str, Any]
 
 
 def best(importance: np.ndarray, count: int) -> np.ndarray:
@@ -35,15 +36,15 @@ def every(conv: Conv, side: str) -> np.ndarray:
     return np.arange(conv["kernel"].shape[2 if side == "in" else 3])
 
 
-def take(conv: Conv, read: np.ndarray, written: np.ndarray) -> Tree:
+def take(conv: Conv, read: np.ndarray, written: np.ndarray) -> Params:
     """Returns the convolution restricted to some input and output channels."""
     return {"kernel": conv["kernel"][:, :, read][..., written], "bias": conv["bias"][written]}
 
 
-def cut_stack(name: str, count: Callable[[Mapping[str, Any]], int]) -> Callable[..., Tree]:
+def cut_stack(name: str, count: Callable[[Mapping[str, Any]], int]) -> Callable[..., Params]:
     """Returns a `Slice.cut` for a list `name` (conv, activation, ..., conv) with `count(hparams)` convolutions."""
 
-    def cut(params: Tree, before: Mapping[str, Any], after: Mapping[str, Any]) -> Tree:
+    def cut(params: Params, before: Mapping[str, Any], after: Mapping[str, Any]) -> Params:
         layers, last, width = params[name], 2 * (count(before) - 1), after["num_feat"]
         new_last = 2 * (count(after) - 1)
         sliced, read = {}, every(layers["0"], "in")
@@ -61,7 +62,7 @@ def cut_stack(name: str, count: Callable[[Mapping[str, Any]], int]) -> Callable[
     return cut
 
 
-def cut_chain(params: Tree, names: Sequence[str], read: np.ndarray, width: int) -> Tree:
+def cut_chain(params: Params, names: Sequence[str], read: np.ndarray, width: int) -> Params:
     """Cuts a chain of convolutions to `width` channels, from input channels `read` to all channels of the last one."""
     sliced = {}
     for name, following in zip(names, [*names[1:], None], strict=True):

@@ -42,7 +42,7 @@ def architecture(arch: str) -> Architecture:
         classes = [name for name, value in vars(module).items()
                    if inspect.isclass(value) and issubclass(value, nnx.Module | linen.Module)]  # fmt: skip
         raise ValueError(
-            f"architecture {arch!r}: {class_name!r} is no Flax module class of {module_name} (there are:"
+            f"architecture {arch!r}: {class_name!r} is not a Flax module class of {module_name} (it has:"
             f" {', '.join(classes) or 'none'})"
         )
     return Architecture(found, name=arch, is_checked=False)

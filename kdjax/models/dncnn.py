@@ -94,7 +94,7 @@ def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
     if inputs == outputs + 1:
         raise WeightsError(
             f"it looks like FDnCNN or FFDNet: the first convolution reads {inputs} channels and the last writes"
-            f" {outputs}, so one input is a map of the noise level; only DnCNN, which needs no map, is supported"
+            f" {outputs}, so one input is a noise level map; only DnCNN, which has none, is supported"
         )
     num_in_ch, unshuffle = unshuffled(inputs, stated)
     return {
@@ -116,7 +116,7 @@ def _settle(known: Known) -> Settled:
     settled, notes = settle_unshuffle(known)
     if sizes not in PUBLISHED_SIZES:
         notes.append(
-            "its activation was taken for ReLU, as in every published DnCNN; one with leaky ReLU has the same tensors"
+            "ReLU was assumed, as in every published DnCNN; one with leaky ReLU has the same tensors"
             " and is not supported"
         )
     return settled, notes
@@ -148,10 +148,10 @@ def _fold_batch_norm(state: State) -> tuple[dict[str, np.ndarray], str] | None:
         conv, norm = entries[index], entries.get(index + 1)
         weight = conv.get("weight")
         if weight is None or weight.ndim != 4 or not weight.numel:
-            raise WeightsError(f"{name}.{index} is no convolution, so its BatchNorm cannot be folded")
+            raise WeightsError(f"{name}.{index} is not a convolution, so its BatchNorm cannot be folded")
         shape = weight.shape[:1]
         if ("bias" not in conv and has_biases) or ("bias" in conv and conv["bias"].shape != shape):
-            raise WeightsError(f"{name}.{index} is no convolution with a bias, so its BatchNorm cannot be folded")
+            raise WeightsError(f"{name}.{index} is not a convolution with a bias, so its BatchNorm cannot be folded")
         kernel = weight.array().astype(np.float64)
         bias = conv["bias"].array().astype(np.float64) if "bias" in conv else np.zeros(shape)
         if norm is not None:

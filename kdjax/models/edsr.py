@@ -212,7 +212,8 @@ def _settle(known: Known) -> Settled:
         notes.append(note)
     if not {"img_range"} & {*known.stated, *known.told}:
         notes.append(
-            "img_range=255 and the mean colour of DIV2K were taken, as in BasicSR; no tensor tells them; otherwise"
+            "img_range=255 and the mean colour of DIV2K were assumed, as in BasicSR, since no tensor shows them;"
+            " otherwise"
             f" {how_to_say('img_range', (1,))}"
         )
     return settled, notes
@@ -225,16 +226,15 @@ def _res_scale(layout: str, hparams: Hparams) -> tuple[float, str]:
     if published is not None and hparams["upscale"] in (2, 3, 4) and hparams["unshuffle"] == 1:
         why = f"as in the published EDSR of {words}"
     elif layout == _AUTHORS and sizes[0] <= 64:
-        published, why = 1.0, "the default of the authors' program, which only their 256 features need smaller"
+        published, why = 1.0, "the default of the authors' program, smaller only for 256 features"
     else:
         raise WeightsError(
-            f"it is EDSR of {words}, whose residuals are multiplied by a number that no tensor tells (1 in the"
+            f"it is EDSR of {words}, whose residuals are scaled by a number that no tensor shows (1 in the"
             f" published network of 64 features, 0.1 in that of 256): {how_to_say('res_scale', (0.1, 1))}"
         )
     other = 1 if published < 1 else 0.1
-    note = (
-        f"res_scale={published:g} was taken, {why}; no tensor tells it; otherwise {how_to_say('res_scale', (other,))}"
-    )
+    otherwise = how_to_say("res_scale", (other,))
+    note = f"res_scale={published:g} was assumed, {why}, since no tensor shows it; otherwise {otherwise}"
     return published, note
 
 

@@ -305,7 +305,7 @@ class Network:
         fits = output.ndim == 4 and output.shape[0] == x.shape[0]
         if not fits or any(ours % theirs for ours, theirs in zip(output.shape[1:3], x.shape[1:3], strict=True)):
             raise ValueError(
-                f"{self.arch} made {output.shape} of an image of shape {x.shape}; wanted (b, h x scale, w x scale,"
+                f"{self.arch} returned {output.shape} for an image of shape {x.shape}; wanted (b, h x scale, w x scale,"
                 " channels)"
             )
         return output, features

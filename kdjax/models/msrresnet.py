@@ -43,7 +43,7 @@ class MSRResNet(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         if upscale not in (1, 2, 3, 4):
-            raise ValueError(f"MSRResNet enlarges 1, 2, 3 or 4 times, not upscale={upscale}")
+            raise ValueError(f"MSRResNet has upscale 1, 2, 3 or 4, not upscale={upscale}")
         if num_in_ch != num_out_ch:
             raise ValueError(
                 f"MSRResNet adds its input to its output: num_in_ch={num_in_ch} and num_out_ch={num_out_ch} must be"

@@ -175,7 +175,7 @@ def levels(shapes: Shapes, pattern: str) -> int:
     """
     found = count(shapes, pattern)
     if found > MAX_LEVELS:
-        raise WeightsError(f"it is a U-Net of {found} levels, at most {MAX_LEVELS} are read")
+        raise WeightsError(f"it is a U-Net of {found} levels; {MAX_LEVELS} is the limit")
     return found
 
 
@@ -212,7 +212,7 @@ def how_to_say(name: str, values: Iterable[Any]) -> str:
     python = " or ".join(f"{name}={value!r}" for value in values)
     first = next(iter(values))
     return (
-        f"say {python}, as load_model(..., {name}={first!r}) in Python, --hparam {name}={first} on the command line,"
+        f"give {python}: as load_model(..., {name}={first!r}) in Python, --hparam {name}={first} on the command line,"
         f" config.teacher.hparams.{name} = {first!r} in a config"
     )
 
@@ -221,7 +221,7 @@ def note_unshuffling(channels: int, factor: int, name: str, value: int, whose: s
     """Returns the note saying that the input channels were taken as those of an un-shuffled image."""
     read = channels * factor**2
     return (
-        f"its {read} input channels were taken for {channels} of an image un-shuffled {factor} times, as in {whose}"
+        f"its {read} input channels are assumed to be {channels} channels, pixel-unshuffled by {factor}, as in {whose}"
         f" ({name}={value}); if it reads {read} colours, {how_to_say('num_in_ch', (read,))}"
     )
 

@@ -98,7 +98,7 @@ class RRDBNet(nnx.Module):
         enlargement = math.prod(self.factors)
         if scale < 1 or enlargement % scale:
             raise ValueError(
-                f"RRDBNet with num_upsample={num_upsample} enlarges {enlargement} times before un-shuffling;"
+                f"RRDBNet with num_upsample={num_upsample} upscales {enlargement}x before un-shuffling;"
                 f" scale={scale} does not divide that; use scale 1, 2 or 4 with num_upsample=2, or scale 3 with"
                 " num_upsample=1"
             )
@@ -218,7 +218,7 @@ def _settle(known: Known) -> Settled:
     if hparams["num_upsample"] == 1 and "scale" not in stated:
         scales = (2, 3) if hparams["scale"] == 2 else (1, 2, 3)  # 1 with an un-shuffled input
         raise WeightsError(
-            "it is RRDBNet with one upsampling, which enlarges 2 or 3 times with the same tensors:"
+            "it is RRDBNet with one upsampling, which upscales 2x or 3x with the same tensors:"
             f" {how_to_say('scale', scales)}"
         )
     factor = 2 ** hparams["num_upsample"] // hparams["scale"]

@@ -70,7 +70,7 @@ def write(name: str, results: Sequence[Result], workdir: Path) -> None:
         with whole_file(workdir / "results.png") as temporary:
             plot(rows, results, temporary, teacher_psnr=teacher_psnr)
     except ImportError:
-        log.info("no picture: matplotlib is not installed (pip install 'kdjax[plot]')")
+        log.info("no plot: matplotlib is not installed (pip install 'kdjax[plot]')")
 
 
 def summarise(results: Sequence[Result], teacher_psnr: float) -> list[Row]:

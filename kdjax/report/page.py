@@ -104,9 +104,7 @@ def write_report(
 def _check(restored: Restored) -> None:
     where = f"image {restored.name!r} ({restored.data}, {restored.degraded})"
     if reserved := {INPUT, CLEAN} & set(restored.outputs):
-        raise ValueError(
-            f"{where}: no model can be named {reserved.pop()!r}, which is another column; rename the model"
-        )
+        raise ValueError(f"{where}: a model cannot be named {reserved.pop()!r}, which is another column; rename it")
     gt = restored.gt
     if gt.dtype != np.uint8 or gt.ndim != 3 or gt.shape[2] not in (1, 3) or 0 in gt.shape:
         raise ValueError(f"{where}: gt is {gt.dtype} of shape {gt.shape}; wanted uint8 of shape (h, w, 1 or 3)")
@@ -117,7 +115,7 @@ def _check(restored: Restored) -> None:
                 f"{where}: {what} is {picture.dtype} of shape {picture.shape}; wanted uint8 of gt's shape {gt.shape}"
             )
     if not any(restored.scores.values()):
-        raise ValueError(f"{where}: it has no score, and the list is in the order of scores")
+        raise ValueError(f"{where}: it has no score, and the list is sorted by score")
     if unknown := [metric for metric in _union(restored.scores.values()) if metric not in METRICS]:
         raise ValueError(f"{where}: a score has the unknown metric {unknown[0]!r} (known: {', '.join(METRICS)})")
 

@@ -95,7 +95,7 @@ def markdown(comparison: Comparison) -> str:
         textwrap.fill(how, _COLUMNS),
     ]
     if peak is not None:
-        parts.append(f"The allocator of the device counted {_short(peak / 2**20)} MiB at most, over the whole run.")
+        parts.append(f"The device's allocator counted {_short(peak / 2**20)} MiB at most, over the whole run.")
     if comparison.quality:
         parts.append(f"## Quality: {literal(comparison.images)}\n\n{_quality_table(comparison.quality)}")
     return "\n\n".join(parts) + "\n"
@@ -116,7 +116,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     matplotlib.rcParams["text.parse_math"] = False  # a $ in a model's name is a plain $
     groups = _groups([row for row in comparison.costs if row.timing])
     if not groups:
-        raise ValueError("no model fitted into memory, so there is nothing to draw")
+        raise ValueError("no model fitted into memory, so there is nothing to plot")
     draw = _draw_quality if comparison.quality else _draw_latency
     figure = draw(pyplot, comparison, groups)
     machine = comparison.machine

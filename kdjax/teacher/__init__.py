@@ -1,4 +1,4 @@
-"""A run's teacher: loaded and optionally averaged (`load`), or its cached outputs (`targets`).
+"""A run's teacher: loaded and optionally averaged (`load`), or its cached outputs (`cache`).
 
 The step sees one pure function, or arrays in the batch; it does not know which files they come from.
 """

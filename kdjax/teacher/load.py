@@ -55,7 +55,7 @@ def load_teacher(options: config.Teacher, student: models.Model) -> Teacher:
     """
     if not options.weights:
         raise ConfigError(
-            'the teacher is needed: set config.teacher.weights to a .pth or .safetensors file or to "embedded", or set'
+            'a teacher is needed: set config.teacher.weights to a .pth or .safetensors file or to "embedded", or set'
             " the weights of the distillation terms to 0"
         )
     files = tuple(
@@ -72,7 +72,7 @@ def load_teacher(options: config.Teacher, student: models.Model) -> Teacher:
     mix = options.mix or (1.0,) * len(files)
     if len(mix) != len(files) or not all(isinstance(part, int | float) and part > 0 for part in mix):
         raise ConfigError(
-            f"config.teacher.mix={options.mix!r} must have one positive number for each of the {len(files)} teachers"
+            f"config.teacher.mix={options.mix!r} must have one positive number per teacher, {len(files)} in all"
         )
 
     def combined(dtype: str) -> Apply:
@@ -86,7 +86,7 @@ def load_teacher(options: config.Teacher, student: models.Model) -> Teacher:
     if len(files) > 1:
         identity += f", averaged with weights {', '.join(f'{part:g}' for part in mix)}"
     if options.self_ensemble:
-        identity += ", over the eight flips and turns"
+        identity += ", averaged over the eight flips and rotations"
     return Teacher(files, params, combined(options.dtype), combined("float32"), identity)
 
 

@@ -101,8 +101,9 @@ def make_terms(specs: Mapping[str, Mapping[str, Any]], setting: Setting) -> tupl
     shares = {term.name: term.share for term in terms if term.share}
     if shares and (len(shares) == len(terms) or sum(shares.values()) >= 1):
         raise ValueError(
-            f"the shares {shares} leave nothing for a term with a weight; they must sum to less than 1, and one term at"
-            " least needs a number or a schedule, to which they are related"
+            f"the shares {shares} must sum to less than 1, and at least one term needs a number or a schedule, which"
+            " they"
+            " are relative to"
         )
     return tuple(terms)
 
@@ -138,7 +139,7 @@ def _share(weight: float | Mapping[str, Any]) -> float:
     for key in weight:
         if key != "share":
             raise ValueError(
-                f"weight {dict(weight)} has share and {key!r}{nearest(key, ['share'])}; it is one or other"
+                f"weight {dict(weight)} has share and {key!r}{nearest(key, ['share'])}; use one or the other"
             )
     share = weight["share"]
     if not isinstance(share, int | float) or not 0 < share < 1:

@@ -57,7 +57,7 @@ def soft_target(
             raise ValueError('space="rgb" compares images; pairs are for space="spatial"')
         log.warning(
             'soft_target with space="rgb" only sees differences between colours: at any temperature it is close to half'
-            ' their MSE, and an error of brightness costs nothing. It is here for comparison; use "output" instead'
+            ' their MSE, and an error of brightness costs nothing. It exists for comparison; use "output" instead'
         )
         compare = lambda s, t: losses.soft_target_rgb(s, t, temperature=temperature, reduction=reduction)  # noqa: E731
         jax.eval_shape(compare, setting.student.output, setting.teacher.output)  # refuses an unknown reduction now
@@ -123,7 +123,7 @@ def contrastive(setting: Setting, *, layers: Sequence[tuple[str, float]]) -> Los
       ValueError: if there are no layers, one is unknown, or the networks change the image size.
     """
     if setting.student.output.shape[1:3] != setting.lq[1:3]:
-        raise ValueError("contrastive puts restored images into the teacher, so it needs a scale of 1")
+        raise ValueError("contrastive runs the teacher on restored images, so it needs scale 1")
     if not layers:
         raise ValueError(
             f"layers is empty; give features of the teacher with weights: {listed_features(setting.teacher)}"

@@ -12,8 +12,8 @@ def how_to_save_memory(config: Config, prefix: str = "config.") -> str:
     """Lists what the user can change, cheapest first; flags start with `prefix`."""
     parts, asks_teacher = config.train.accumulate, needs_teacher(config.terms) and not config.teacher.cache
     ways = [
-        f"train.accumulate={2 * parts} (the batch in {2 * parts} parts, one after another, with the same update)",
-        "student.remat=True (activations are computed again in place of kept)" * (not config.student.remat),
+        f"train.accumulate={2 * parts} (the batch in {2 * parts} parts, one after another; the update is the same)",
+        "student.remat=True (activations are recomputed, not kept)" * (not config.student.remat),
         "teacher.dtype=bfloat16" * (asks_teacher and config.teacher.dtype != "bfloat16"),
         "teacher.cache=DIR, from python -m kdjax.cache" * asks_teacher,
         f"a smaller data.batch_size (now {config.data.batch_size}) or data.crop (now {config.data.crop})",

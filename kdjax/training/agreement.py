@@ -48,7 +48,8 @@ def check(problem: str, facts: Callable[[], dict[str, Any]], workdir: Path) -> N
     for name, (_, _, theirs) in zip(names, everyone, strict=True):
         if different := config_lib.changes(everyone[0][2], theirs):
             raise AgreedError(
-                f"{name} is not as {names[0]}: {'; '.join(different)}. Start the same command with the same files and"
+                f"{name} differs from {names[0]}: {'; '.join(different)}. Start the same command with the same files"
+                " and"
                 " versions everywhere"
             )
     _check_shared(workdir, names)
@@ -96,7 +97,7 @@ def _check_shared(workdir: Path, names: list[str]) -> None:
     if not all(sees):
         blind = names[sees.index(False)]
         raise AgreedError(
-            f"{blind} does not see what {names[0]} writes in {workdir}: a run of several processes needs one folder"
+            f"{blind} does not see what {names[0]} writes to {workdir}: a run of several processes needs one folder"
             " that all hosts share (NFS, Lustre, a mounted bucket); give it as --workdir"
         )
 

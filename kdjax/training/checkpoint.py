@@ -140,8 +140,8 @@ class Checkpoints:
         complete = self._manager.all_steps(read=True)
         last = f"the last complete one is of step {max(complete):,}" if complete else "there is no complete one yet"
         return CheckpointError(
-            f"a checkpoint could not be written to {self._manager.directory}: {error}. Make room or mend the disk; the"
-            f" same command continues, and {last}"
+            f"a checkpoint could not be written to {self._manager.directory}: {error}. Free some space or check the"
+            f" disk, then run the same command to continue; {last}"
         )
 
 
@@ -193,17 +193,20 @@ def _put_damaged_aside(directory: Path) -> str:
     faults = {path: fault for path in steps if (fault := _fault(path))}
     if steps and len(faults) == len(steps):
         return (
-            f"no checkpoint in {directory} can be read: {'; '.join(faults.values())}. Look at the disk; give a new"
-            " --workdir, or remove that folder to start anew"
+            f"no checkpoint in {directory} can be read: {'; '.join(faults.values())}. Check the disk; give a new"
+            " --workdir, or remove that folder to start over"
         )
     for path, fault in faults.items():
         aside = path.with_name(f"{path.name}.damaged")
-        log.warning(f"WARNING: THE CHECKPOINT OF STEP {int(path.name):,} IS DAMAGED AND PUT ASIDE AS {aside}: {fault}")
+        log.warning(f"WARNING: THE CHECKPOINT OF STEP {int(path.name):,} IS DAMAGED AND WAS MOVED TO {aside}: {fault}")
         shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
         try:
             path.rename(aside)
         except OSError as error:
-            return f"the damaged checkpoint {path} cannot be put aside: {error}. Remove it; the same command continues"
+            return (
+                f"the damaged checkpoint {path} cannot be moved aside: {error}. Remove it and run the same command to"
+                " continue"
+            )
     return ""
 
 

@@ -59,12 +59,12 @@ def parse(values: Mapping[str, Any]) -> Study:
     for column, other in compute_of.items():
         if other not in columns:
             raise ConfigError(
-                f"column {column!r}: compute_of={other!r} is no column{nearest(other, columns)}"
+                f"column {column!r}: compute_of={other!r} is not a column{nearest(other, columns)}"
                 f" (columns: {', '.join(columns)})"
             )
         if other in compute_of:
             raise ConfigError(
-                f"column {column!r}: compute_of={other!r}, which has a compute_of itself; name that column"
+                f"column {column!r}: compute_of={other!r}, which itself has a compute_of; name that column"
             )
     name = values.get("name", "study")
     config_lib.check_name(name, "study key 'name'")

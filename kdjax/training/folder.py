@@ -48,7 +48,8 @@ def claim(setup: Setup, workdir: Path) -> None:
         if path.read_bytes().strip(b"\0\n ") and not (workdir / "checkpoints").is_dir():
             raise ConfigError(f"{error}, so {workdir} may not be the folder of a run; give a new --workdir") from None
         log.warning(
-            f"WARNING: {error}. It is written anew; whether student and teacher are those of before cannot be checked"
+            f"WARNING: {error}. It will be rewritten; whether student and teacher are the same as before cannot be"
+            " checked"
         )
     else:
         if before and not before.keys() >= {"student", "teacher"}:
@@ -57,8 +58,8 @@ def claim(setup: Setup, workdir: Path) -> None:
             return
         if foreign:
             raise ConfigError(
-                f"{workdir} holds {', '.join(foreign)}, and no run of kdjax, which would replace them; give a new"
-                " --workdir, or move these files away"
+                f"{workdir} holds {', '.join(foreign)}, which kdjax would overwrite, and no run; give a"
+                " new --workdir, or move these files"
             )
     write_json(path, identity(setup))
 
@@ -76,7 +77,7 @@ def check_same_run(setup: Setup, workdir: Path) -> None:
     try:
         config_before = read_json(workdir / "config.json")
     except ValueError as error:
-        log.warning(f"WARNING: {error}. It is written anew")
+        log.warning(f"WARNING: {error}. It will be rewritten")
         return
     for change in config_lib.changes(config_before, config_lib.to_dict(setup.config)):
         log.info(f"config changed since the last start: {change}")

@@ -100,5 +100,5 @@ def _rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             rows.append({"step": int(row["step"]), **row})
         except (ValueError, KeyError, TypeError):
-            log.warning(f"WARNING: a line of {path} is damaged and left out: {line[:40]!r}")
+            log.warning(f"WARNING: a line of {path} is damaged and was skipped: {line[:40]!r}")
     return rows

@@ -181,7 +181,7 @@ def fetch(pending: list[tuple[int, dict[str, distill.Metrics]]]) -> dict[str, Va
                 raise NonFiniteLoss(
                     student,
                     f"step {step:,}: the loss or its gradient is not finite ({values}). Lower the learning rate, add"
-                    " warm-up or gradient clipping, or look at the data of this step; the checkpoints are from before",
+                    " warm-up or gradient clipping, or check the data of this step; the checkpoints are from before it",
                 )
     last = fetched[-1][1]
     return {student: _on_host({k: v for k, v in own.items() if k != "finite"}) for student, own in last.items()}

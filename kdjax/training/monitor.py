@@ -63,7 +63,7 @@ class Monitor:
         )
         if options.degrade and not options.lq:
             sizes = {image.gt.shape for image in images}
-            log.info(f"degrading {len(images)} validation images of {len(sizes)} sizes, each of which compiles")
+            log.info(f"degrading {len(images)} validation images of {len(sizes)} sizes; each size is compiled")
             self.samples = validation.degraded_samples(
                 [image.name for image in images], [image.gt for image in images], options.degrade, self._scale
             )
@@ -87,7 +87,7 @@ class Monitor:
         log.info(f"teacher on {len(crops)} validation crops: {teacher.psnr:.2f} dB, its input {before.psnr:.2f} dB")
         if not teacher.psnr > before.psnr:
             log.warning(
-                "WARNING: THE TEACHER DOES NOT IMPROVE ITS INPUT. A student will learn that from it. Is it a model for"
+                "WARNING: THE TEACHER DOES NOT IMPROVE ITS INPUT. A student will learn just that. Is it a model for"
                 " this noise (config.val.sigma, config.degrade), and are its weights the right ones (config.teacher)?"
             )
 

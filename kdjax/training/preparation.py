@@ -19,7 +19,7 @@ from kdjax.degradations import make_degrade
 from kdjax.models.slicing import slice_model
 from kdjax.schedules import make_schedule
 from kdjax.streams import Stream
-from kdjax.teacher import targets
+from kdjax.teacher import cache as teacher_cache
 from kdjax.teacher.load import Teacher, load_teacher
 from kdjax.terms import make_terms, needs_teacher
 from kdjax.weights import load_weights
@@ -69,7 +69,7 @@ def prepare(config: Config) -> Setup:
     for name, side in (("crop", config.data.crop), ("canvas", config.data.canvas)):
         if side % scale:
             raise ConfigError(
-                f"config.data.{name}={side} is no multiple of {scale}, by which the student enlarges; use"
+                f"config.data.{name}={side} is not a multiple of the student's scale {scale}; use"
                 f" {-(-side // scale) * scale}"
             )
     student_apply = student.network.make_apply(remat=config.student.remat, dtype=jnp.dtype(config.student.dtype))
@@ -105,7 +105,7 @@ def prepare(config: Config) -> Setup:
     whole = [term.name for term in recipe.terms if not term.loss.is_mean]
     if parts > 1 and whole:
         raise ConfigError(
-            f'the loss term {whole[0]!r} has criterion="fro", a length over the whole batch, which cannot be added up'
+            f'the loss term {whole[0]!r} has criterion="fro", a norm over the whole batch, which cannot be summed'
             f' from config.train.accumulate={parts} parts; use criterion="l1" or "l2", or accumulate=1'
         )
     pairs = data.find_pairs(
@@ -130,7 +130,7 @@ def prepare(config: Config) -> Setup:
     setup = Setup(config, mesh, student, teacher, recipe, pairs, unlabelled, unpaired)
     if not config.teacher.cache:
         return setup
-    cache, recipe = targets.open_for(config, recipe, teacher, sample_settings(setup))
+    cache, recipe = teacher_cache.open_for(config, recipe, teacher, sample_settings(setup))
     return dataclasses.replace(setup, cache=cache, recipe=recipe)
 
 
@@ -152,9 +152,9 @@ def on_these_devices(config: Config) -> Config:
 
 
 def sample_settings(setup: Setup) -> dict[str, object]:
-    """Returns everything that determines this run's samples; see `kdjax.teacher.targets`."""
+    """Returns everything that determines this run's samples; see `kdjax.teacher.cache`."""
     kinds = {"gt": setup.pairs, "unlabelled": setup.unlabelled, "unpaired": setup.unpaired}
-    return targets.settings(setup.config, setup.student, setup.teacher, kinds, side=loaded_side(setup))
+    return teacher_cache.settings(setup.config, setup.student, setup.teacher, kinds, side=loaded_side(setup))
 
 
 def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
@@ -224,7 +224,7 @@ def loaded_side(setup: Setup) -> int:
 
 def batch_shapes(setup: Setup) -> Batch:
     """Returns the shapes of a training batch."""
-    return targets.batch_shapes(setup.config, setup.student, side=loaded_side(setup), cache=setup.cache)
+    return teacher_cache.batch_shapes(setup.config, setup.student, side=loaded_side(setup), cache=setup.cache)
 
 
 def report(setup: Setup) -> None:

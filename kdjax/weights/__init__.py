@@ -90,7 +90,7 @@ def load_weights(
       key: which set of weights to take if the file has several: an entry ("params"), a path of entries
         ("state_dict/params"), or a prefix of the tensors' names ("net_g"). "auto" prefers a moving average of the
         generator, then the generator, then an entry called params, model, ...; then the only set of tensors.
-      arch: the architecture, if it should not be recognised from the keys. BasicSR's class names work too.
+      arch: the architecture, in place of the recognised one from the keys. BasicSR's class names work too.
       **hparams_overrides: hyper-parameters that the tensors do not tell, such as act_type="relu" or scale=3.
 
     Raises:
@@ -104,7 +104,7 @@ def load_weights(
         content, about = _parse(data)
         said_by_file, said = _said(about, chosen)
         if chosen and said_by_file and chosen is not said_by_file:
-            raise WeightsError(f"it says it is {said_by_file.name}, not {chosen.name}")
+            raise WeightsError(f"the file says {said_by_file.name}, not {chosen.name}")
         chosen = chosen or said_by_file
         state, found_key = _one_network(content, key, chosen, len(data))
         model, layout, notes = to_model(state, architecture=chosen, said=said, given=hparams_overrides)
@@ -169,7 +169,7 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     shown = printable(str(path))
     if path.suffix not in WRITERS:
-        suffix = printable(path.suffix) or "a file without suffix"
+        suffix = printable(path.suffix) or "a file without a suffix"
         raise WeightsError(f"{shown}: cannot write {suffix}; use {' or '.join(WRITERS)}")
     if not path.parent.is_dir():
         raise WeightsError(f"{shown}: the folder {printable(str(path.parent))} does not exist; create it first")
@@ -230,7 +230,7 @@ def _parse(data: bytes) -> tuple[Any, Any]:
         content = read_torch_file(data)
         about = content.get("kdjax") if type(content) is dict else None
         return content, about
-    raise WeightsError(f"it begins with {data[:8]!r}; wanted a .pth file of torch.save or a .safetensors file")
+    raise WeightsError(f"it starts with {data[:8]!r}; wanted a .pth file of torch.save or a .safetensors file")
 
 
 def _one_network(
@@ -254,11 +254,11 @@ def _said(about: Any, asked: Architecture | None) -> tuple[Architecture | None, 
         case {"arch": str(arch), "hparams": dict(hparams)} if len(arch) <= 500 and _are_plain(hparams):
             if is_custom(arch) and (asked is None or arch != asked.name):  # a file must not decide what is imported
                 raise WeightsError(
-                    f"it is a network of your own, {brief(arch)}; say so to have it imported: arch={brief(arch)}"
+                    f"it is for a custom network, {brief(arch)}; to import that code, give arch={brief(arch)}"
                 )
             if is_custom(arch) or arch in MODELS:
                 return architecture(arch), hparams
-    raise WeightsError('its entry "kdjax" does not name an architecture and its hyper-parameters; it was altered')
+    raise WeightsError('its entry "kdjax" does not name an architecture and its hyper-parameters; the file was altered')
 
 
 def _are_plain(hparams: dict[Any, Any]) -> bool:

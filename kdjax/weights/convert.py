@@ -93,14 +93,12 @@ def _refuse_contradictions(
         if name in told and told[name] != value
     ]
     wrong += [
-        f"{name}={brief(stated[name])}, the file says {brief(said[name])}"
+        f"{name}={brief(stated[name])}, but the file says {brief(said[name])}"
         for name in given
         if said and stated[name] != said[name]
     ]
     if wrong:
-        raise WeightsError(
-            f"it is stated to be {architecture.name} with {'; '.join(wrong)}; leave that out or correct it"
-        )
+        raise WeightsError(f"given as {architecture.name} with {'; '.join(wrong)}; correct that or leave it out")
 
 
 def to_state_dict(model: Model) -> dict[str, np.ndarray]:
@@ -188,6 +186,5 @@ def _float32(array: np.ndarray) -> np.ndarray:
 def _refuse_not_finite(names: Collection[str]) -> None:
     if names:
         raise WeightsError(
-            f"there are NaN or infinite values (as float32) in: {listed(names)}; training diverged or the file is"
-            " damaged"
+            f"NaN or infinite values (as float32) in: {listed(names)}; training diverged or the file is damaged"
         )

@@ -50,7 +50,7 @@ def infer(architecture: Architecture, shapes: Shapes, stated: Mapping[str, Any])
         settings = ", ".join(f"{name}={value}" for name, value in hparams.items())
         raise WeightsError(
             f"its keys are those of {architecture.name} ({settings}), which has {wanted:,} tensors; the file has"
-            f" {len(shapes):,}, and at most {most:,} as small as these are read; it is incomplete or damaged"
+            f" {len(shapes):,}, and at most {most:,} of this size are read; it is incomplete or damaged"
         )
     return hparams
 

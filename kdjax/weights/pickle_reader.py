@@ -111,7 +111,7 @@ class _Machine:
     def count(self, steps: int) -> None:
         self.steps += steps
         if self.steps > self.max_steps:
-            raise WeightsError(f"the pickle takes more than {self.max_steps} steps; that is no state dict; {RESAVE}")
+            raise WeightsError(f"the pickle takes more than {self.max_steps} steps; this is not a state dict; {RESAVE}")
 
     def execute(self, op: str, argument: Any) -> None:
         push, pop = self.stack.append, self.stack.pop

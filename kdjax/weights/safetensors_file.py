@@ -47,7 +47,7 @@ def read_safetensors_file(data: bytes) -> tuple[dict[str, Tensor], Any]:
     """
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise WeightsError(f"its header has {length:,} bytes, at most {MAX_HEADER_BYTES:,} are read")
+        raise WeightsError(f"its header has {length:,} bytes; {MAX_HEADER_BYTES:,} is the limit")
     content = memoryview(data)[8 + length :]
     try:
         header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_repetition)
@@ -62,7 +62,7 @@ def read_safetensors_file(data: bytes) -> tuple[dict[str, Tensor], Any]:
         raise
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise WeightsError(
-            f"it is a damaged .safetensors file ({type(error).__name__}: {error!s:.100}); get or write it again"
+            f"it is a damaged .safetensors file ({type(error).__name__}: {error!s:.100}); download or write it again"
         ) from None
     end = 0
     for start, stop in sorted(places):
@@ -88,18 +88,18 @@ def _tensor(name: str, entry: dict[str, Any], content: memoryview) -> tuple[Tens
         )
     dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if type(start) is not int or type(stop) is not int or not 0 <= start <= stop <= len(content):
-        raise ValueError("a tensor leaves the file")
+        raise ValueError("a tensor reaches beyond the end of the file")
     storage = Storage(dtype, (stop - start) // dtype.itemsize, lambda: content[start:stop], "little")
     if len(shape) > 32 or any(type(size) is not int or size < 0 for size in shape):
-        raise ValueError("a shape that is none")
+        raise ValueError("an invalid shape")
     tensor = Tensor(storage, 0, shape, row_major_strides(shape))
     if tensor.numel * dtype.itemsize != stop - start:
-        raise ValueError("a tensor does not fill its bytes")
+        raise ValueError("a tensor whose shape and bytes disagree")
     return tensor, start, stop
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        raise ValueError("a name stands twice in the header")
+        raise ValueError("a name appears twice in the header")
     return result

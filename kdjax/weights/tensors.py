@@ -53,7 +53,7 @@ class Storage:
     def view(self, offset: int, numel: int) -> Storage:
         """Returns scalars offset..offset+numel of this storage."""
         if offset < 0 or numel < 0 or offset + numel > self.numel:
-            raise WeightsError(f"a view of {numel} scalars at {offset} leaves its storage of {self.numel}")
+            raise WeightsError(f"a view of {numel} scalars at {offset} reaches beyond its storage of {self.numel}")
         start, stop = offset * self.dtype.itemsize, (offset + numel) * self.dtype.itemsize
         return Storage(self.dtype, numel, lambda: self.raw()[start:stop], self.byteorder)
 
@@ -69,7 +69,7 @@ class Tensor:
 
     def __post_init__(self) -> None:
         if max(len(self.shape), len(self.stride)) > MAX_DIMS:
-            raise WeightsError(f"a tensor has {len(self.shape)} dimensions, at most {MAX_DIMS} are read")
+            raise WeightsError(f"a tensor has {len(self.shape)} dimensions; {MAX_DIMS} is the limit")
         integers = (self.offset, *self.shape, *self.stride)
         if any(type(n) is not int or not 0 <= n < 2**63 for n in integers) or len(self.shape) != len(self.stride):
             raise WeightsError(
@@ -142,9 +142,9 @@ def check_cost(state: Mapping[Any, Any], file_bytes: int) -> None:
       WeightsError: it expands to more than four times the file, has too many tensors, or absurdly long names.
     """
     if len(state) > MAX_TENSORS:
-        raise WeightsError(f"it has {len(state):,} entries, at most {MAX_TENSORS:,} are read: that is no state dict")
+        raise WeightsError(f"it has {len(state):,} entries, more than {MAX_TENSORS:,}, so it is not a state dict")
     if any(len(key) > MAX_KEY for key in state if type(key) is str):
-        raise WeightsError(f"the name of a tensor has more than {MAX_KEY} characters: that is no state dict")
+        raise WeightsError(f"the name of a tensor has more than {MAX_KEY} characters, so it is not a state dict")
     unfolded = 4 * sum(value.numel for value in state.values() if isinstance(value, Tensor))  # as float32
     if unfolded > 4 * file_bytes + (64 << 10):
         raise WeightsError(

@@ -118,11 +118,11 @@ def _record(data: bytes, info: zipfile.ZipInfo) -> memoryview:
     """Returns a stored record's content without copying it, as `ZipFile.read` would."""
     header = data[info.header_offset : info.header_offset + 30]
     if header[:4] != b"PK\x03\x04" or info.flag_bits & 1:
-        raise WeightsError(f"the record {brief(info.filename, 120)} is encrypted or not where it should be; damaged")
+        raise WeightsError(f"the record {brief(info.filename, 120)} is encrypted or misplaced; the file is damaged")
     start = info.header_offset + 30 + sum(struct.unpack_from("<HH", header, 26))
     content = memoryview(data)[start : start + info.file_size]
     if len(content) != info.file_size or zlib.crc32(content) != info.CRC:
-        raise WeightsError(f"the record {brief(info.filename, 120)} does not have its checksum; the file is damaged")
+        raise WeightsError(f"the record {brief(info.filename, 120)} has a wrong checksum; the file is damaged")
     return content
 
 
@@ -134,7 +134,7 @@ def _read_legacy(data: bytes) -> Any:
     contents: dict[str, memoryview] = {}
 
     def refuse(identifier: Any) -> Storage:
-        raise WeightsError(f"its header holds a tensor; the file is damaged; {RESAVE}")
+        raise WeightsError(f"its header contains a tensor; the file is damaged; {RESAVE}")
 
     def find_storage(identifier: Any) -> Storage:
         kind, key, _, numel, view = _storage_id(identifier, 6)

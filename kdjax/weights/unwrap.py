@@ -278,7 +278,7 @@ def _several(names: list[str]) -> WeightsError:
 
 def _only_others(names: list[str]) -> WeightsError:
     return WeightsError(
-        f"it holds no network that restores images, as far as names tell, only: {listed(names)}; if one of them is"
+        f"judging by the names, it has no image restoration network, only: {listed(names)}; if one of them is"
         " what you want, choose it with key=... (--key on the command line)"
     )
 

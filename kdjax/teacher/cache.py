@@ -30,7 +30,7 @@ from kdjax import config as config_lib
 from kdjax import data, degradations, distill, models, ops
 from kdjax.batch import Batch
 from kdjax.config import Config, ConfigError
-from kdjax.data.cached import CACHE, FEATURE, Field, as_row
+from kdjax.data.cache import CACHE, FEATURE, Field, as_row
 from kdjax.models import Params
 from kdjax.teacher.load import Teacher
 from kdjax.terms import Term
@@ -109,17 +109,17 @@ def open_for(
     folder = config.teacher.cache
     if teacher is None or not any(term.needs_teacher for term in recipe.terms):
         raise ConfigError(
-            f"config.teacher.cache={folder!r}, but no loss term looks at the teacher; leave the cache away, or give a"
-            " term such as output a weight above 0"
+            f"config.teacher.cache={folder!r}, but no loss term uses the teacher; remove the cache, or give a term"
+            " such as output a weight above 0"
         )
     needed = features_read(recipe.terms)
     cache = data.open_cache(folder)
-    another = f"or write another one: `{CACHE.program} --output FOLDER` with the flags of this run"
+    another = f"or write another cache: `{CACHE.program} --output FOLDER` with the flags of this run"
     if differences := config_lib.changes(cache.settings, wanted):
         raise ConfigError(
             "\n".join(
                 [
-                    f"the cache {folder!r} does not fit this run (in the cache -> now):",
+                    f"the cache {folder!r} does not fit this run (cached -> now):",
                     *(f"  {difference}" for difference in differences),
                     f"run with the settings of the cache, {another}",
                 ]

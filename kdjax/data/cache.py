@@ -35,7 +35,7 @@ CACHE = shards.Kind("cache", "cache.json", "kdjax cache", 1, "python -m kdjax.ca
 PLAN = "cache.unfinished.json"  # index of an unfinished cache, without the shards
 FEATURE = "feature "  # prefix of the fields that hold teacher features
 _IMAGE = ("uint8", "float16")
-# Allowed types and number of dimensions by field name; see `kdjax.teacher.targets`.
+# Allowed types and number of dimensions by field name; see `kdjax.teacher.cache`.
 _FIELDS = {"gt": (_IMAGE, 3), "lq": (_IMAGE, 3), "labelled": (("bool",), 0), "output": (("float16",), 3)}
 _FEATURES = (("bfloat16",), 3)
 _DEPTH = 10  # maximum nesting of settings
@@ -59,7 +59,7 @@ class Cache:
     """The index of a complete cache, and the reader of its records.
 
     Attributes:
-      settings: what determined the samples and which teacher answered; see `kdjax.teacher.targets`.
+      settings: what determined the samples and which teacher answered; see `kdjax.teacher.cache`.
     """
 
     folder: str
@@ -110,7 +110,7 @@ def open_cache(folder: str) -> Cache:
         if not os.path.isdir(folder):
             raise shards.PackError(f"the folder {brief(folder, 300)} does not exist; `{CACHE.program}` writes a cache")
         if not any(os.path.exists(os.path.join(folder, name)) for name in (CACHE.index, PLAN)):
-            raise shards.PackError(f"{folder!r} is no cache: it has no {CACHE.index}; `{CACHE.program}` writes one")
+            raise shards.PackError(f"{folder!r} is not a cache: it has no {CACHE.index}; `{CACHE.program}` writes one")
         index = CACHE.read_index(folder)
         try:
             cache, sizes = _parse(folder, index)
@@ -202,7 +202,7 @@ class CachedBatches:
             self._cache.read(number)
         except shards.PackError as error:
             return name, where, f"{where}: {error}"
-        return name, where, f"{where}: could not be read at first, but could be when tried again"
+        return name, where, f"{where}: could not be read at first, but could on a second try"
 
 
 def _stacked(rows: list[Any]) -> Any:
