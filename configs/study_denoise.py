@@ -60,9 +60,9 @@ def get_config(variant: str = "") -> ConfigDict:
         fft=dict(terms=dict(output=output, fft=dict(weight=dict(share=0.2)))),
         contrastive=dict(terms=dict(output=output, contrastive=dict(layers=layers, weight=dict(share=0.2)))),
         label_consistency=dict(terms=dict(output=output, label_consistency=dict(criterion="l1", weight=1.0))),
-        teacher_slice=dict(student=dict(weights="teacher"), terms=dict(output=output)),
+        shrunk=dict(student=dict(weights="teacher"), terms=dict(output=output)),
         scratch_equal_compute=dict(compute_of="output"),
     )
-    if variant:  # a DnCNN is not a slice of an RRDBNet
-        del study.columns["teacher_slice"]
+    if variant:  # a DnCNN is not a smaller RRDBNet
+        del study.columns["shrunk"]
     return study

@@ -83,9 +83,7 @@ def setting(default: Any, about: str, allowed: Allowed = _ANY, *, decides: str =
 class Student:
     arch: str = setting("srvggnetcompact", 'architecture, or "module:Class" for your own network')
     hparams: dict = setting({}, "hyper-parameters of the architecture; missing ones take their default")
-    weights: str = setting(
-        "", 'weights to start from: a .pth or .safetensors file, or "teacher" for a slice of the teacher'
-    )
+    weights: str = setting("", 'weights to start from: a .pth or .safetensors file, or "teacher" to shrink the teacher')
     remat: bool = setting(False, "recompute activations in the backward pass: less memory, more time")
     dtype: str = setting(
         "float32", 'of the forward and backward pass; "bfloat16" on accelerators', _one_of("float32", "bfloat16")

@@ -222,7 +222,7 @@ def test_wherever_it_is_stopped_it_continues_with_the_same_bytes(files: Path, ma
         cache.write(job, tell=stop, tell_every=0)
     assert " of 10 samples  " in said[0] and "samples/s  0:00:" in said[0] and said[0].endswith("00000.arrayrecord")
     assert sorted(content(job.out)) == ["00000.arrayrecord", "cache.unfinished.json"]
-    with pytest.raises(DataError, match=r"unfinished; start the same `python -m kdjax.cache` again: it continues"):
+    with pytest.raises(DataError, match=r"unfinished; run the same `python -m kdjax.cache` again to continue it"):
         data.open_cache(str(job.out))
     with whole_file(job.out / "00001.arrayrecord") as temporary:
         temporary.touch()
@@ -350,7 +350,7 @@ def test_the_number_of_images_in_a_batch_and_the_folder_may_change(files: Path, 
             lambda folder: (folder / "cache.json").write_text("{"),
             "damaged or cut short .* make it again with `python -m",
         ),
-        (lambda folder: (folder / "cache.json").unlink(), "is no cache: it has no cache.json"),
+        (lambda folder: (folder / "cache.json").unlink(), "is not a cache: it has no cache.json"),
         (lambda folder: spoil_index(folder, version=2), "has version 2 and this kdjax reads version 1"),
         (lambda folder: spoil_index(folder, fields=3), "is damaged .*TypeError"),
     ],
@@ -385,7 +385,7 @@ def test_a_damaged_record_is_replaced_and_reported(
         seen = [next(batches)["index"].tolist() for _ in range(5)]
         assert list(batches.damaged) == ["5 of the cache"] and batches.replaced == 2
     assert seen[0] == [0, 1, 2, 3] and seen[1][0] == 4 and seen[1][1] != 5 and seen[1][2:] == [6, 7]
-    assert caplog.text.count("damaged training image 5 of the cache, replaced by others") == 1
+    assert caplog.text.count("damaged training image 5 of the cache, others are used instead") == 1
     assert "record 1 of " in caplog.text and "00001.arrayrecord is damaged or cannot be read" in caplog.text
     for shard in folder.glob("*.arrayrecord"):
         shard.write_bytes(bytes(shard.stat().st_size))

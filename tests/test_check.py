@@ -115,7 +115,10 @@ def test_what_need_not_be_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFi
     assert names(found["left_out"]) == ["scan.heic", "scan.psd", "more.txt", "notes.txt"]
     (tmp_path / "list.txt").write_text("1.png\n2.png, 1.png\n1.png\n1.png, 3.png\n")
     code, text, _ = main(capsys, *options, "--meta-info", tmp_path / "list.txt")
-    assert code == 0 and f"note: 1 lq with several gt\n  {lq}/1.png: the lq of 2 gt, such as {gt}/1.png and" in text
+    assert (
+        code == 0
+        and f"note: 1 lq with several gt\n  {lq}/1.png: is the lq of 2 gt images, such as {gt}/1.png and" in text
+    )
 
 
 def test_pairs_of_one_image_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

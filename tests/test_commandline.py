@@ -179,7 +179,7 @@ def test_references_follow_flags_and_files_import_their_neighbours(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--config", "nowhere.py"), "there is no config file 'nowhere.py'; give the path of one"),
+        (("--config", "nowhere.py"), "config file 'nowhere.py' does not exist; give a path"),
         (("--config", "configs/denoise.py", "--config.train.steps=many"), "steps='many' must be a whole number"),
         (("--config", "configs/denoise.py", "--config.train.steps"), "needs a value: --config.train.steps=VALUE"),
         (("--config", "configs/denoise.py", "--config.train.betas=1"), "must be a tuple, such as"),

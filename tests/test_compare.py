@@ -144,8 +144,8 @@ def test_a_path_with_an_equals_sign_is_a_path(folder: Path, tmp_path: Path) -> N
         (["--student", "student.pth", "--sigma", "5"], "--sigma and --lq need --data", 2),
         (["--student", "student.pth", "--data", "gt", "--sigma", "-5"], "from 0 to 255", 2),
         (["--student", "student.pth", "--limit", "-1"], "--limit -1 must be 0 or more", 2),
-        (["--student", "student.pth", "--size", "64x"], "'64x' is no size", 2),
-        (["--student", "student.pth", "--batch", "0"], "'0' is no whole number", 2),
+        (["--student", "student.pth", "--size", "64x"], "'64x' is not a size", 2),
+        (["--student", "student.pth", "--batch", "0"], "'0' is not a whole number", 2),
         ([], "--student", 2),
     ],
 )
@@ -180,5 +180,5 @@ def test_without_matplotlib_the_other_files_are_written(
 
 def test_models_that_enlarge_need_small_images(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models_of_scale_2 = ["--teacher", folder / "double.pth", "--student", f"b={folder / 'double.pth'}"]
-    with pytest.raises(SystemExit, match="enlarge 2 times; give the small images with --lq"):
+    with pytest.raises(SystemExit, match="upscale 2x; give the small images with --lq"):
         run_here(monkeypatch, *models_of_scale_2, "--data", folder / "gt", "--sigma", 5)

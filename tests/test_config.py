@@ -37,7 +37,7 @@ METHODS = {
     "ensemble": "output",
     "phases": "output",
     "perceptual": "perceptual",
-    "slice": "output",
+    "shrink": "output",
 }
 
 

@@ -720,7 +720,7 @@ def test_folders_of_links_and_pipes_come_to_an_end(tmp_path: Path) -> None:
         for name in ("x", "y"):
             (tmp_path / f"maze{i}" / name).symlink_to(f"../maze{i + 1}")
     touch(tmp_path / "maze20", "1.png")
-    with pytest.raises(DataError, match="cannot be read: links lead to it on more than 1,000 ways"):
+    with pytest.raises(DataError, match="cannot be read: links lead to it in more than 1,000 ways"):
         find_pairs(gt=str(tmp_path / "maze0"))
     deep = f"{tmp_path}/deep"
     for _ in range(1100):  # more than functions can be nested

@@ -501,5 +501,5 @@ def test_bad_specs_are_refused(spec: dict, message: str) -> None:
 
 
 def test_noise_alone_cannot_make_small_images() -> None:
-    with pytest.raises(ValueError, match="'awgn' keeps the size of images, and the student enlarges 2 times"):
+    with pytest.raises(ValueError, match="'awgn' keeps the size of images, but the student upscales 2x"):
         make_degrade(dict(name="awgn", sigma=25.0), scale=2)

@@ -279,7 +279,7 @@ def test_models_of_different_kinds_are_not_compared(
     save_model(large, tmp_path / "large.pth")
     for flags, message in [
         (("embedded", f"{tmp_path}/grey.pth"), "embedded: 3 channels, scale 1; grey: 1 channels, scale 1"),
-        ((f"{tmp_path}/large.pth",), "enlarges 2 times; give its small images"),
+        ((f"{tmp_path}/large.pth",), "upscales 2x; give its small images"),
         ((f"{tmp_path}/grey.pth", "--metrics", "psnr_y"), "psnr_y needs RGB"),
     ]:
         with pytest.raises(SystemExit, match=message):

@@ -236,11 +236,11 @@ def test_damaged_files_are_found(student: models.Model, exported: dict[str, Path
 
 def test_a_file_of_another_model_is_found(student: models.Model, exported: dict[str, Path]) -> None:
     larger = make_model("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2))
-    with pytest.raises(ExportError, match=r"makes \(1, 48, 48, 3\), the model \(1, 96, 96, 3\)"):
+    with pytest.raises(ExportError, match=r"returns \(1, 48, 48, 3\), the model \(1, 96, 96, 3\)"):
         verify_stablehlo(larger, exported[".stablehlo"])
     nearly = dataclasses.replace(student, params=jax.tree.map(lambda leaf: np.nextafter(leaf, 9), student.params))
     for suffix in (".pth", ".safetensors"):
-        with pytest.raises(ExportError, match="another model"):
+        with pytest.raises(ExportError, match="a different model"):
             verify_weights(nearly, exported[suffix])
 
 
@@ -308,7 +308,7 @@ def test_without_onnx_the_rest_is_written(student_file: Path, tmp_path: Path, mo
         (["--model", "missing.pth", "--output", "{tmp}"], "missing.pth: does not exist"),
         (["--model", "{tmp}/half.pth", "--output", "{tmp}"], "half.pth: the file is damaged"),
         (["--model", "{net}", "--output", "{tmp}/half.pth/deeper"], "half.pth/deeper"),
-        (["--model", "{net}", "--output", "{tmp}", "--hparam", "arch=dncnn"], "it says it is srvggnetcompact"),
+        (["--model", "{net}", "--output", "{tmp}", "--hparam", "arch=dncnn"], "the file says srvggnetcompact"),
         (["--model", "{net}", "--output", "{tmp}", "--run", "{tmp}"], "is not the folder of a finished run"),
         (["--model", "{net}", "--output", "{tmp}/taken", "--format", "pth"], "net.pth: cannot be written"),
     ],

@@ -140,7 +140,7 @@ def test_sources_that_do_not_go_together_are_refused(sources: Sources) -> None:
         (dict(unpaired=sources["unpaired"], unpaired_part=0.01), "0 of the 8 .* unpaired.* change .*unpaired_part"),
         (
             dict(unpaired=sources["unpaired"], unlabelled=sources["unlabelled"]),
-            "4 of the 8 .* and 0 of the main kind; each kind needs one",
+            "4 of the 8 .* and 0 of the main kind; each kind needs at least one",
         ),
     ]:
         with pytest.raises(DataError, match=message):
@@ -158,8 +158,8 @@ def config(tmp_path: Path, **data: object) -> dict:
 
 def test_config_is_checked(tmp_path: Path) -> None:
     for data, message in [
-        (dict(lq="", unpaired="x"), "data.unpaired='x' must be empty where config.data.lq is: .*set config.data.lq"),
-        (dict(unpaired_meta_info="x"), "data.unpaired_meta_info='x' must be empty without config.data.unpaired"),
+        (dict(lq="", unpaired="x"), "data.unpaired='x' needs config.data.lq. .*set config.data.lq"),
+        (dict(unpaired_meta_info="x"), "data.unpaired_meta_info='x' needs config.data.unpaired"),
         (dict(unpaired_part=1.0), "data.unpaired_part=1.0 must be between 0 and 1"),
         (dict(canvas=7), "data.canvas=7 must be 0, or at least data.crop=8"),
         (dict(canvas=-1), "data.canvas=-1 must be from 0"),
@@ -197,8 +197,8 @@ def test_pairs_alone_are_loaded_at_the_size_of_the_crop(sources: Sources, tmp_pa
 
 def test_crop_and_canvas_are_multiples_of_the_scale(sources: Sources, tmp_path: Path) -> None:
     for options, message in [
-        (dict(crop=10, canvas=12), "config.data.crop=10 is no multiple of 4, by which the student enlarges; use 12"),
-        (dict(crop=8, canvas=14), "config.data.canvas=14 is no multiple of 4, .* use 16"),
+        (dict(crop=10, canvas=12), "config.data.crop=10 is not a multiple of the student's scale 4; use 12"),
+        (dict(crop=8, canvas=14), "config.data.canvas=14 is not a multiple of .* 4; use 16"),
     ]:
         values = config(tmp_path, **options)
         values["student"]["hparams"]["upscale"] = 4

@@ -52,7 +52,7 @@ def test_export_and_import_is_the_identity(importable: Path, tmp_path: Path, arc
     assert network(arch).hparams["num_feat"] == 8
     path = tmp_path / f"model{suffix}"
     save_model(model, path)
-    with pytest.raises(WeightsError, match=f"network of your own, '{arch}'; say so"):
+    with pytest.raises(WeightsError, match=f"custom network, '{arch}'; to import"):
         load_model(path)
     loaded = load_model(path, arch=arch)
     assert loaded.hparams == model.hparams
@@ -98,7 +98,7 @@ class Other: pass
         ("bad_nets:Plain", {}, "needs the hyper-parameters width"),
         ("bad_nets:Plain", {"width": 1}, r"returned .*, wanted \(output, features\)"),
         ("bad_nets:Plain", {"width": 1, "depth": 2}, "has no hyper-parameter 'depth'"),
-        ("bad_nets:Vector", {"width": 1}, r"made \(1, 3\) of an image"),
+        ("bad_nets:Vector", {"width": 1}, r"returned \(1, 3\) for an image"),
         ("bad_nets:Other", {}, "not a Flax module class of bad_nets .it has: Norm, LinenNorm, Plain, Vector"),
         ("bad_nets:Missing", {}, "not a Flax module class"),
         ("no_such_module:Net", {}, "cannot be imported .ModuleNotFoundError"),

@@ -190,7 +190,7 @@ def test_a_killed_program_continues_with_the_same_bytes(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
     killed = set(content(out))
     assert "pack.json" not in killed and "pack.unfinished.jsonl" in killed
-    with pytest.raises(DataError, match=r"unfinished; start the same `python -m kdjax\.data\.pack` again"):
+    with pytest.raises(DataError, match=r"unfinished; run the same `python -m kdjax\.data\.pack` again"):
         find_pairs(gt=str(out))
     again = run(folder, out, "--shard-mb", 2)
     assert again.returncode == 0 and "of 40 images are already packed" in again.stdout, again.stderr

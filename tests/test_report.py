@@ -178,7 +178,7 @@ def test_a_name_that_is_no_unicode_and_no_images(tmp_path: Path) -> None:
         ({"lq": picture()[:15]}, r"lq is uint8 of shape \(15, 40, 3\); wanted uint8 of gt's shape \(30, 40, 3\)"),
         ({"outputs": {"net": picture(1)}}, r"output of 'net' is uint8 of shape \(30, 40, 1\)"),
         ({"outputs": {"net": picture() / 255}}, r"output of 'net' is float64"),
-        ({"outputs": {"input": picture()}}, r"no model can be named 'input'"),
+        ({"outputs": {"input": picture()}}, r"a model cannot be named 'input'"),
         ({}, "it has no score"),
         ({"scores": {"net": {"pnsr": 1.0}}}, r"unknown metric 'pnsr' \(known: psnr, "),
     ],

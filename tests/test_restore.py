@@ -286,7 +286,7 @@ def test_bad_files_do_not_stop_the_rest(
     message = refused("--model", folder / "same.pth", "in", "--output", "out", "--format", "jpg", "--tile", 64)
     assert message.splitlines() == [
         "error: 5 files could not be restored:",
-        "  in/alpha.png -> out/alpha.jpg: .jpg files hold no alpha channel; write png, webp or tif",
+        "  in/alpha.png -> out/alpha.jpg: .jpg files have no alpha channel; write png, webp or tif",
         "  in/cut.png: image file is truncated",
         "  in/empty.png: the file is empty (0 bytes)",
         "  in/link.png: No such file: is a link to nowhere.png",
@@ -379,8 +379,8 @@ def test_what_would_not_fit_into_memory_is_refused_and_the_flag_lifts_it(
     arguments = ("--model", folder / "double.pth", tmp_path / "a.png", "--output", tmp_path / "out")
     monkeypatch.setattr(pictures, "host_memory", lambda: (10**9, 2 * 40 * 50 * 20))
     message = refused(*arguments)
-    assert "a.png: too many pixels: 50x40 would take about" in message and "--max-megapixels 1 tries" in message
-    assert "--max-megapixels is 0.001; 1 would do" in refused(*arguments, "--max-megapixels", "0.001")
+    assert "a.png: too many pixels: 50x40 would take about" in message and "with --max-megapixels 1 it is" in message
+    assert "--max-megapixels is 0.001; 1 would be enough" in refused(*arguments, "--max-megapixels", "0.001")
     run(*arguments, "--max-megapixels", "1")
     assert files(tmp_path / "out") == ["a.png"]
     refused(*arguments, "--max-megapixels", "0", code=2)
@@ -441,7 +441,7 @@ def test_done_files_are_skipped(folder: Path, tmp_path: Path, capsys: pytest.Cap
     write(tmp_path / "out" / "a.png", pixels(1, size=(2, 2)))
     arguments = ("--model", folder / "same.pth", tmp_path / "in", "--output", tmp_path / "out")
     run(*arguments)
-    assert "2 files, 1 of them are done" in capsys.readouterr().out
+    assert "2 files, 1 of them are already done" in capsys.readouterr().out
     assert read_picture(tmp_path / "out" / "a.png").pixels.shape == (2, 2, 1)
     assert read_picture(tmp_path / "out" / "b.png").pixels.shape == (24, 32, 3)
     run(*arguments, "--overwrite")
@@ -472,5 +472,5 @@ def test_a_killed_program_leaves_whole_files_and_continues(folder: Path, tmp_pat
     write(tmp_path / "in" / "b.png")
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "2 files, 1 of them are done" in result.stdout and "b.png: 32x24 to 32x24" in result.stdout
+    assert "2 files, 1 of them are already done" in result.stdout and "b.png: 32x24 to 32x24" in result.stdout
     assert files(tmp_path / "out") == ["a.png", "b.png"]

@@ -203,7 +203,7 @@ def test_a_run_with_another_config_is_refused(tmp_path: Path) -> None:
     for change, refused in (({"log": {"every": 7}}, False), ({"seed": 9}, True)):
         (tmp_path / "scratch" / "config.json").write_text(json.dumps(values | change))
         if refused:
-            with pytest.raises(ConfigError, match=r"another config .seed: 9 -> 3.; give a new --workdir"):
+            with pytest.raises(ConfigError, match=r"a different config .seed: 9 -> 3.; give a new --workdir"):
                 study.is_finished(config, tmp_path / "scratch")
         else:
             assert not study.is_finished(config, tmp_path / "scratch")
@@ -216,7 +216,10 @@ def test_a_run_with_another_config_is_refused(tmp_path: Path) -> None:
         (dict(columns={}), "needs columns and seeds"),
         (dict(columns={"a": {"trane": {}}}), "column 'a'.*did you mean 'train'"),
         (dict(columns={"scratch": {}, "b": {"compute_of": "scrath"}}), "did you mean 'scratch'"),
-        (dict(columns={"a": {"compute_of": "b"}, "b": {"compute_of": "c"}, "c": {}}), "'b', which has a compute_of"),
+        (
+            dict(columns={"a": {"compute_of": "b"}, "b": {"compute_of": "c"}, "c": {}}),
+            "'b', which itself has a compute_of",
+        ),
         (dict(base=None), "study key 'base' is None; it must be a training config"),
         (dict(curve_images=0), "'curve_images' is 0; it must be a whole number, at least 1"),
     ],
@@ -270,10 +273,10 @@ def test_some_columns_can_be_trained_alone(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_a_study_replaces_nothing_of_others(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("[1, 2]")
-    with pytest.raises(ConfigError, match=r"holds results\.json, and no study of kdjax"):
+    with pytest.raises(ConfigError, match=r"holds results\.json, which kdjax would overwrite"):
         study.check_folder(tmp_path)
     folder = tmp_path / "seed3" / "hint"
     folder.mkdir(parents=True)
     (folder / "student.pth").write_text("mine")
-    with pytest.raises(ConfigError, match=r"holds student\.pth, and no config\.json of a run"):
+    with pytest.raises(ConfigError, match=r"holds student\.pth, which kdjax would overwrite"):
         study.is_finished(small_study().runs["hint", 3], folder)

@@ -67,7 +67,7 @@ def test_self_ensemble_does_not_care_how_its_input_is_turned() -> None:
     ("options", "message"),
     [
         (dict(), "set config.teacher.weights"),
-        (dict(mix=(1.0, 2.0)), "one positive number for each of the 1 teachers"),
+        (dict(mix=(1.0, 2.0)), "one positive number per teacher, 1 in all"),
         (dict(mix=(0,)), "one positive number"),
     ],
 )

@@ -322,7 +322,7 @@ PAIR = (("model.1", "body.0", 1.0),)
         ({"wavelet": dict(bands=(1.0, 1.0), weight=1.0)}, "'wavelet'.*bands"),
         ({"contrastive": dict(layers=(), weight=1.0)}, "layers is empty.*body.0 4x4x8"),
         ({"contrastive": dict(layers=(("conv1", 1.0),), weight=1.0)}, "teacher has no feature 'conv1'"),
-        ({"output": dict(criterion="l1", weight=dict(share=0.5))}, "leave nothing"),
+        ({"output": dict(criterion="l1", weight=dict(share=0.5))}, "must sum to less than 1"),
         ({"task": dict(criterion="l1", weight=1), "output": dict(criterion="l1", weight=dict(share=1.5))}, "between 0 and 1"),
         ({"task": dict(criterion="l1", weight=dict(share=0.5, value=1))}, "'value'"),
     ],

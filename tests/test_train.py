@@ -374,7 +374,7 @@ def test_a_run_can_start_from_a_file(tmp_path: Path, finished: tuple[Path, str])
     setup, _ = prepared(student={"weights": str(finished[0] / "student.pth")})
     started = load_model(finished[0] / "student.pth").params
     jax.tree.map(np.testing.assert_array_equal, setup.student.params, started)
-    with pytest.raises(ValueError, match="num_feat=4, the file says 8"):
+    with pytest.raises(ValueError, match="num_feat=4, but the file says 8"):
         prepared(student={"weights": str(finished[0] / "student.pth"), "hparams": {"num_feat": 4, "upscale": 1}})
 
 

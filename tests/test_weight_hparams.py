@@ -63,7 +63,7 @@ def test_the_message_is_a_command_that_works() -> None:
 def test_what_the_file_says_is_not_contradicted(tmp_path: Path) -> None:
     save_model(random_model("edsr", dict(upscale=2, res_scale=0.1, **SMALL)), tmp_path / "x.pth")
     assert load_model(tmp_path / "x.pth", res_scale=0.1).hparams["res_scale"] == 0.1
-    with pytest.raises(WeightsError, match=r"res_scale=1\.0, the file says 0\.1"):
+    with pytest.raises(WeightsError, match=r"res_scale=1\.0, but the file says 0\.1"):
         load_weights(tmp_path / "x.pth", res_scale=1)
 
 
@@ -95,9 +95,9 @@ def test_published_sizes_of_edsr(num_feat: int, num_block: int, res_scale: float
         (
             "rrdbnet",
             dict(num_grow_ch=2, scale=2, **SMALL),
-            r"12 input channels.*un-shuffled 2 times.*scale=2.*num_in_ch=12",
+            r"12 input channels.*pixel-unshuffled by 2.*scale=2.*num_in_ch=12",
         ),
-        ("rrdbnet", dict(num_grow_ch=2, scale=1, **SMALL), r"48 input channels.*un-shuffled 4 times.*scale=1"),
+        ("rrdbnet", dict(num_grow_ch=2, scale=1, **SMALL), r"48 input channels.*pixel-unshuffled by 4.*scale=1"),
         ("srvggnetcompact", dict(num_feat=4, num_conv=1), None),
         ("srvggnetcompact", dict(num_feat=4, num_conv=1, unshuffle=2), r"12 input channels.*unshuffle=2"),
         ("dncnn", dict(depth=17), None),

@@ -307,7 +307,7 @@ def test_edsr_as_its_authors_save_it(upscale: int, tmp_path: Path) -> None:
     loaded = load_weights(path)
     assert (loaded.layout, loaded.model.hparams) == ("EDSR-PyTorch", model.hparams)
     assert_same(model.params, loaded.model.params)
-    assert "res_scale=1 was taken" in loaded.notes[0] and len(loaded.notes) == 1
+    assert "res_scale=1 was assumed" in loaded.notes[0] and len(loaded.notes) == 1
     assert load_weights(path, res_scale=0.1).notes == ()
 
 

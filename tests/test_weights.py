@@ -195,7 +195,7 @@ def test_batch_norm_is_folded_into_the_convolutions(tmp_path: Path) -> None:
     state = dncnn_with_batch_norm(np.random.default_rng(0))
     loaded = load_weights(write(tmp_path, zip_file(OrderedDict(state))))
     assert loaded.layout == "KAIR with BatchNorm"
-    assert loaded.model.hparams == {"num_in_ch": 2, "num_feat": 5, "depth": 4, "unshuffle": 1}
+    assert loaded.model.hparams == {"num_in_ch": 2, "num_feat": 5, "depth": 4, "unshuffle": 1, "ranks": ()}
     image = np.random.default_rng(1).uniform(size=(1, 9, 8, 2)).astype(np.float32)
     x = image.astype(np.float64)
     for index in (0, 2, 5, 8):  # the definition, in numpy
@@ -223,7 +223,7 @@ def test_incomplete_batch_norm_is_refused(drop: str, tmp_path: Path) -> None:
 
 
 def test_networks_that_read_a_noise_map_are_refused(tmp_path: Path) -> None:
-    state = state_dict(random_model("dncnn", {"num_in_ch": 3, "num_feat": 4, "depth": 4, "unshuffle": 1}))
+    state = state_dict(random_model("dncnn", {"num_in_ch": 3, "num_feat": 4, "depth": 4, "unshuffle": 1, "ranks": ()}))
     state["model.0.weight"] = np.zeros((4, 4, 3, 3), np.float32)
     with pytest.raises(WeightsError, match=r"FDnCNN or FFDNet.*noise level"):
         load_weights(write(tmp_path, zip_file(state)))
@@ -373,14 +373,14 @@ def test_a_prefix_of_an_enclosing_model(rrdbnet: Model, tmp_path: Path) -> None:
 
 def test_hyperparameters_that_contradict_the_tensors(dncnn: Model, tmp_path: Path) -> None:
     path = write(tmp_path, zip_file(state_dict(dncnn)))
-    with pytest.raises(WeightsError, match="depth=9, the tensors say 3"):
+    with pytest.raises(WeightsError, match="depth=9, but the tensors say 3"):
         load_weights(path, depth=9)
     with pytest.raises(WeightsError, match="no hyper-parameter 'scale'"):
         load_weights(path, scale=2)
     with pytest.raises(WeightsError, match=r"fit no supported architecture rrdbnet|do not fit rrdbnet"):
         load_weights(path, arch="rrdbnet")
     save_model(dncnn, path)
-    with pytest.raises(WeightsError, match="says it is dncnn, not rrdbnet"):
+    with pytest.raises(WeightsError, match="the file says dncnn, not rrdbnet"):
         load_weights(path, arch="RRDBNet")
 
 

@@ -178,7 +178,7 @@ def make_degrade(spec: Mapping[str, Any], *, scale: int = 1) -> Degrade:
     if scale != 1 and not chosen.resizes:
         raise ValueError(
             f"degradation {spec['name']!r} keeps the size of images, but the student upscales {scale}x; give the small"
-            '  images as lq, or use "realesrgan"'
+            ' images as lq, or use "realesrgan"'
         )
 
     def degrade(key: jax.Array, image: jax.Array, window: Window | None = None) -> jax.Array:

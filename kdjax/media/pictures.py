@@ -207,7 +207,8 @@ def check_target(path: str | os.PathLike[str], picture: Picture, scale: int = 1)
     height, width = (side * scale for side in picture.pixels.shape[:2])
     if max(height, width) > target.longest_side:
         raise ImageError(
-            f"{path}: {width}x{height} pixels, and {suffix} files can have {target.longest_side} a side; write png or"
+            f"{path}: {width}x{height} pixels, and {suffix} files can have at most {target.longest_side} a side;"
+            " write png or"
             " tif"
         )
     if picture.pixels.nbytes * scale**2 > target.most_bytes:

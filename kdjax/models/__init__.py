@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kdjax.models import custom, dncnn, edsr, msrresnet, nafnet, rrdbnet, srvgg, unet
-from kdjax.models.model import Apply, Architecture, Model, Network, Params, Slice, count_params
+from kdjax.models.model import Apply, Architecture, Model, Network, Params, Shrink, count_params
 from kdjax.names import nearest
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "Model",
     "Network",
     "Params",
-    "Slice",
+    "Shrink",
     "architecture",
     "count_params",
     "network",

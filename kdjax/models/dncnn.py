@@ -2,7 +2,8 @@
 
 The network predicts the noise and subtracts it: y = x - net(x). KAIR's DnCNN weights have batch normalisation already
 folded into the convolutions, as here. `unshuffle` is our addition: the network runs at 1/unshuffle of the input's
-height and width, with about unshuffle^2 times fewer multiplications at the same num_feat.
+height and width, with about unshuffle^2 times fewer multiplications at the same num_feat. `ranks` is another: in a
+convolution of rank r, a 3x3 convolution writes r channels, and a 1x1 convolution makes its outputs of them.
 
 Features: `model.N` for every convolution and ReLU of the list. All but the last have num_feat channels at 1/unshuffle
 of the input's height and width.
@@ -18,9 +19,8 @@ import numpy as np
 from flax import nnx
 
 from kdjax import ops
-from kdjax.models import channels
 from kdjax.models.layers import Activation, call, conv3x3
-from kdjax.models.model import Architecture, Slice
+from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import (
     Files,
     Hparams,
@@ -33,6 +33,8 @@ from kdjax.models.reading import (
     WeightsError,
     count,
     listed,
+    num_low_rank,
+    ranks,
     rename_by,
     settle_unshuffle,
     size,
@@ -41,10 +43,12 @@ from kdjax.models.reading import (
 
 
 class DnCNN(nnx.Module):
-    """(b, h, w, num_in_ch) -> the same shape, and features. `depth` is the number of convolutions.
+    """(b, h, w, num_in_ch) -> the same shape, and features.
+
+    `depth` is the number of convolutions, `ranks` their ranks, 0 for a full one; () makes all of them full.
 
     Raises:
-      ValueError: `depth` is below 2.
+      ValueError: `depth` is below 2, or `ranks` has another length.
     """
 
     def __init__(
@@ -53,20 +57,24 @@ class DnCNN(nnx.Module):
         num_feat: int = 64,
         depth: int = 20,
         unshuffle: int = 1,
+        ranks: tuple[int, ...] = (),
         *,
         remat: bool = False,
         rngs: nnx.Rngs,
     ) -> None:
         if depth < 2:
             raise ValueError(f"depth={depth}: DnCNN needs a first and a last convolution, so at least 2")
+        if ranks and len(ranks) != depth:
+            raise ValueError(f"ranks={ranks} has {len(ranks)} numbers; DnCNN of depth {depth} needs as many, or none")
         self.remat, self.unshuffle = remat, unshuffle
         self.multiple = unshuffle
         num_image = num_in_ch * unshuffle**2
+        ranks = ranks or (0,) * depth
         layers: list[nnx.Module] = []
-        for i in range(depth - 1):
-            layers.append(conv3x3(num_feat if i else num_image, num_feat, rngs=rngs))
+        for i, rank in enumerate(ranks[:-1]):
+            layers.append(conv3x3(num_feat if i else num_image, num_feat, rank=rank, rngs=rngs))
             layers.append(Activation(jax.nn.relu))
-        layers.append(conv3x3(num_feat, num_image, rngs=rngs))
+        layers.append(conv3x3(num_feat, num_image, rank=ranks[-1], rngs=rngs))
         self.model = nnx.List(layers)
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -88,9 +96,9 @@ PUBLISHED_SIZES = {(64, 17), (64, 20)}  # num_feat, depth
 
 
 def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
-    last = count(shapes, r"model\.([0-9]+)\.weight") - 1
-    inputs = size(shapes, 1, "model.0.weight", default=3)
-    outputs = size(shapes, 0, f"model.{last}.weight", default=inputs)
+    last = count(shapes, r"model\.([0-9]+)(?:\.1)?\.weight") - 1
+    inputs = size(shapes, 1, "model.0.weight", "model.0.0.weight", default=3)
+    outputs = size(shapes, 0, f"model.{last}.weight", f"model.{last}.1.weight", default=inputs)
     if inputs == outputs + 1:
         raise WeightsError(
             f"it looks like FDnCNN or FFDNet: the first convolution reads {inputs} channels and the last writes"
@@ -99,9 +107,10 @@ def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
     num_in_ch, unshuffle = unshuffled(inputs, stated)
     return {
         "num_in_ch": num_in_ch,
-        "num_feat": size(shapes, 0, "model.0.weight", default=64),
+        "num_feat": size(shapes, 0, "model.0.weight", "model.0.1.weight", default=64),
         "depth": max(2, last // 2 + 1),
         "unshuffle": unshuffle,
+        "ranks": ranks(shapes, [f"model.{i}" for i in range(0, last + 1, 2)]),
     }
 
 
@@ -188,15 +197,15 @@ ARCHITECTURE = Architecture(
     DnCNN,
     files=Files(
         layouts=(
-            Layout("KAIR", rename_by((r"model\.<N>", "model.<N>"))),
+            Layout("KAIR", rename_by((r"model\.<N>", "model.<N>"), (r"model\.<N>\.<J>", "model.<N>.<J>"))),
             Layout("DnCNN-PyTorch", rename_by((r"dncnn\.<N>", "model.<N>"))),
         ),
         infer=_infer,
-        num_tensors=lambda hparams: 2 * hparams["depth"],
+        num_tensors=lambda hparams: 2 * hparams["depth"] + num_low_rank(hparams),
         settle=_settle,
         convert=_fold_batch_norm,
         is_extra=lambda key: key.endswith((".running_mean", ".running_var")),
     ),
     order=("model",),
-    slice=Slice(channels.cut_stack("model", lambda hparams: hparams["depth"]), ("num_feat", "depth")),
+    shrink=Shrink(("num_feat", "depth", "ranks"), stack="model"),
 )

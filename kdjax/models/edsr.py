@@ -20,7 +20,7 @@ from flax import nnx
 
 from kdjax import ops
 from kdjax.models.layers import Activation, call, conv3x3
-from kdjax.models.model import Architecture
+from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import (
     Files,
     Hparams,
@@ -247,4 +247,5 @@ ARCHITECTURE = Architecture(
         settle=_settle,
     ),
     order=("conv_first", "body", "conv_after_body", "upsample", "conv_last"),
+    shrink=Shrink(("num_block",), blocks="body", writer="conv2"),
 )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,58 @@ from kdjax.ops.convolution import convolve
 from kdjax.ops.winograd import narrow_conv3x3
 
 Init = Callable[..., jax.Array]  # (key, shape, dtype) -> initial values
+Run = Callable[[jax.Array], jax.Array]
+Interceptor = Callable[[nnx.Module, jax.Array, Run], jax.Array]
+
+_interceptor: ContextVar[Interceptor | None] = ContextVar("interceptor", default=None)
+
+
+@contextlib.contextmanager
+def intercept(interceptor: Interceptor | None) -> Iterator[None]:
+    """Calls `interceptor(module, x, run)` in place of every convolution, PReLU and block; `run(x)` runs the module.
+
+    For looking into a network, layer by layer, outside of jit.
+    """
+    token = _interceptor.set(interceptor)
+    try:
+        yield
+    finally:
+        _interceptor.reset(token)
+
+
+def is_intercepted() -> bool:
+    """Whether blocks have to run one by one, instead of in a loop over their stacked weights."""
+    return _interceptor.get() is not None
+
+
+def _run(module: nnx.Module, x: jax.Array, run: Run) -> jax.Array:
+    interceptor = _interceptor.get()
+    return interceptor(module, x, run) if interceptor else run(x)
+
+
+class Conv(nnx.Conv):
+    """A convolution that can be intercepted."""
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        return _run(self, inputs, lambda x: super(Conv, self).__call__(x, out_sharding))
+
+
+class LowRankConv(nnx.Module):
+    """A 3x3 convolution to `rank` channels, without bias, and a 1x1 convolution to num_out ones.
+
+    As torch's `nn.Sequential(Conv2d(num_in, rank, 3, bias=False), Conv2d(rank, num_out, 1))`.
+    """
+
+    def __init__(self, num_in: int, num_out: int, rank: int, *, rngs: nnx.Rngs) -> None:
+        setattr(self, "0", conv(num_in, rank, 3, bias=False, rngs=rngs))
+        setattr(self, "1", conv(rank, num_out, 1, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return _run(self, x, self._both)
+
+    def _both(self, x: jax.Array) -> jax.Array:
+        with intercept(None):  # the two are one layer
+            return getattr(self, "1")(getattr(self, "0")(x))
 
 
 def _compiled_quickly(draw: Init) -> Init:
@@ -49,13 +104,16 @@ def torch_bias_init(fan_in: int) -> Init:
 
 
 def conv3x3(
-    num_in: int, num_out: int, *, rngs: nnx.Rngs, residual_init: bool = False, narrow: bool = False
-) -> nnx.Conv:
+    num_in: int, num_out: int, *, rngs: nnx.Rngs, residual_init: bool = False, narrow: bool = False, rank: int = 0
+) -> Conv | LowRankConv:
     """Returns a zero-padded 3x3 convolution with bias, initialised as in torch or as in BasicSR's residual branches.
 
-    `narrow` is for many input channels and few output channels (`kdjax.ops.winograd`).
+    `narrow` is for many input channels and few output channels (`kdjax.ops.winograd`). With a `rank`, it is a
+    `LowRankConv` with torch's initialisation.
     """
-    return nnx.Conv(
+    if rank:
+        return LowRankConv(num_in, num_out, rank, rngs=rngs)
+    return Conv(
         num_in,
         num_out,
         (3, 3),
@@ -79,9 +137,9 @@ def _narrow(x: jax.Array, kernel: jax.Array, *_: object, **__: object) -> jax.Ar
 
 def conv(
     num_in: int, num_out: int, size: int, *, rngs: nnx.Rngs, stride: int = 1, groups: int = 1, bias: bool = True
-) -> nnx.Conv:
+) -> Conv:
     """Returns a `size` x `size` convolution with torch's initialisation, zero-padded to keep the size at stride 1."""
-    return nnx.Conv(
+    return Conv(
         num_in,
         num_out,
         (size, size),
@@ -109,7 +167,7 @@ class PReLU(nnx.Module):
         self.weight = nnx.Param(jnp.full((num_channels,), 0.25, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return prelu(x, self.weight[...].astype(x.dtype))
+        return _run(self, x, lambda x: prelu(x, self.weight[...].astype(x.dtype)))
 
 
 class Activation(nnx.Module):
@@ -127,4 +185,6 @@ def call(module: nnx.Module, x: jax.Array, *, remat: bool) -> jax.Array:
 
     Uses `nnx.remat`, not `jax.checkpoint`, which silently drops what an NNX module writes to itself.
     """
-    return nnx.remat(lambda module, x: module(x))(module, x) if remat else module(x)
+    if remat:
+        return nnx.remat(lambda module, x: module(x))(module, x)
+    return module(x) if isinstance(module, Conv | LowRankConv | PReLU) else _run(module, x, module)

@@ -22,16 +22,22 @@ Apply = Callable[[Params, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
-    """How to cut a smaller network out of a larger one of the same architecture; see `kdjax.models.slicing`.
+class Shrink:
+    """How a network relates to a smaller one of its architecture; see `kdjax.models.shrinking`.
 
     Attributes:
-      cut: (params as NumPy arrays, old hyper-parameters, new hyper-parameters) -> params.
-      sizes: the hyper-parameters that may be smaller in the slice.
+      sizes: the hyper-parameters that may be smaller.
+      stack: the list of a plain stack: convolution, activation, ..., convolution.
+      blocks: the list of blocks along a residual stream, each of which adds something to its input.
+      writer: within a block, the path of the last convolution, whose outputs are added.
+      trunk: a pattern for the paths of all convolutions whose outputs are added to the residual stream.
     """
 
-    cut: Callable[[Params, Mapping[str, Any], Mapping[str, Any]], Params]
     sizes: tuple[str, ...]
+    stack: str = ""
+    blocks: str = ""
+    writer: str = ""
+    trunk: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +50,7 @@ class Architecture:
         pads.
       files: how to read other programs' weight files; None if only kdjax writes them.
       order: the names of its parts in torch's registration order, for writing files.
-      slice: how to cut a smaller network out of it; None if that is not possible.
+      shrink: how it can be made smaller; None if it cannot.
       name: its name in configs and files.
       is_checked: hyper-parameters must have their default's type, and numbers must be positive. User-defined networks
         have their own rules.
@@ -53,7 +59,7 @@ class Architecture:
     module: type[nnx.Module] | type[linen.Module]
     files: Files | None = None
     order: tuple[str, ...] = ()
-    slice: Slice | None = None
+    shrink: Shrink | None = None
     name: str = ""
     is_checked: bool = True
 
@@ -193,6 +199,13 @@ class Network:
             return output.astype(jnp.float32), features
 
         return apply
+
+    def bind(self, params: Params) -> nnx.Module:
+        """Returns the Flax module with these weights, to be called layer by layer (`kdjax.models.layers.intercept`)."""
+        graphdef, variables = self._split
+        flat = traverse_util.flatten_dict(params)
+        leaves = [(path, leaf.replace(jnp.asarray(flat[tuple(map(str, path))]))) for path, leaf in variables]
+        return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
     @functools.cached_property
     def jitted(self) -> Apply:
@@ -345,6 +358,11 @@ class _OneKey(nnx.RngStream):
 
     def __call__(self) -> jax.Array:
         return self.key[...]
+
+
+def params_of(module: nnx.Module) -> Params:
+    """Returns the parameters of a bound module; see `Network.bind`."""
+    return _pure_dict(nnx.to_flat_state(nnx.state(module)))
 
 
 def _pure_dict(variables: Iterable[tuple[Any, Any]]) -> Params:

@@ -16,7 +16,7 @@ from flax import nnx
 from kdjax import ops
 from kdjax.models.edsr import ResidualBlock, upsampling_steps
 from kdjax.models.layers import call, conv3x3
-from kdjax.models.model import Architecture
+from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import Files, Hparams, Layout, Shapes, count, num_steps, rename_by, size, upscaling
 
 
@@ -120,4 +120,5 @@ ARCHITECTURE = Architecture(
         num_tensors=lambda hparams: 4 * hparams["num_block"] + 2 * num_steps(hparams["upscale"]) + 6,
     ),
     order=("conv_first", "body", "upconv", "conv_hr", "conv_last"),
+    shrink=Shrink(("num_block",), blocks="body", writer="conv2"),
 )

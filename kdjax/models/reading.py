@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -165,6 +165,17 @@ def count(shapes: Shapes, pattern: str, *, first: int = 0) -> int:
     numbers = {int(match[1]) for key in shapes if (match := re.fullmatch(pattern, key))}
     found = max(numbers, default=first - 1) + 1 - first
     return found if found <= 2 * len(numbers) + 8 else len(numbers)
+
+
+def ranks(shapes: Shapes, names: Sequence[str]) -> tuple[int, ...]:
+    """Returns the ranks of these convolutions (`kdjax.models.layers.LowRankConv`), 0 for full ones; () if all are."""
+    found = tuple(size(shapes, 0, f"{name}.0.weight", default=0) for name in names)
+    return found if any(found) else ()
+
+
+def num_low_rank(hparams: Hparams) -> int:
+    """Returns the number of convolutions with a rank; each has a tensor more."""
+    return sum(rank > 0 for rank in hparams["ranks"])
 
 
 def levels(shapes: Shapes, pattern: str) -> int:

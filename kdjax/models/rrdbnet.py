@@ -17,13 +17,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from kdjax import ops
-from kdjax.models import channels
-from kdjax.models.layers import call, conv3x3
-from kdjax.models.model import Architecture, Params, Slice
+from kdjax.models.layers import call, conv3x3, is_intercepted
+from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import (
     MAX_UPSAMPLE,
     Files,
@@ -131,6 +129,9 @@ class RRDBNet(nnx.Module):
 
         Uses a loop: unrolled, 23 blocks of 15 convolutions take ten times as long to compile.
         """
+        if is_intercepted():
+            blocks = [x := call(block, x, remat=False) for block in self.body]
+            return x, jnp.stack(blocks)
         graphdef, _ = nnx.split(self.body[0])
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(block) for block in self.body))
 
@@ -227,42 +228,6 @@ def _settle(known: Known) -> Settled:
     return {}, [note_unshuffling(hparams["num_in_ch"], factor, "scale", hparams["scale"], "BasicSR's RRDBNet")]
 
 
-def _cut(params: Params, before: Hparams, after: Hparams) -> Params:
-    body = [params["body"][str(i)] for i in range(after["num_block"])]
-    dense = [block[f"rdb{j}"] for block in body for j in (1, 2, 3)]
-    width, growth = before["num_feat"], before["num_grow_ch"]
-    readers = [channels.reads(rdb[f"conv{k}"])[:width] for rdb in dense for k in range(1, 6)]
-    writers = [channels.writes(rdb["conv5"]) for rdb in dense] + [channels.writes(params["conv_first"])]
-    importance = (sum(readers) + channels.reads(params["conv_body"])) * sum(writers)
-    stream = channels.best(importance, after["num_feat"])
-
-    def cut_dense(rdb: Params) -> Params:
-        read, sliced = stream, {}
-        for k in range(1, 6):
-            conv = rdb[f"conv{k}"]
-            if k == 5:
-                written = stream
-            else:
-                own = slice(width + (k - 1) * growth, width + k * growth)
-                reads = sum(channels.reads(rdb[f"conv{later}"])[own] for later in range(k + 1, 6))
-                written = channels.best(channels.writes(conv) * reads, after["num_grow_ch"])
-            sliced[f"conv{k}"] = channels.take(conv, read, written)
-            read = np.concatenate([read, width + (k - 1) * growth + written]) if k < 5 else read
-        return sliced
-
-    sliced = {"conv_first": channels.take(params["conv_first"], channels.every(params["conv_first"], "in"), stream)}
-    sliced["body"] = {
-        str(i): {f"rdb{j}": cut_dense(block[f"rdb{j}"]) for j in (1, 2, 3)} for i, block in enumerate(body)
-    }
-    sliced["conv_body"] = channels.take(params["conv_body"], stream, stream)
-    # A block adds 0.2 x (its input + its branches). Each removed block makes everything after it 1.2 times weaker.
-    sliced["conv_body"]["kernel"] = sliced["conv_body"]["kernel"] * np.float32(1.2) ** (
-        before["num_block"] - after["num_block"]
-    )
-    ups = [f"conv_up{i + 1}" for i in range(before["num_upsample"])]
-    return sliced | channels.cut_chain(params, [*ups, "conv_hr", "conv_last"], stream, after["num_feat"])
-
-
 ARCHITECTURE = Architecture(
     RRDBNet,
     files=Files(
@@ -273,5 +238,10 @@ ARCHITECTURE = Architecture(
         settle=_settle,
     ),
     order=("conv_first", "body", "conv_body", "conv_up", "conv_hr", "conv_last"),
-    slice=Slice(_cut, ("num_feat", "num_block", "num_grow_ch")),
+    shrink=Shrink(
+        ("num_feat", "num_block", "num_grow_ch"),
+        blocks="body",
+        writer="rdb3.conv5",
+        trunk=r"conv_first|conv_body|body\.[0-9]+\.rdb[123]\.conv5",
+    ),
 )

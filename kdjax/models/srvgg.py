@@ -18,9 +18,8 @@ import jax
 from flax import nnx
 
 from kdjax import ops
-from kdjax.models import channels
 from kdjax.models.layers import Activation, PReLU, call, conv3x3
-from kdjax.models.model import Architecture, Slice
+from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import (
     Files,
     Hparams,
@@ -137,5 +136,5 @@ ARCHITECTURE = Architecture(
         guess={"act_type": "relu"},
     ),
     order=("body",),
-    slice=Slice(channels.cut_stack("body", lambda hparams: hparams["num_conv"] + 2), ("num_feat", "num_conv")),
+    shrink=Shrink(("num_feat", "num_conv"), stack="body"),
 )

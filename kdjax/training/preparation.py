@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import logging
 
@@ -16,7 +17,7 @@ from kdjax import assets, cost, data, distill, models, sharding
 from kdjax.batch import Batch
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade
-from kdjax.models.slicing import slice_model
+from kdjax.models import shrinking
 from kdjax.schedules import make_schedule
 from kdjax.streams import Stream
 from kdjax.teacher import cache as teacher_cache
@@ -128,10 +129,10 @@ def prepare(config: Config) -> Setup:
             what="unpaired",
         )
     setup = Setup(config, mesh, student, teacher, recipe, pairs, unlabelled, unpaired)
-    if not config.teacher.cache:
-        return setup
-    cache, recipe = teacher_cache.open_for(config, recipe, teacher, sample_settings(setup))
-    return dataclasses.replace(setup, cache=cache, recipe=recipe)
+    if config.teacher.cache:
+        cache, recipe = teacher_cache.open_for(config, recipe, teacher, sample_settings(setup))
+        setup = dataclasses.replace(setup, cache=cache, recipe=recipe)
+    return _shrunk(setup) if config.student.weights == "teacher" else setup
 
 
 def on_these_devices(config: Config) -> Config:
@@ -160,19 +161,17 @@ def sample_settings(setup: Setup) -> dict[str, object]:
 def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
     """Returns the student, and the teacher if a loss term needs it.
 
-    The student starts from scratch, from a file whose architecture and hyper-parameters must match the config, or as a
-    slice of the (first) teacher.
+    The student starts from scratch, from a file whose architecture and hyper-parameters must match the config, or from
+    the (first) teacher, which is then returned in any case; see `kdjax.models.shrinking`.
     """
     network = models.network(config.student.arch, config.student.hparams)
     cost.check_network_fits(network)
     student = network.init(jax.random.fold_in(jax.random.key(config.seed), Stream.STUDENT))
-    is_slice = config.student.weights == "teacher"
-    teacher = load_teacher(config.teacher, student) if is_slice or needs_teacher(config.terms) else None
-    if is_slice:
+    is_shrunk = config.student.weights == "teacher"
+    teacher = load_teacher(config.teacher, student) if is_shrunk or needs_teacher(config.terms) else None
+    if is_shrunk:
         assert teacher is not None
-        student = slice_model(teacher.model, network.hparams)
-        if not needs_teacher(config.terms):
-            teacher = None
+        shrinking.check(teacher.model, network.hparams)
     elif config.student.weights:
         student = load_weights(config.student.weights, arch=network.arch, **config.student.hparams).model
         if student.network != network:
@@ -183,10 +182,37 @@ def make_networks(config: Config) -> tuple[models.Model, Teacher | None]:
     return student, teacher
 
 
-def open_batches(setup: Setup, *, start_step: int) -> data.TrainingData:
-    """Opens the training batches from step `start_step` on."""
+def _shrunk(setup: Setup) -> Setup:
+    """Returns the setup with a student that approximates the teacher on the first degraded images of the run."""
+    assert setup.teacher is not None
+    log.info("shrinking the teacher to the student")
+    student = shrinking.fit(setup.teacher.model, setup.student.network, first_images(setup))
+    return dataclasses.replace(
+        setup, student=student, teacher=setup.teacher if needs_teacher(setup.config.terms) else None
+    )
+
+
+def first_images(setup: Setup) -> jax.Array:
+    """Returns the degraded crops of the run's first steps, as many as `shrinking.num_images` says; the same in every"
+    " process."""
+    assert setup.teacher is not None
+    side = setup.config.data.crop // setup.student.network.scale
+    count = shrinking.num_images(setup.teacher.model, side)
+    make_pair = jax.jit(functools.partial(distill.make_pair, dataclasses.replace(setup.recipe, teacher=None)))
+    images: list[jax.Array] = []
+    with open_batches(setup, start_step=0, is_whole=True) as batches:
+        while sum(map(len, images)) < count:
+            batch = {name: array for name, array in next(batches).items() if name != "teacher"}
+            images.append(make_pair(batch, jax.random.key(setup.config.seed))[1])
+    return jnp.concatenate(images)[:count]
+
+
+def open_batches(setup: Setup, *, start_step: int, is_whole: bool = False) -> data.TrainingData:
+    """Opens the training batches from step `start_step` on: this process's part of them, or whole ones."""
     config = setup.config.data
     process = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    if is_whole:
+        process = dict(process_index=0, process_count=1)
     if setup.cache:
         return data.cached_batches(
             setup.cache,

@@ -88,7 +88,7 @@ def _refuse_contradictions(
 ) -> None:
     """Raises a WeightsError if a stated hyper-parameter contradicts the tensors or the file."""
     wrong = [
-        f"{name}={brief(value)}, the tensors say {told[name]!r}"
+        f"{name}={brief(value)}, but the tensors say {told[name]!r}"
         for name, value in stated.items()
         if name in told and told[name] != value
     ]

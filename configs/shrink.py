@@ -1,8 +1,8 @@
-"""A student of the teacher's family, initialised with a slice of it: the first blocks and the most important channels.
+"""A student of the teacher's family that starts as an approximation of it, computed before the first step.
 
-    python -m kdjax.train --config configs/slice.py
+    python -m kdjax.train --config configs/shrink.py
 
-See `kdjax.models.slicing`. The embedded teacher is an RRDBNet of 64 channels and 2 blocks.
+See `kdjax.models.shrinking`. The embedded teacher is an RRDBNet of 64 channels and 2 blocks.
 """
 
 from denoise import get_config as get_denoise
@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 def get_config(variant: str = "") -> ConfigDict:
     config = get_denoise(variant)
-    config.name = config.name.replace("denoise", "slice")
+    config.name = config.name.replace("denoise", "shrink")
     config.student.arch = "rrdbnet"
     config.student.hparams = dict(scale=1, num_feat=32, num_block=1, num_grow_ch=16)
     config.student.weights = "teacher"

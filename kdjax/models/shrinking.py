@@ -1,0 +1,310 @@
+"""Fits a smaller network to a larger one of the same architecture in a single pass, layer by layer, in closed form.
+
+The student runs on a few images. Every layer that differs from the teacher's, or that comes after one, is fitted by
+least squares: its inputs are what the student has computed so far, its targets what the teacher's layer makes of the
+same images. So a layer makes up for what earlier ones have lost.
+
+Three things can be smaller. *Ranks*: a convolution becomes two (`LowRankConv`). *Width*: of inner channels, those are
+kept from which the others are best predicted, and the layers that read them are fitted to do so; the residual stream,
+which is linear, keeps its leading principal axes. *Depth*: of residual blocks some are dropped, and the last
+convolution of the block before takes over what they add; of a plain stack, layers at equal distances stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kdjax.models import MODELS, Model, Network, network, regression
+from kdjax.models.layers import Conv, LowRankConv, PReLU, Run, intercept
+from kdjax.models.model import Shrink, params_of
+from kdjax.models.regression import Kernel
+from kdjax.names import pick
+
+_PIXELS = 100_000  # of images: 170 times the inputs of a 3x3 convolution of 64 channels
+_BYTES = 1 << 30  # of what the teacher computes from them
+
+
+def check(teacher: Model, hparams: Mapping[str, Any]) -> Network:
+    """Returns the network with these hyper-parameters, after checking that the teacher can be shrunk to it.
+
+    Raises:
+      ValueError: the architecture cannot be shrunk, a size exceeds the teacher's, or something else differs.
+    """
+    shrink = structure_of(teacher)
+    student = network(teacher.arch, hparams)
+    for name, value in student.hparams.items():
+        ours = teacher.hparams[name]
+        if name not in shrink.sizes and value != ours:
+            raise ValueError(
+                f"a shrunk network can differ from its teacher in {', '.join(shrink.sizes)} only: {name}={value} is not"
+                f" {ours}"
+            )
+        if name in shrink.sizes and name != "ranks" and value > ours:
+            raise ValueError(f"a shrunk network cannot be larger: {name}={value}, the teacher has {ours}")
+    return student
+
+
+def structure_of(teacher: Model) -> Shrink:
+    """Returns how the teacher's architecture can be shrunk.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    return pick(
+        {name: known.shrink for name, known in MODELS.items() if known.shrink}, teacher.arch, "architecture to shrink"
+    )
+
+
+def num_images(teacher: Model, side: int) -> int:
+    """Returns how many images of side x side pixels `fit` should have: of enough pixels, and within its memory."""
+    image = jax.ShapeDtypeStruct((1, side, side, teacher.network.channels), jnp.float32)
+    outputs = jax.eval_shape(lambda image: trace(teacher, image).outputs, image)
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(outputs))
+    return max(1, min(_PIXELS // side**2, _BYTES // size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What a model computes from some images, by module path.
+
+    Attributes:
+      outputs: of its convolutions and of its blocks.
+      weights: of its convolutions (kernel and bias, or those of the two of a `LowRankConv`) and PReLUs.
+    """
+
+    outputs: dict[str, jax.Array]
+    weights: dict[str, Any]
+
+
+def trace(model: Model, images: jax.Array) -> Trace:
+    """Runs the model on images (b, h, w, c) in [0, 1], layer by layer."""
+    module = model.network.bind(model.params)
+    paths = _paths(module)
+    blocks = structure_of(model).blocks
+    found = Trace({}, {})
+
+    def record(layer: nnx.Module, x: jax.Array, run: Run) -> jax.Array:
+        path, y = paths[id(layer)], run(x)
+        if isinstance(layer, Conv | LowRankConv | PReLU):
+            found.weights[path] = layer
+        if isinstance(layer, Conv | LowRankConv) or (blocks and _number(path, blocks) is not None):
+            found.outputs[path] = y
+        return y
+
+    with intercept(record):
+        module(images)
+    return found
+
+
+def fit(
+    teacher: Model, student: Network, images: jax.Array, *, blocks: Sequence[int] = (), known: Trace | None = None
+) -> Model:
+    """Returns the student with weights that make it approximate the teacher on images (b, h, w, c) in [0, 1].
+
+    Args:
+      student: from `check`.
+      blocks: the numbers of the teacher's blocks to keep, ascending; default: those at equal distances.
+      known: the teacher's `trace` of these images, if it is at hand.
+    """
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), student.abstract_params)
+    module = student.bind(zeros)
+    fitting = _Fitting(structure_of(teacher), known or trace(teacher, images), module, blocks)
+    with intercept(fitting.layer):
+        module(images)
+    return Model(student, jax.tree.map(np.asarray, params_of(module)))
+
+
+class _Fitting:
+    """The state of one pass over a student's layers, in the order in which they run."""
+
+    def __init__(self, structure: Shrink, teacher: Trace, module: nnx.Module, blocks: Sequence[int]) -> None:
+        self._structure, self._teacher = structure, teacher
+        self._modules = dict(_named(module))
+        self._paths = {id(layer): path for path, layer in self._modules.items()}
+        self._has_changed = False  # whether the student has computed anything else than the teacher so far
+        self._kept = self._which_blocks(blocks)
+        self._trunk: np.ndarray | None = None
+        self._channels: np.ndarray | None = None  # the teacher's channels that the last convolution made
+        self._forced: jax.Array | None = None  # what a block's last convolution is to return
+        self._last: tuple[jax.Array, jax.Array] | None = None  # inputs and outputs of a block's last convolution
+
+    def layer(self, layer: nnx.Module, x: jax.Array, run: Run) -> jax.Array:
+        path = self._paths[id(layer)]
+        if isinstance(layer, PReLU):
+            return self._prelu(layer, path, x, run)
+        if isinstance(layer, Conv | LowRankConv):
+            return self._convolution(layer, path, x, run)
+        number = _number(path, self._structure.blocks)
+        return run(x) if number is None else self._block(layer, path, number, x, run)
+
+    def _prelu(self, layer: PReLU, path: str, x: jax.Array, run: Run) -> jax.Array:
+        slopes = self._teacher.weights[self._source(path)].weight[...]
+        layer.weight[...] = slopes if self._channels is None else slopes[self._channels]
+        return run(x)
+
+    def _convolution(self, layer: Conv | LowRankConv, path: str, x: jax.Array, run: Run) -> jax.Array:
+        if self._is_last_of_block(path) and self._forced is not None:
+            return self._forced
+        if self._forced is not None:
+            return run(x)
+        source = self._source(path)
+        target, theirs = self._teacher.outputs[source], self._teacher.weights[source]
+        is_same = isinstance(layer, LowRankConv) == isinstance(theirs, LowRankConv) and all(
+            ours.shape == other.shape
+            for ours, other in zip(jax.tree.leaves(nnx.state(layer)), jax.tree.leaves(nnx.state(theirs)), strict=True)
+        )
+        target = self._in_basis(target, path, _num_outputs(layer))
+        follows = self._follows(path)
+        if is_same and follows:
+            nnx.update(layer, nnx.state(theirs))
+        in_block = bool(self._structure.blocks) and path.startswith(f"{self._structure.blocks}.")
+        if is_same and follows and (not self._has_changed or in_block):
+            pass
+        else:
+            self._has_changed = True
+            self._fit(layer, x, target, has_prior=is_same and follows)
+        y = run(x)
+        if self._is_last_of_block(path):
+            self._last = x, y
+        return y
+
+    def _block(self, block: nnx.Module, path: str, number: int, x: jax.Array, run: Run) -> jax.Array:
+        """Runs a block; if something has changed, its last convolution makes up for it, and for the blocks left out."""
+        kept, end = self._kept[number], (*self._kept, self._num_blocks())[number + 1] - 1
+        self._has_changed |= kept != end or (number == 0 and kept > 0)
+        y = run(x)
+        if not self._has_changed:
+            return y
+        target = self._teacher.outputs[f"{self._structure.blocks}.{end}"]
+        target = self._in_basis(target, path, x.shape[-1])
+        assert self._last is not None
+        inputs, outputs = self._last
+        # y = what the block adds up without its last convolution + gain x outputs; the gain is found by trying.
+        self._forced = outputs + 1
+        gain = (run(x) - y).mean((0, 1, 2))
+        self._forced = None
+        layer = self._modules[f"{path}.{self._structure.writer}"]
+        self._fit(layer, inputs, outputs + (target - y) / gain, has_prior=True)
+        self._forced = layer(inputs)
+        y = run(x)
+        self._forced = None
+        return y
+
+    def _fit(self, layer: Any, x: jax.Array, target: jax.Array, *, has_prior: bool) -> None:
+        if isinstance(layer, LowRankConv):
+            first, second = getattr(layer, "0"), getattr(layer, "1")
+            kernel, (mix, bias) = regression.fit_low_rank(x, target, 3, first.kernel.shape[-1])
+            first.kernel[...], second.kernel[...], second.bias[...] = map(jnp.asarray, (kernel, mix, bias))
+            return
+        if layer.strides not in (1, (1, 1)) or layer.feature_group_count != 1:
+            raise ValueError(f"{type(layer).__name__} with strides or groups cannot be fitted")
+        prior = Kernel(np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])) if has_prior else None
+        fitted = regression.fit(x, target, layer.kernel.shape[0], prior)
+        layer.kernel[...], layer.bias[...] = jnp.asarray(fitted.kernel), jnp.asarray(fitted.bias)
+
+    # ---- which layer of the teacher, and in which channels -----------------------------------------------------
+
+    def _source(self, path: str) -> str:
+        """Returns the path of the teacher's layer that this one stands for."""
+        number = _number(path, self._structure.stack)
+        if number is not None:
+            index, is_activation = divmod(number, 2)
+            return f"{self._structure.stack}.{2 * self._stack()[index] + is_activation}"
+        number = _number(path, self._structure.blocks, is_whole=False)
+        if number is not None:
+            start = f"{self._structure.blocks}.{number}"
+            return f"{self._structure.blocks}.{self._kept[number]}{path[len(start) :]}"
+        return path
+
+    def _follows(self, path: str) -> bool:
+        """Whether the layer reads what the teacher's layer reads: false after layers of a stack that were left out."""
+        number = _number(path, self._structure.stack)
+        if not number:
+            return True
+        stack = self._stack()
+        return stack[number // 2] == stack[number // 2 - 1] + 1
+
+    def _stack(self) -> list[int]:
+        """Returns the numbers of the teacher's convolutions that are kept of a stack: at equal distances, with the"
+        " ends."""
+        ours, theirs = (
+            max(number for path in paths if (number := _number(path, self._structure.stack)) is not None) // 2
+            for paths in (self._modules, self._teacher.outputs)
+        )
+        return [round(i * theirs / ours) for i in range(ours + 1)]
+
+    def _num_blocks(self) -> int:
+        return _count(self._teacher.outputs, self._structure.blocks)
+
+    def _which_blocks(self, blocks: Sequence[int]) -> list[int]:
+        count, theirs = _count(self._modules, self._structure.blocks), self._num_blocks()
+        if not blocks:
+            return [i * theirs // count for i in range(count)]
+        if len(blocks) != count or sorted({*blocks}) != [*blocks] or not 0 <= blocks[0] <= blocks[-1] < theirs:
+            raise ValueError(
+                f"blocks={list(blocks)} must be {count} different numbers from 0 to {theirs - 1}, ascending"
+            )
+        return [*blocks]
+
+    def _is_last_of_block(self, path: str) -> bool:
+        blocks = self._structure.blocks
+        return (
+            bool(blocks) and re.fullmatch(rf"{blocks}\.[0-9]+\.{re.escape(self._structure.writer)}", path) is not None
+        )
+
+    def _in_basis(self, target: jax.Array, path: str, count: int) -> jax.Array:
+        """Returns the teacher's outputs in the student's channels, of which there are `count`."""
+        is_trunk = bool(re.fullmatch(self._structure.trunk, path)) or _number(path, self._structure.blocks) is not None
+        if not is_trunk:
+            self._channels = None
+        if count == target.shape[-1]:
+            return target
+        if is_trunk:
+            if self._trunk is None:
+                stream = [y for name, y in self._teacher.outputs.items() if self._writes_stream(name)]
+                self._trunk = regression.principal_axes(stream, count)
+            return target @ self._trunk
+        self._channels = regression.best_channels(jax.nn.relu(target), count)
+        return target[..., self._channels]
+
+    def _writes_stream(self, name: str) -> bool:
+        """Whether an output of the teacher is the stream itself, or outside of blocks is added to it."""
+        in_block = name.startswith(f"{self._structure.blocks}.")
+        return (
+            _number(name, self._structure.blocks) is not None
+            if in_block
+            else bool(re.fullmatch(self._structure.trunk, name))
+        )
+
+
+def _num_outputs(layer: Conv | LowRankConv) -> int:
+    return (getattr(layer, "1") if isinstance(layer, LowRankConv) else layer).kernel.shape[-1]
+
+
+def _named(module: nnx.Module) -> Iterable[tuple[str, Any]]:
+    for path, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Module):
+            yield ".".join(map(str, path)), node
+
+
+def _paths(module: nnx.Module) -> dict[int, str]:
+    return {id(layer): path for path, layer in _named(module)}
+
+
+def _number(path: str, group: str, *, is_whole: bool = True) -> int | None:
+    """Returns N of the path `group.N`, or else of `group.N.more`; None for other paths."""
+    match = re.match(rf"{re.escape(group)}\.([0-9]+)" + ("$" if is_whole else r"(\.|$)"), path) if group else None
+    return int(match[1]) if match else None
+
+
+def _count(paths: Iterable[str], group: str) -> int:
+    numbers = [number for path in paths if (number := _number(path, group, is_whole=False)) is not None]
+    return max(numbers, default=-1) + 1

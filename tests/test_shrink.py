@@ -1,0 +1,234 @@
+"""Shrunk networks: the teacher itself where nothing is smaller, known optima, and better than what they replace."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from kdjax.models import MODELS, Model, network, regression, shrinking
+from kdjax.models.shrinking import check, fit, num_images
+from kdjax.weights import load_weights, save_model
+
+FULL = {
+    "rrdbnet": dict(scale=1, num_feat=8, num_block=3, num_grow_ch=6),
+    "srvggnetcompact": dict(num_feat=8, num_conv=3, upscale=1),
+    "dncnn": dict(num_feat=8, depth=5),
+    "edsr": dict(num_feat=8, num_block=3, upscale=1),
+    "msrresnet": dict(num_feat=8, num_block=3, upscale=1),
+}
+SMALLER = {
+    "rrdbnet": [dict(num_feat=5), dict(num_grow_ch=3), dict(num_block=2), dict(num_feat=6, num_block=2, num_grow_ch=4)],
+    "srvggnetcompact": [dict(num_feat=5), dict(num_conv=2)],
+    "dncnn": [dict(num_feat=5), dict(depth=3), dict(ranks=(0, 3, 4, 3, 0)), dict(num_feat=6, ranks=(0, 3, 0, 3, 0))],
+    "edsr": [dict(num_block=2)],
+    "msrresnet": [dict(num_block=2)],
+}
+CASES = [(arch, sizes) for arch, several in SMALLER.items() for sizes in several]
+
+
+def noise(*shape: int, seed: int = 1) -> jax.Array:
+    return jax.random.uniform(jax.random.key(seed), shape)
+
+
+IMAGES = noise(4, 16, 20, 3)
+
+
+def edited(model: Model, change: Callable[[str, np.ndarray], np.ndarray]) -> Model:
+    flat = traverse_util.flatten_dict(model.params, sep=".")
+    params = {path: change(path, np.array(leaf)) for path, leaf in flat.items()}
+    return Model(model.network, traverse_util.unflatten_dict(params, sep="."))
+
+
+def lively(arch: str) -> Model:
+    """A teacher whose every part counts: RRDBNet's branches are nearly zero at the start of training."""
+    model = network(arch, FULL[arch]).init(jax.random.key(0))
+    return edited(model, lambda path, leaf: leaf * (6 if path.startswith("body") and arch == "rrdbnet" else 1))
+
+
+@pytest.fixture(scope="module")
+def teachers() -> dict[str, Model]:
+    return {arch: lively(arch) for arch in FULL}
+
+
+def shrunk(teacher: Model, sizes: dict, images: jax.Array = IMAGES, **options: object) -> Model:
+    return fit(teacher, check(teacher, teacher.hparams | sizes), images, **options)
+
+
+def distance(one: Model, other: Model, images: jax.Array = IMAGES) -> float:
+    """RMS of the difference of their outputs."""
+    return float(jnp.sqrt(jnp.mean((one(images)[0] - other(images)[0]) ** 2)))
+
+
+def test_every_architecture_that_can_be_shrunk_is_tried() -> None:
+    assert set(FULL) == set(SMALLER) == {name for name, known in MODELS.items() if known.shrink}
+    for name, several in SMALLER.items():
+        sizes = MODELS[name].shrink.sizes
+        assert {size for one in several for size in one} == set(sizes)
+
+
+@pytest.mark.parametrize("arch", FULL)
+def test_with_everything_kept_it_is_the_teacher_bit_for_bit(teachers: dict[str, Model], arch: str) -> None:
+    same = shrunk(teachers[arch], {})
+    jax.tree.map(np.testing.assert_array_equal, same.params, jax.tree.map(np.asarray, teachers[arch].params))
+
+
+@pytest.mark.parametrize("arch", FULL)
+def test_the_trace_is_what_the_network_computes(teachers: dict[str, Model], arch: str) -> None:
+    teacher = teachers[arch]
+    outputs = shrinking.trace(teacher, IMAGES).outputs
+    features = teacher(IMAGES)[1]
+    known = {name for name in features if name in outputs and not (arch == "msrresnet" and name == "conv_first")}
+    assert len(known) >= 3
+    for name in known:
+        np.testing.assert_allclose(outputs[name], features[name], atol=1e-5)
+
+
+@pytest.mark.parametrize(("arch", "sizes"), CASES)
+def test_it_is_nearer_to_the_teacher_than_an_untrained_one_and_generalises(
+    teachers: dict[str, Model], arch: str, sizes: dict
+) -> None:
+    teacher, unseen = teachers[arch], noise(3, 17, 13, 3, seed=2)
+    student = shrunk(teacher, sizes)
+    assert student.hparams == teacher.hparams | sizes
+    nothing = edited(student, lambda path, leaf: leaf * 0)
+    assert distance(student, teacher, unseen) < 0.5 * distance(nothing, teacher, unseen)
+    random = student.network.init(jax.random.key(3))
+    assert distance(student, teacher, unseen) < 0.5 * distance(random, teacher, unseen)
+
+
+def test_channels_that_do_nothing_are_left_out_without_loss() -> None:
+    """Random channels of every inner layer write nothing: the student without them is the same function."""
+    for arch in ("dncnn", "srvggnetcompact"):
+        dead = np.random.default_rng(1).permutation(8)[:3]
+
+        def kill(path: str, leaf: np.ndarray, dead: np.ndarray = dead) -> np.ndarray:
+            if path.endswith(("kernel", "bias")) and leaf.shape[-1] == 8:
+                leaf[..., dead] = 0
+            return leaf
+
+        whole = edited(lively(arch), kill)
+        assert distance(shrunk(whole, {"num_feat": 5}), whole) < 3e-3 * float(jnp.std(whole(IMAGES)[0]))
+
+
+def test_blocks_that_do_nothing_are_left_out_without_loss() -> None:
+    for arch in ("rrdbnet", "edsr", "msrresnet"):
+        whole = edited(lively(arch), lambda path, leaf: leaf * 0 if path.startswith("body.1.") else leaf)
+        assert distance(shrunk(whole, {"num_block": 2}, blocks=(0, 2)), whole) < 1e-5
+
+
+def test_ranks_that_suffice_lose_nothing() -> None:
+    """Kernels of rank 3 are found again."""
+
+    def reduce(path: str, leaf: np.ndarray) -> np.ndarray:
+        if not path.endswith("kernel") or leaf.shape[-2:] != (8, 8):
+            return leaf
+        u, s, v = np.linalg.svd(leaf.reshape(-1, 8), full_matrices=False)
+        return (u[:, :3] * s[:3] @ v[:3]).reshape(leaf.shape)
+
+    whole = edited(lively("dncnn"), reduce)
+    student = shrunk(whole, {"ranks": (0, 3, 3, 3, 0)})
+    assert distance(student, whole) < 1e-3 * float(jnp.std(whole(IMAGES)[0] - IMAGES))
+    assert student.network.count_macs(16, 16) < 0.7 * whole.network.count_macs(16, 16)
+
+
+def test_later_layers_make_up_for_earlier_ones(teachers: dict[str, Model]) -> None:
+    """Fitting to what the student computes is better than fitting each layer to what the teacher computes."""
+    teacher = teachers["dncnn"]
+    student = shrunk(teacher, {"ranks": (0, 3, 3, 3, 0)})
+    trace = shrinking.trace(teacher, IMAGES)
+    alone = {**student.params["model"]}
+    for before, layer in (("0", "2"), ("2", "4"), ("4", "6")):
+        x = jax.nn.relu(trace.outputs[f"model.{before}"])
+        kernel, (mix, bias) = regression.fit_low_rank(x, trace.outputs[f"model.{layer}"], 3, 3)
+        alone[layer] = {"0": {"kernel": kernel}, "1": {"kernel": mix, "bias": bias}}
+    alone["8"] = teacher.params["model"]["8"]
+    assert distance(student, teacher) < 0.95 * distance(Model(student.network, {"model": alone}), teacher)
+
+
+@pytest.mark.parametrize("arch", ["rrdbnet", "edsr", "msrresnet"])
+def test_a_dropped_block_is_made_up_for(teachers: dict[str, Model], arch: str) -> None:
+    teacher = teachers[arch]
+    student = shrunk(teacher, {"num_block": 2}, blocks=(0, 2))
+    body = {"0": teacher.params["body"]["0"], "1": teacher.params["body"]["2"]}
+    assert distance(student, teacher) < 0.8 * distance(Model(student.network, teacher.params | {"body": body}), teacher)
+
+
+def test_convolutions_are_the_least_squares_ones() -> None:
+    x, y = noise(3, 9, 11, 4), noise(3, 9, 11, 5, seed=2)
+    kernel, bias = regression.fit(x, y, 3)
+    patches = jax.lax.conv_general_dilated_patches(
+        x, (3, 3), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    a = np.asarray(patches).reshape(-1, 4, 9).transpose(0, 2, 1).reshape(-1, 36)
+    a = np.concatenate([a, np.ones((len(a), 1))], 1)
+    wanted = np.linalg.lstsq(a, np.asarray(y).reshape(-1, 5), rcond=None)[0]
+    np.testing.assert_allclose(kernel.reshape(36, 5), wanted[:-1], atol=2e-3)
+    np.testing.assert_allclose(bias, wanted[-1], atol=2e-3)
+
+
+def test_what_the_inputs_do_not_decide_stays_near_the_prior() -> None:
+    x, y = noise(2, 8, 8, 3), noise(2, 8, 8, 2, seed=2)
+    x = x.at[..., 2].set(x[..., 1])  # of which only the sum of the two kernels counts
+    kernel = np.asarray(noise(3, 3, 3, 2, seed=3))
+    prior = regression.Kernel(kernel, np.zeros(2, np.float32))
+    fitted = regression.fit(x, y, 3, prior).kernel
+    np.testing.assert_allclose(fitted[..., 1, :] - fitted[..., 2, :], kernel[..., 1, :] - kernel[..., 2, :], atol=1e-3)
+
+
+def test_the_best_channels_predict_the_others() -> None:
+    """Of three independent channels and sums of them, a set of three that spans all is chosen."""
+    random = np.random.default_rng(0)
+    own = random.normal(size=(2, 30, 30, 3))
+    mixed = np.concatenate([own[..., :1], own[..., :1] * 1.01, own[..., 1:2] + own[..., 2:], own[..., 1:]], -1)
+    chosen = regression.best_channels(jnp.asarray(mixed, jnp.float32), 3)
+    rest = np.linalg.lstsq(mixed[..., chosen].reshape(-1, 3), mixed.reshape(-1, 5), rcond=None)[1]
+    assert rest.max() < 1e-3
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_low_ranks_are_read_back(tmp_path: Path, teachers: dict[str, Model], suffix: str) -> None:
+    student = shrunk(teachers["dncnn"], {"ranks": (0, 3, 0, 2, 0)})
+    save_model(student, tmp_path / f"student{suffix}")
+    loaded = load_weights(tmp_path / f"student{suffix}").model
+    assert loaded.network == student.network
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, student.params)
+
+
+def test_a_shrunk_network_can_be_shrunk_again(teachers: dict[str, Model]) -> None:
+    once = shrunk(teachers["dncnn"], {"ranks": (0, 4, 4, 4, 0)})
+    same = shrunk(once, {})
+    jax.tree.map(np.testing.assert_array_equal, same.params, once.params)
+    twice = shrunk(once, {"ranks": (0, 4, 3, 4, 0)})
+    assert distance(twice, teachers["dncnn"]) < 0.5 * float(jnp.std(IMAGES - teachers["dncnn"](IMAGES)[0]))
+
+
+def test_the_number_of_images_follows_from_their_size() -> None:
+    small = network("dncnn", FULL["dncnn"]).init(jax.random.key(0))
+    assert num_images(small, 100) == 10 and num_images(small, 1000) == 1
+    large = network("rrdbnet", dict(num_block=23)).init(jax.random.key(0))
+    assert 1 <= num_images(large, 32) < 50
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes", "message"),
+    [
+        ("dncnn", {"num_feat": 9}, "cannot be larger: num_feat=9, the teacher has 8"),
+        ("dncnn", {"num_in_ch": 1}, "differ from its teacher in num_feat, depth, ranks only: num_in_ch=1 is not 3"),
+        ("dncnn", {"ranks": (1, 2)}, "ranks=.* has 2 numbers; DnCNN of depth 5 needs as many"),
+        ("unet", {}, "unknown architecture to shrink 'unet'"),
+    ],
+)
+def test_what_cannot_be_shrunk_is_refused(arch: str, sizes: dict, message: str) -> None:
+    teacher = network(arch, FULL.get(arch)).init(jax.random.key(0))
+    with pytest.raises(ValueError, match=message):
+        shrunk(teacher, sizes)
+
+
+def test_impossible_blocks_are_refused(teachers: dict[str, Model]) -> None:
+    for blocks in ((0,), (1, 0), (0, 3), (-1, 2)):
+        with pytest.raises(ValueError, match="must be 2 different numbers from 0 to 2, ascending"):
+            shrunk(teachers["rrdbnet"], {"num_block": 2}, blocks=blocks)
