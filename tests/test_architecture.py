@@ -36,7 +36,19 @@ FLOORS = [
     {"distill", "tiles"},  # the step; a trained model over images of any size
     {"validation", "teacher"},  # measuring; the teacher of a run, and what it said, kept
     {"training", "report"},  # what a run works with; what was measured, written down
-    {"train", "study", "evaluate", "restore", "export", "demo", "convert", "show", "compare", "cache"},  # programs
+    {
+        "train",
+        "study",
+        "evaluate",
+        "restore",
+        "export",
+        "demo",
+        "convert",
+        "show",
+        "compare",
+        "cache",
+        "shrink",
+    },  # programs
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Modules that others of their floor may use: how names are looked up and files written, what a config and a schedule

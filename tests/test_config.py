@@ -264,7 +264,7 @@ def test_changes_between_two_configs_are_told_by_key() -> None:
 
 
 def test_every_config_is_tried() -> None:
-    elsewhere = {"study_denoise", "study_few_labels", "basicsr"}  # see test_study.py and test_basicsr.py
+    elsewhere = {"study_denoise", "study_few_labels", "study_start", "basicsr"}  # see test_study.py and test_basicsr.py
     assert {path.stem for path in CONFIGS.glob("*.py")} == {"denoise", "teacher", "realworld", *METHODS} | elsewhere
 
 

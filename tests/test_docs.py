@@ -61,6 +61,7 @@ SHORT = {
     " --config.data.workers=0",
     "kdjax.compare": "--size 32 --batch 1 --repeats 1",
     "kdjax.demo": "--port 0",
+    "kdjax.shrink": "--crops 2",
     "benchmarks/data.py": "--limit 4 --crop 16 --batch-size 2 --repeats 1",
     "benchmarks/memory.py": "--crop 16 --batch-size 4 --accumulate 2 --steps 1 --students 'SRVGGNetCompact 32x8'",
     "benchmarks/step.py": "--crop 16 --batch-size 2 --repeats 1",

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from kdjax import shrink
+from kdjax.data import write_image
 from kdjax.models import MODELS, Model, network, regression, shrinking
 from kdjax.models.shrinking import check, fit, num_images
 from kdjax.weights import load_weights, save_model
@@ -27,6 +29,7 @@ SMALLER = {
     "edsr": [dict(num_block=2)],
     "msrresnet": [dict(num_block=2)],
 }
+FULL_DNCNN = {"num_in_ch": 3, "num_feat": 8, "depth": 5, "unshuffle": 1, "ranks": ()}
 CASES = [(arch, sizes) for arch, several in SMALLER.items() for sizes in several]
 
 
@@ -232,3 +235,102 @@ def test_impossible_blocks_are_refused(teachers: dict[str, Model]) -> None:
     for blocks in ((0,), (1, 0), (0, 3), (-1, 2)):
         with pytest.raises(ValueError, match="must be 2 different numbers from 0 to 2, ascending"):
             shrunk(teachers["rrdbnet"], {"num_block": 2}, blocks=blocks)
+
+
+# ---- the program -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, teachers: dict[str, Model]) -> Path:
+    """model.pth, double.pth (which upscales 2x), and photographs in gt/."""
+    folder = tmp_path_factory.mktemp("shrink")
+    save_model(teachers["dncnn"], folder / "model.pth")
+    double = network("srvggnetcompact", dict(num_feat=8, num_conv=1, upscale=2)).init(jax.random.key(0))
+    save_model(double, folder / "double.pth")
+    (folder / "gt").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(3):
+        write_image(folder / "gt" / f"{i}.png", random.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8))
+    return folder
+
+
+def run(folder: Path, capsys: pytest.CaptureFixture[str], *flags: object, model: str = "model.pth") -> str:
+    images = () if {"--data", "--lq"} & {*flags} else ("--data", folder / "gt", "--sigma", 25)
+    shrink.main(["--model", str(folder / model), *map(str, images), *map(str, flags)])
+    return capsys.readouterr().out
+
+
+def test_the_program_takes_sizes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(folder, capsys, "--size", "depth=4", "--size", "num_feat=6", "--output", tmp_path / "out.pth")
+    assert load_weights(tmp_path / "out.pth").model.hparams == FULL_DNCNN | {"depth": 4, "num_feat": 6}
+    model, student = (line.split() for line in printed.splitlines() if line.startswith(("model", "student")))
+    assert model[0] == "model" and student[0] == "student" and " dB to the model" in printed
+    assert "num_feat=6 depth=4" in printed.splitlines()[-1]
+    parameters = [int(line[1].replace(",", "")) for line in (model, student)]
+    assert parameters[1] < parameters[0]
+
+
+@pytest.mark.parametrize("budget", [("--macs", 0.5), ("--speedup", 1.2)])
+def test_the_program_keeps_a_budget(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    budget: tuple[str, float],
+) -> None:
+    monkeypatch.setattr(shrink, "latency", lambda model: float(model.network.count_macs(64, 64)))  # the same every time
+    printed = run(folder, capsys, *budget, "--crops", 3, "--output", tmp_path / "out.pth")
+    teacher, student = load_weights(folder / "model.pth").model, load_weights(tmp_path / "out.pth").model
+    tried = [line.split() for line in printed.splitlines() if line.startswith("  ") and line.endswith("to the model")]
+    assert len(tried) >= 4
+    qualities = [float(words[words.index("dB") - 1]) for words in tried]
+    assert printed.splitlines()[-1].split(": ")[1].startswith(" ".join(tried[int(np.argmax(qualities))]).split(":")[0])
+    part = student.network.count_macs(64, 64) / teacher.network.count_macs(64, 64)
+    assert 0.2 < part <= (budget[1] if budget[0] == "--macs" else 1 / budget[1])
+
+
+def test_models_that_upscale_take_small_images(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = run(
+        folder,
+        capsys,
+        "--lq",
+        folder / "gt",
+        "--size",
+        "num_feat=4",
+        "--output",
+        tmp_path / "x.pth",
+        model="double.pth",
+    )
+    assert "num_feat=4" in printed and load_weights(tmp_path / "x.pth").model.network.scale == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message", "code"),
+    [
+        (("--size", "num_feat=9", "--output", "x.pth"), "cannot be larger: num_feat=9", 1),
+        (("--size", "num_feat=4", "--output", "x.bin"), "cannot write .bin", 1),
+        (("--size", "num_feat=4", "--output", "nowhere/x.pth"), "does not exist; create it first", 1),
+        (("--macs", "0.001", "--output", "x.pth"), "no dncnn with smaller num_feat, depth, ranks takes 0.001", 1),
+        (("--macs", "2", "--output", "x.pth"), "--macs 2 must be between 0 and 1", 2),
+        (("--speedup", "1", "--output", "x.pth"), "--speedup 1 must be more than 1", 2),
+        (("--macs", "0.5", "--speedup", "2", "--output", "x.pth"), "give one of --speedup, --macs and --size", 2),
+        (("--output", "x.pth"), "give one of --speedup, --macs and --size", 2),
+        (("--lq", "a", "--sigma", "5", "--macs", "0.5", "--output", "x.pth"), "--data and --sigma go together", 2),
+        (("--macs", "0.5", "--crops", "-1", "--output", "x.pth"), "--crops -1 must be 0 or more", 2),
+    ],
+)
+def test_bad_input_is_one_message(
+    folder: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], message: str, code: int
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        run(folder, capsys, *flags)
+    said = capsys.readouterr().err if code == 2 else str(caught.value)
+    assert message in said and caught.value.code in (code, f"error: {said.removeprefix('error: ')}")
+
+
+def test_one_image_is_too_few(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_image(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(SystemExit, match="at least two images"):
+        run(folder, capsys, "--lq", tmp_path, "--macs", "0.5", "--output", tmp_path / "x.pth")

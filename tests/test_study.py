@@ -231,7 +231,7 @@ def test_bad_studies_are_refused(change: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["", "quick", "debug"])
-@pytest.mark.parametrize("name", ["study_denoise", "study_few_labels"])
+@pytest.mark.parametrize("name", ["study_denoise", "study_few_labels", "study_start"])
 def test_shipped_studies_are_valid(name: str, variant: str) -> None:
     values = load(name, variant).copy_and_resolve_references().to_dict()
     values["columns"].pop("scratch_equal_compute", None)  # which costs a look at both networks

@@ -13,6 +13,7 @@ convolution of the block before takes over what they add; of a plain stack, laye
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -308,3 +309,31 @@ def _number(path: str, group: str, *, is_whole: bool = True) -> int | None:
 def _count(paths: Iterable[str], group: str) -> int:
     numbers = [number for path in paths if (number := _number(path, group, is_whole=False)) is not None]
     return max(numbers, default=-1) + 1
+
+
+def spread_ranks(teacher: Model, known: Trace, hparams: Mapping[str, Any], part: float) -> tuple[int, ...]:
+    """Returns ranks for the convolutions of a stack with these hyper-parameters that cost about `part` of full ones.
+
+    The first and the last convolution stay full. The others get ranks in steps of 4, where a step explains most of what
+    the teacher's convolution computes.
+    """
+    count, num_feat, stack = hparams["depth"], hparams["num_feat"], structure_of(teacher).stack
+    theirs = teacher.hparams["depth"]
+    sources = [round(i * (theirs - 1) / (count - 1)) for i in range(count)]
+    spectra = [regression.explained(known.outputs[f"{stack}.{2 * i}"])[:num_feat] for i in sources[1:-1]]
+    as_costly = 9 * num_feat / 10  # the rank at which the two convolutions cost as much as the full one
+    most = 4 * math.ceil(as_costly / 4)
+    ranks = [4] * len(spectra)
+    left = max(0.0, part * as_costly * len(spectra) - sum(ranks))
+
+    def gain(layer: int) -> float:
+        spectrum, rank = spectra[layer], ranks[layer]
+        return float(spectrum[rank : rank + 4].sum() / spectrum.sum()) if rank < most and spectrum.sum() else -1.0
+
+    while left >= 4 and ranks:
+        best = max(range(len(ranks)), key=gain)
+        if gain(best) < 0:
+            break
+        ranks[best] += 4
+        left -= 4
+    return (0, *(rank if rank < as_costly else 0 for rank in ranks), 0)

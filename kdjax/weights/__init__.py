@@ -166,13 +166,8 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> None:
     Raises:
       WeightsError: unknown suffix, parameters that do not fit the architecture or are not finite, or no such folder.
     """
-    path = Path(path)
+    path = check_target(path)
     shown = printable(str(path))
-    if path.suffix not in WRITERS:
-        suffix = printable(path.suffix) or "a file without a suffix"
-        raise WeightsError(f"{shown}: cannot write {suffix}; use {' or '.join(WRITERS)}")
-    if not path.parent.is_dir():
-        raise WeightsError(f"{shown}: the folder {printable(str(path.parent))} does not exist; create it first")
     try:
         about = {"arch": model.arch, "hparams": {name: _plain(value) for name, value in model.hparams.items()}}
         data = WRITERS[path.suffix](to_state_dict(model), about)
@@ -182,6 +177,18 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> None:
         write_bytes(path, data)
     except OSError as error:
         raise WeightsError(f"{shown}: cannot be written: {printable(error.strerror or str(error))}") from error
+
+
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """Returns the path of a file to write, after checking its suffix and its folder; raises like `save_model`."""
+    path = Path(path)
+    shown = printable(str(path))
+    if path.suffix not in WRITERS:
+        suffix = printable(path.suffix) or "a file without a suffix"
+        raise WeightsError(f"{shown}: cannot write {suffix}; use {' or '.join(WRITERS)}")
+    if not path.parent.is_dir():
+        raise WeightsError(f"{shown}: the folder {printable(str(path.parent))} does not exist; create it first")
+    return path
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

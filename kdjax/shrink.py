@@ -1,0 +1,315 @@
+"""Shrinks a model: a smaller, faster one of the same architecture that approximates it, without training.
+
+    python -m kdjax.shrink --model teacher.pth --data photographs --sigma 25 --speedup 4 --output student.pth
+    python -m kdjax.shrink --model x4plus.pth --lq small_photographs --size num_block=12 --output student.pth
+
+A few images are needed: clean ones, which get noise, or degraded ones as they are. Without sizes, several ways to meet
+the speed-up or the cost are tried, by measured time on this device, and the one nearest to the model is taken. The
+result is an ordinary weight file; train it on with student.weights=student.pth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kdjax import commandline, cost, data, metrics, models, validation
+from kdjax.assets import TRAIN_PHOTOGRAPHS, locate
+from kdjax.models import Model, shrinking
+from kdjax.models.shrinking import Trace
+from kdjax.weights import check_target, load_weights, save_model, weights_options
+from kdjax.weights.hparams import parse_hparams
+
+_SIDE = 64  # of the crops that layers are fitted to, pixels of lq
+_MEASURED, _MEASURED_SIDE = 8, 128  # images kept for measuring, and the side of their centre crops
+_LATENCY_SIDE = 128  # of the image whose time is measured
+_REPEATS = 5
+_TRIAL = 4  # trials are fitted to this part of the images
+
+
+class BudgetError(ValueError):
+    """No smaller model meets the budget; the message names the nearest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Crops (b, h, w, c) to fit layers to, and images for measuring: lq in about [0, 1], gt uint8 or None."""
+
+    fitted: jax.Array
+    measured: list[np.ndarray]
+    gt: list[np.ndarray] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a student may cost, as parts of the teacher's: multiply-accumulates, or measured time."""
+
+    macs: float | None = None
+    latency: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A student, the time it takes in milliseconds, and its mean PSNR to the teacher's images, in dB."""
+
+    model: Model
+    milliseconds: float
+    psnr: float
+
+
+def load_images(clean: str | None, lq: str | None, sigma: float, model: Model, *, limit: int = 0) -> Images:
+    """Reads images: `clean` with noise of `sigma` (0..255 scale), or `lq` as they are. Some are kept for measuring.
+
+    `limit` is the number of crops to fit layers to; 0 takes as many as memory and time allow.
+
+    Raises:
+      DataError: a folder or an image cannot be used, or there are fewer than two images.
+    """
+    pairs = data.find_pairs(gt=locate(lq or clean or "", TRAIN_PHOTOGRAPHS), what="shrinking")
+    if len(pairs) < 2:
+        raise data.DataError(f"shrinking needs at least two images, one of them for measuring; {pairs[0].gt} is one")
+    images = [image.gt for image in data.load_images(data.spread(pairs, 400), channels=model.network.channels)]
+    every = max(4 if len(images) >= 8 else 2, len(images) // _MEASURED)
+    held_out = images[::every][:_MEASURED]
+    rest = [image for i, image in enumerate(images) if i % every or i // every >= _MEASURED]
+    side = min(_SIDE, *(min(image.shape[:2]) for image in images))
+    random = np.random.default_rng(0)
+    crops = []
+    most = shrinking.num_images(model, side)
+    for i in range(min(limit or most, most)):
+        image = rest[i % len(rest)]
+        top, left = (random.integers(extent - side + 1) for extent in image.shape[:2])
+        crops.append(image[top : top + side, left : left + side] / np.float32(255))
+    fitted = np.stack(crops)
+    gt = [_centre(image) for image in held_out]
+    if lq:
+        return Images(jnp.asarray(fitted), [image / np.float32(255) for image in gt], None)
+    fitted = fitted + random.normal(0, sigma / 255, fitted.shape).astype(np.float32)
+    return Images(jnp.asarray(fitted), [validation.add_noise(image, sigma) for image in gt], gt)
+
+
+def _centre(image: np.ndarray) -> np.ndarray:
+    top, left = (max(0, extent - _MEASURED_SIDE) // 2 for extent in image.shape[:2])
+    return image[top : top + _MEASURED_SIDE, left : left + _MEASURED_SIDE]
+
+
+def restored(model: Model, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns the model's uint8 images, in order."""
+    outputs = dict(validation.restore(model.network.make_apply(), model.params, images))
+    return [outputs[i] for i in range(len(images))]
+
+
+def psnr(images: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
+    """Returns the mean PSNR of uint8 images, in dB."""
+    return statistics.fmean(map(metrics.psnr, images, others))
+
+
+def latency(model: Model) -> float:
+    """Returns the median time for one image, in milliseconds."""
+    compiled = cost.compile_model(model, (1, _LATENCY_SIDE, _LATENCY_SIDE, model.network.channels))
+    seconds = cost.time_in_turns({"": compiled.run}, repeats=_REPEATS, warm_up=1)[""]
+    return 1000 * statistics.median(seconds)
+
+
+def shrink(
+    teacher: Model, images: Images, budget: Budget, *, tell: Callable[[str], None] = lambda line: None
+) -> tuple[Model, list[Trial]]:
+    """Returns the student that is nearest to the teacher of those that meet the budget, and all that were tried.
+
+    Each way of being smaller, alone and together with the others, is taken as large as the budget allows.
+
+    Raises:
+      BudgetError: none meets it.
+      ValueError: the architecture cannot be shrunk.
+    """
+    trace = shrinking.trace(teacher, images.fitted)
+    part = images.fitted[: max(1, len(images.fitted) // _TRIAL)]
+    of_part = Trace({path: output[: len(part)] for path, output in trace.outputs.items()}, trace.weights)
+    wanted = restored(teacher, images.measured)
+    whole = latency(teacher)
+    trials: list[Trial] = []
+    nearest = 1.0
+    for sizes in ways(teacher):
+        student, reached = _largest(teacher, trace, sizes, budget, whole)
+        nearest = min(nearest, reached)
+        if student is None or any(student.hparams == trial.model.hparams for trial in trials):
+            continue
+        fitted = shrinking.fit(teacher, student.network, part, known=of_part)
+        trial = Trial(fitted, latency(fitted), psnr(restored(fitted, images.measured), wanted))
+        trials.append(trial)
+        tell(f"{_sizes(teacher, trial.model)}: {trial.milliseconds:.1f} ms, {trial.psnr:.2f} dB to the model")
+    if not trials:
+        kind, asked = ("MACs", budget.macs) if budget.macs else ("time", budget.latency)
+        raise BudgetError(
+            f"no {teacher.arch} with smaller {', '.join(shrinking.structure_of(teacher).sizes)} takes {asked:.3g} of"
+            f" the model's {kind}; the nearest takes {nearest:.3g}"
+        )
+    best = max(trials, key=lambda trial: trial.psnr)
+    return shrinking.fit(teacher, best.model.network, images.fitted, known=trace), trials
+
+
+def ways(teacher: Model) -> Iterator[tuple[str, ...]]:
+    """Yields the sets of sizes that can be made smaller together."""
+    sizes = shrinking.structure_of(teacher).sizes
+    for count in range(1, len(sizes) + 1):
+        yield from itertools.combinations(sizes, count)
+
+
+def scaled(teacher: Model, trace: Trace, sizes: Sequence[str], part: float) -> dict[str, Any]:
+    """Returns hyper-parameters with each of these sizes reduced to about `part` of the teacher's.
+
+    Channels are multiples of 4. `ranks` are given to the inner convolutions of a stack by what they explain.
+    """
+    hparams = dict(teacher.hparams)
+    for name in sizes:
+        if name == "ranks":
+            continue
+        full = hparams[name]
+        least = {"depth": 2}.get(name, 1)
+        if name in ("num_feat", "num_grow_ch"):
+            hparams[name] = min(full, max(4, 4 * round(part * full / 4)))
+        else:
+            hparams[name] = min(full, max(least, round(part * full)))
+    if "ranks" in sizes and part < 1:
+        hparams["ranks"] = shrinking.spread_ranks(teacher, trace, hparams, part)
+    return hparams
+
+
+def _largest(
+    teacher: Model, trace: Trace, sizes: Sequence[str], budget: Budget, whole: float
+) -> tuple[Model | None, float]:
+    """Returns the largest student within the budget, untrained, or None; and the least part of the cost seen."""
+    macs = teacher.network.count_macs(_LATENCY_SIDE, _LATENCY_SIDE)
+    limit = budget.macs or budget.latency or 1.0
+    asked, best, nearest = limit, None, 1.0
+    for _ in range(4):
+        network = _by_macs(teacher, trace, sizes, asked * macs)
+        of_macs = network.count_macs(_LATENCY_SIDE, _LATENCY_SIDE) / macs
+        if budget.macs:
+            return (network.init(jax.random.key(0)) if of_macs <= limit else None), of_macs
+        model = network.init(jax.random.key(0))
+        reached = latency(model) / whole
+        nearest = min(nearest, reached)
+        if reached <= limit:
+            best = model
+            if reached > 0.9 * limit:
+                break
+        asked *= 0.98 * limit / reached
+        if asked >= 1:
+            break
+    return best, nearest
+
+
+def _by_macs(teacher: Model, trace: Trace, sizes: Sequence[str], limit: float) -> models.Network:
+    """Returns the network of the largest part whose multiply-accumulates are within the limit, or the smallest one."""
+
+    def network(part: float) -> models.Network:
+        return shrinking.check(teacher, scaled(teacher, trace, sizes, part))
+
+    low, high = 0.0, 1.0
+    for _ in range(7):
+        middle = (low + high) / 2
+        if network(middle).count_macs(_LATENCY_SIDE, _LATENCY_SIDE) <= limit:
+            low = middle
+        else:
+            high = middle
+    return network(low)
+
+
+def _sizes(teacher: Model, student: Model) -> str:
+    changed = {name: value for name, value in student.hparams.items() if value != teacher.hparams[name]}
+    return " ".join(f"{name}={_short(value)}" for name, value in changed.items()) or "all sizes kept"
+
+
+def _short(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.shrink", __doc__)
+    add = parser.add_argument
+    add("--model", required=True, help='.pth or .safetensors file, or "embedded"')
+    add("--output", required=True, help="file to write: .pth or .safetensors")
+    add("--data", help='folder of clean images, or "embedded"')
+    add("--sigma", type=float, help="standard deviation of the noise to add to them, on the scale of 0 to 255")
+    add("--lq", help="folder of degraded images, instead of --data")
+    add("--speedup", type=float, help="how many times faster, measured on this device")
+    add("--macs", type=float, help="part of the multiply-accumulates, such as 0.25")
+    add("--size", action="append", default=[], metavar="NAME=VALUE", help="a size of your own, such as num_block=12")
+    add("--crops", type=int, default=0, help=f"fit to at most this many crops of {_SIDE} pixels; 0 takes enough")
+    parser.add_weights_options()
+    return parser
+
+
+def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if (options.data is None) == (options.lq is None):
+        parser.error("give either --data DIR, with --sigma, or --lq DIR")
+    if (options.data is None) != (options.sigma is None):
+        parser.error("--data and --sigma go together")
+    if options.sigma is not None and not 0 <= options.sigma <= 255:
+        parser.error(f"--sigma {options.sigma:g} must be from 0 to 255")
+    if sum((options.speedup is not None, options.macs is not None, bool(options.size))) != 1:
+        parser.error("give one of --speedup, --macs and --size")
+    if options.crops < 0:
+        parser.error(f"--crops {options.crops} must be 0 or more")
+    if options.speedup is not None and not 1 < options.speedup < 1000:
+        parser.error(f"--speedup {options.speedup:g} must be more than 1 and less than 1000")
+    if options.macs is not None and not 0 < options.macs < 1:
+        parser.error(f"--macs {options.macs:g} must be between 0 and 1")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse_options(arguments)
+    started = time.monotonic()
+    try:
+        check_target(options.output)
+        loaded = load_weights(options.model, **weights_options(options))
+        teacher = loaded.model
+        print(f"{loaded.path}: {teacher.arch}, {models.count_params(teacher.params):,} parameters")
+        sizes = parse_hparams(options.size)
+        shrinking.check(teacher, teacher.hparams | sizes)
+        images = load_images(options.data, options.lq, options.sigma or 0.0, teacher, limit=options.crops)
+        if sizes:
+            network = shrinking.check(teacher, teacher.hparams | sizes)
+            student = shrinking.fit(teacher, network, images.fitted)
+        else:
+            budget = Budget(options.macs, options.speedup and 1 / options.speedup)
+            student, _ = shrink(teacher, images, budget, tell=lambda line: print(f"  {line}", flush=True))
+        save_model(student, options.output)
+    except (ValueError, OSError, cost.OutOfMemory) as error:
+        commandline.fail(str(error))
+    _report(teacher, student, images)
+    print(f"{options.output}: {_sizes(teacher, student)}, {time.monotonic() - started:.0f} s")
+
+
+def _report(teacher: Model, student: Model, images: Images) -> None:
+    """Prints cost and quality of both, measured in turns."""
+    rows = cost.measure({"model": teacher, "student": student}, size=(_LATENCY_SIDE, _LATENCY_SIDE), repeats=_REPEATS)
+    wanted = restored(teacher, images.measured)
+    print(f"         parameters       GMAC  time at {_LATENCY_SIDE}x{_LATENCY_SIDE}  PSNR on {len(wanted)} images")
+    for row, model in zip(rows, (teacher, student), strict=True):
+        outputs = restored(model, images.measured)
+        quality = "" if images.gt is None else f"{psnr(outputs, images.gt):.2f} dB"
+        if model is student:
+            quality += f"{', ' if quality else ''}{psnr(outputs, wanted):.2f} dB to the model"
+        timing = row.timing
+        took = "out of memory" if timing is None else f"{timing.milliseconds.median:.1f} ms"
+        if timing is not None and timing.speed_up is not None and model is student:
+            took += f" ({timing.speed_up.median:.1f}x faster)"
+        print(f"{row.model:<8} {models.count_params(model.params):>10,} {row.macs / 1e9:>10.2f}  {took}  {quality}")
+
+
+if __name__ == "__main__":
+    commandline.run(main)
