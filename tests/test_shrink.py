@@ -282,7 +282,7 @@ def test_the_program_keeps_a_budget(
     printed = run(folder, capsys, *budget, "--crops", 3, "--output", tmp_path / "out.pth")
     teacher, student = load_weights(folder / "model.pth").model, load_weights(tmp_path / "out.pth").model
     tried = [line.split() for line in printed.splitlines() if line.startswith("  ") and line.endswith("to the model")]
-    assert len(tried) >= 4
+    assert len(tried) >= 3
     qualities = [float(words[words.index("dB") - 1]) for words in tried]
     assert printed.splitlines()[-1].split(": ")[1].startswith(" ".join(tried[int(np.argmax(qualities))]).split(":")[0])
     part = student.network.count_macs(64, 64) / teacher.network.count_macs(64, 64)
