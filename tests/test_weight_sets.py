@@ -315,7 +315,7 @@ def test_the_mean_shifts_tell_the_range(tmp_path: Path) -> None:
     model = random_model("edsr", dict(num_feat=4, num_block=1, upscale=2))
     state = authors_edsr(model, img_range=1.0)
     assert load_model(write(tmp_path, zip_file(state))).hparams["img_range"] == 1.0
-    with pytest.raises(WeightsError, match=r"img_range=255\.0, the tensors say 1\.0"):
+    with pytest.raises(WeightsError, match=r"img_range=255\.0, but the tensors say 1\.0"):
         load_weights(write(tmp_path, zip_file(state)), img_range=255)
     without = {key: value for key, value in state.items() if "mean" not in key}
     loaded = load_weights(write(tmp_path, zip_file(without)))
