@@ -163,15 +163,13 @@ class _Fitting:
             for ours, other in zip(jax.tree.leaves(nnx.state(layer)), jax.tree.leaves(nnx.state(theirs)), strict=True)
         )
         target = self._in_basis(target, path, _num_outputs(layer))
-        follows = self._follows(path)
-        if is_same and follows:
+        is_kept = is_same and self._follows(path)
+        if is_kept:
             nnx.update(layer, nnx.state(theirs))
         in_block = bool(self._structure.blocks) and path.startswith(f"{self._structure.blocks}.")
-        if is_same and follows and (not self._has_changed or in_block):
-            pass
-        else:
+        if not is_kept or (self._has_changed and not in_block):  # of a block, the last convolution makes up for all
             self._has_changed = True
-            self._fit(layer, x, target, has_prior=is_same and follows)
+            self._fit(layer, x, target, has_prior=is_kept)
         y = run(x)
         if self._is_last_of_block(path):
             self._last = x, y
@@ -234,8 +232,7 @@ class _Fitting:
         return stack[number // 2] == stack[number // 2 - 1] + 1
 
     def _stack(self) -> list[int]:
-        """Returns the numbers of the teacher's convolutions that are kept of a stack: at equal distances, with the"
-        " ends."""
+        """Returns the numbers of a stack's convolutions that are kept: the ends, and others at equal distances."""
         ours, theirs = (
             max(number for path in paths if (number := _number(path, self._structure.stack)) is not None) // 2
             for paths in (self._modules, self._teacher.outputs)
