@@ -15,6 +15,7 @@ from kdjax.names import nearest
 PROGRAMS = {
     "train": "kdjax.train",
     "study": "kdjax.study",
+    "distill": "kdjax.autodistill",
     "shrink": "kdjax.shrink",
     "show": "kdjax.show",
     "cache": "kdjax.cache",

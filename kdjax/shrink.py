@@ -29,8 +29,8 @@ from kdjax.models.shrinking import Trace
 from kdjax.weights import check_target, load_weights, save_model, weights_options
 from kdjax.weights.hparams import parse_hparams
 
-_SIDE = 64  # of the crops that layers are fitted to, pixels of lq
-_MEASURED, _MEASURED_SIDE = 8, 128  # images kept for measuring, and the side of their centre crops
+SIDE = 64  # of the crops that layers are fitted to, pixels of lq
+MEASURED, _MEASURED_SIDE = 8, 128  # images kept for measuring, and the side of their centre crops
 _LATENCY_SIDE = 128  # of the image whose time is measured
 _REPEATS = 5
 _TRIAL = 4  # trials are fitted to this part of the images
@@ -78,10 +78,10 @@ def load_images(clean: str | None, lq: str | None, sigma: float, model: Model, *
     if len(pairs) < 2:
         raise data.DataError(f"shrinking needs at least two images, one of them for measuring; {pairs[0].gt} is one")
     images = [image.gt for image in data.load_images(data.spread(pairs, 400), channels=model.network.channels)]
-    every = max(4 if len(images) >= 8 else 2, len(images) // _MEASURED)
-    held_out = images[::every][:_MEASURED]
-    rest = [image for i, image in enumerate(images) if i % every or i // every >= _MEASURED]
-    side = min(_SIDE, *(min(image.shape[:2]) for image in images))
+    every = max(4 if len(images) >= 8 else 2, len(images) // MEASURED)
+    held_out = images[::every][:MEASURED]
+    rest = [image for i, image in enumerate(images) if i % every or i // every >= MEASURED]
+    side = min(SIDE, *(min(image.shape[:2]) for image in images))
     random = np.random.default_rng(0)
     crops = []
     most = shrinking.num_images(model, side)
@@ -245,7 +245,7 @@ def make_parser() -> commandline.Parser:
     add("--speedup", type=float, help="how many times faster, measured on this device")
     add("--macs", type=float, help="part of the multiply-accumulates, such as 0.25")
     add("--size", action="append", default=[], metavar="NAME=VALUE", help="a size of your own, such as num_block=12")
-    add("--crops", type=int, default=0, help=f"fit to at most this many crops of {_SIDE} pixels; 0 takes enough")
+    add("--crops", type=int, default=0, help=f"fit to at most this many crops of {SIDE} pixels; 0 takes enough")
     parser.add_weights_options()
     return parser
 

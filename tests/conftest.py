@@ -58,6 +58,11 @@ _start_jax()
 GOLDEN = Path(os.environ.get("KDJAX_GOLDEN", Path(__file__).parent / "golden"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The pages of the docs come first: they take longest, and nobody should wait for the last of them."""
+    items.sort(key=lambda item: "test_docs.py" not in item.nodeid)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return GOLDEN

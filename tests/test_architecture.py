@@ -49,6 +49,7 @@ FLOORS = [
         "cache",
         "shrink",
     },  # programs
+    {"autodistill"},  # which uses others
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 # Modules that others of their floor may use: how names are looked up and files written, what a config and a schedule

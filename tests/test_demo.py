@@ -75,7 +75,7 @@ NO_IMAGES = {
 
 @pytest.fixture(scope="module")
 def twice() -> models.Model:
-    """A model that enlarges 2 times: its convolutions are zero, so that nearest enlargement is left."""
+    """A model that upscales 2x: its convolutions are zero, so that nearest enlargement is left."""
     model = models.network("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2)).init(jax.random.key(0))
     return models.Model(model.network, jax.tree.map(np.zeros_like, model.params))
 
@@ -239,7 +239,7 @@ def test_page_restores_what_is_dropped(browser: webdriver.Chrome, url: str, fold
     wait = WebDriverWait(browser, 60)
     browser.get(url)
     wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#image input[type=file]"))
-    assert "enlarges 2 times" in browser.find_element(By.ID, "about").text
+    assert "upscales 2x" in browser.find_element(By.ID, "about").text
     dropped(browser, folder / "image.png")
     wait.until(lambda b: b.find_elements(By.CSS_SELECTOR, "#image img"))
     browser.find_element(By.ID, "restore").click()

@@ -153,6 +153,18 @@ def test_later_layers_make_up_for_earlier_ones(teachers: dict[str, Model]) -> No
 
 
 @pytest.mark.parametrize("arch", ["rrdbnet", "edsr", "msrresnet"])
+def test_the_block_that_does_least_is_dropped_first(arch: str) -> None:
+    for least, next_one in ((0, 2), (1, 0), (2, 1)):
+        factors = {f"body.{least}.": 1e-3, f"body.{next_one}.": 0.1}
+        teacher = edited(
+            lively(arch), lambda path, leaf, f=factors: leaf * next((v for k, v in f.items() if path.startswith(k)), 1)
+        )
+        rest = {0, 1, 2} - {least}
+        assert shrinking.choose_blocks(teacher, IMAGES, 2) == tuple(sorted(rest))
+        assert shrinking.choose_blocks(teacher, IMAGES, 1) == tuple(rest - {next_one})
+
+
+@pytest.mark.parametrize("arch", ["rrdbnet", "edsr", "msrresnet"])
 def test_a_dropped_block_is_made_up_for(teachers: dict[str, Model], arch: str) -> None:
     teacher = teachers[arch]
     student = shrunk(teacher, {"num_block": 2}, blocks=(0, 2))
@@ -260,6 +272,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], *flags: object, model:
     return capsys.readouterr().out
 
 
+@pytest.mark.once
 def test_the_program_takes_sizes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = run(folder, capsys, "--size", "depth=4", "--size", "num_feat=6", "--output", tmp_path / "out.pth")
     assert load_weights(tmp_path / "out.pth").model.hparams == FULL_DNCNN | {"depth": 4, "num_feat": 6}
@@ -270,6 +283,7 @@ def test_the_program_takes_sizes(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert parameters[1] < parameters[0]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("budget", [("--macs", 0.5), ("--speedup", 1.2)])
 def test_the_program_keeps_a_budget(
     folder: Path,
@@ -289,6 +303,7 @@ def test_the_program_keeps_a_budget(
     assert 0.2 < part <= (budget[1] if budget[0] == "--macs" else 1 / budget[1])
 
 
+@pytest.mark.once
 def test_models_that_upscale_take_small_images(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -306,6 +321,7 @@ def test_models_that_upscale_take_small_images(
     assert "num_feat=4" in printed and load_weights(tmp_path / "x.pth").model.network.scale == 2
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("flags", "message", "code"),
     [
@@ -330,6 +346,7 @@ def test_bad_input_is_one_message(
     assert message in said and caught.value.code in (code, f"error: {said.removeprefix('error: ')}")
 
 
+@pytest.mark.once
 def test_one_image_is_too_few(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_image(tmp_path / "a.png", np.zeros((32, 32, 3), np.uint8))
     with pytest.raises(SystemExit, match="at least two images"):

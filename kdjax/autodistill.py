@@ -1,0 +1,321 @@
+"""Distils a teacher of yours in one command: looks at it, plans, shrinks, trains, evaluates and exports.
+
+    python -m kdjax.autodistill teacher.pth --data photographs --output distilled --speedup 4 --hours 2
+
+It finds out which noise the teacher is for, by trying; a teacher that upscales is given what Real-ESRGAN's degradation
+makes of the photographs. The student starts as a smaller version of the teacher, and learns for about the time given.
+What was decided is in OUTPUT/config.py, which `kdjax train` takes, too. Run the same command again to continue.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import pprint
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kdjax import commandline, cost, data, metrics, models, shrink, validation
+from kdjax.assets import TRAIN_PHOTOGRAPHS, locate
+from kdjax.degradations import make_degrade
+from kdjax.files import write_text
+from kdjax.models import Model
+from kdjax.weights import load_weights, save_model, weights_options
+
+SIGMAS = (5.0, 10.0, 15.0, 25.0, 35.0, 50.0, 75.0)
+# A denoiser that is made for two levels of noise, one twice the other, loses about 3 dB from the lower to the higher.
+_LEAST_LOSS, _MOST_LOSS = 1.5, 5.5  # dB per doubling of the noise
+_TRIED, _TRIED_SIDE = 6, 160  # images for finding the noise, and their side
+_HELD_OUT = 8  # images at most that are kept for validation
+_TIMED_STEPS = 12
+_BATCH, _CROP = 8, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the teacher is for: a degradation as in a config, in words, and the noise levels to evaluate at."""
+
+    degrade: dict[str, Any]
+    words: str
+    sigmas: tuple[float, ...]
+
+
+def find_task(teacher: Model, images: Sequence[np.ndarray]) -> Task:
+    """Finds out what a teacher is for from what it does to clean uint8 images with noise.
+
+    Raises:
+      ValueError: it does not denoise, and does not upscale either.
+    """
+    if teacher.network.scale > 1:
+        return Task(dict(name="realesrgan"), f"upscales {teacher.network.scale}x; Real-ESRGAN's degradation", ())
+    apply = teacher.network.make_apply()
+    before, after = {}, {}
+    for sigma in SIGMAS:
+        noisy = [validation.add_noise(image, sigma) for image in images]
+        outputs = dict(validation.restore(apply, teacher.params, noisy))
+        after[sigma] = statistics.fmean(metrics.psnr(outputs[i], image) for i, image in enumerate(images))
+        inputs = [np.round(np.clip(image, 0, 1) * 255).astype(np.uint8) for image in noisy]
+        before[sigma] = statistics.fmean(map(metrics.psnr, inputs, images))
+    best = max(SIGMAS, key=lambda sigma: after[sigma] - before[sigma])
+    if after[best] - before[best] < 1:
+        raise ValueError(
+            "the model does not make noisy images better, at any level of Gaussian noise from"
+            f" {SIGMAS[0]:g} to {SIGMAS[-1]:g}; write a config with the degradation it is for, see docs/training.md"
+        )
+    low, high = _range_around(best, after)
+    if low == high:
+        return Task(dict(name="awgn", sigma=best), f"denoises, sigma {best:g}", (best,))
+    inside = [sigma for sigma in (15.0, 25.0, 50.0) if low <= sigma <= high] or [best]
+    return Task(dict(name="awgn_blind", sigma=(low, high)), f"denoises, sigma {low:g} to {high:g}", tuple(inside))
+
+
+def _range_around(best: float, psnr: Mapping[float, float]) -> tuple[float, float]:
+    """Returns the levels around the best one between which the PSNR falls as that of a blind denoiser does."""
+    place = SIGMAS.index(best)
+    low = high = place
+
+    def belong(i: int) -> bool:
+        lost = (psnr[SIGMAS[i]] - psnr[SIGMAS[i + 1]]) / math.log2(SIGMAS[i + 1] / SIGMAS[i])
+        return _LEAST_LOSS <= lost <= _MOST_LOSS
+
+    while low > 0 and belong(low - 1):
+        low -= 1
+    while high < len(SIGMAS) - 1 and belong(high):
+        high += 1
+    return SIGMAS[low], SIGMAS[high]
+
+
+def split(folder: str, output: Path) -> tuple[list[str], Path]:
+    """Copies some images to output/val, spread over the folder, and lists all others in output/train.txt.
+
+    Returns:
+      The paths of the images to train on, and the list.
+
+    Raises:
+      DataError: the folder cannot be used, or has fewer than four images.
+    """
+    pairs = data.find_pairs(gt=folder, what="training")
+    if len(pairs) < 4:
+        raise data.DataError(f"{folder} has {len(pairs)} images; at least 4 are needed, one of them for validation")
+    held_out = data.spread(pairs, min(_HELD_OUT, max(1, len(pairs) // 10)))
+    for number, pair in enumerate(held_out):
+        target = output / "val" / f"{number}_{Path(pair.gt).name}"
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(pair.gt, target)
+    rest = [pair for pair in pairs if pair not in held_out]
+    write_text(output / "train.txt", "".join(f"{pair.name}\n" for pair in rest))
+    return [pair.gt for pair in rest], output / "train.txt"
+
+
+def degraded_crops(paths: Sequence[str], task: Task, teacher: Model, count: int) -> shrink.Images:
+    """Returns crops of the images and some larger ones, degraded as the task says, for `kdjax.shrink`."""
+    scale, channels = teacher.network.scale, teacher.network.channels
+    random = np.random.default_rng(0)
+    degrade = jax.jit(make_degrade(task.degrade, scale=scale))
+    side = shrink.SIDE * scale
+    images = [data.read_image(path, channels) for path in random.permutation(list(paths))[:64]]
+    images = [image for image in images if min(image.shape[:2]) >= 2 * side] or images
+    side = min(side, *(min(image.shape[:2]) // scale * scale for image in images))
+
+    def crop(number: int) -> np.ndarray:
+        image = images[number % len(images)]
+        top, left = (random.integers(extent - side + 1) for extent in image.shape[:2])
+        clean = image[top : top + side, left : left + side] / np.float32(255)
+        return np.asarray(degrade(jax.random.fold_in(jax.random.key(0), number), clean))
+
+    crops = [crop(number) for number in range(count + shrink.MEASURED)]
+    return shrink.Images(jax.numpy.asarray(np.stack(crops[: -shrink.MEASURED])), crops[-shrink.MEASURED :], None)
+
+
+def config_text(command: str, values: Mapping[str, Any]) -> str:
+    """Returns the source of a config file with these values, by key."""
+    lines = [f"    config.{key} = {pprint.pformat(value, width=90)}" for key, value in values.items()]
+    return "\n".join(
+        [
+            f'"""Written by: {command}',
+            "",
+            "    kdjax train --config THIS_FILE",
+            '"""',
+            "",
+            "from ml_collections import ConfigDict",
+            "",
+            "from kdjax.config import defaults",
+            "",
+            "",
+            'def get_config(variant: str = "") -> ConfigDict:',
+            "    config = defaults()",
+            *lines,
+            "    return config",
+            "",
+        ]
+    )
+
+
+def plan(options: argparse.Namespace, output: Path) -> None:
+    """Looks at the teacher, shrinks it and writes output/config.py, with everything that it names.
+
+    Raises:
+      ValueError, OSError: something cannot be used; the message is meant for the user.
+    """
+    given = weights_options(options)
+    loaded = load_weights(options.teacher, **given)
+    teacher = loaded.model
+    print(f"{loaded.path}: {teacher.arch}, {models.count_params(teacher.params):,} parameters", flush=True)
+    folder = locate(options.data, TRAIN_PHOTOGRAPHS)
+    paths, listed = split(folder, output)
+    tried = [
+        _square(data.read_image(path, teacher.network.channels)) for path in paths[:: max(1, len(paths) // _TRIED)]
+    ]
+    task = find_task(teacher, tried[:_TRIED])
+    print(f"  {task.words}", flush=True)
+    count = shrink.shrinking.num_images(teacher, shrink.SIDE)
+    images = degraded_crops(paths, task, teacher, min(count, options.crops or count))
+    budget = shrink.Budget(latency=1 / options.speedup)
+    student, _ = shrink.shrink(teacher, images, budget, tell=lambda line: print(f"  {line}", flush=True))
+    save_model(student, output / "start.pth")
+    scale = teacher.network.scale
+    hparams = {name: value for name, value in given.items() if name not in ("key", "arch")}
+    values: dict[str, Any] = {
+        "name": output.name or "distilled",
+        "student.arch": student.arch,
+        "student.hparams": dict(student.hparams),
+        "student.weights": str(output / "start.pth"),
+        "teacher.weights": str(Path(options.teacher).absolute()) if options.teacher != "embedded" else "embedded",
+        "teacher.key": given.get("key", "auto"),
+        "teacher.hparams": hparams | ({"arch": given["arch"]} if given.get("arch") else {}),
+        "terms": dict(task=dict(criterion="l1", weight=1.0), output=dict(criterion="l1", weight=1.0)),
+        "degrade": task.degrade,
+        "data.gt": str(Path(folder).absolute()),
+        "data.meta_info": str(listed),
+        "data.crop": _CROP * scale,
+        "data.batch_size": _BATCH,
+        "data.workers": 0,
+        "val.gt": str(output / "val"),
+        "val.crop": 256 * min(scale, 2),
+        "val.save_images": 2,
+        "train.ema_decay": 0.99,
+        "train.grad_clip": 0.1,
+        "log.diagnose": False,
+    }
+    if scale > 1:
+        values["data.canvas"] = _canvas(tried, 2 * _CROP * scale, scale)
+        values["val.degrade"] = task.degrade
+    elif task.sigmas:
+        values["val.sigma"] = task.sigmas[len(task.sigmas) // 2]
+    per_step = _seconds_per_step(values, output)
+    steps = max(50, round(options.hours * 3600 / per_step))
+    print(f"  {per_step:.2f} s a step: {steps:,} steps in {options.hours:g} hours", flush=True)
+    every = max(1, steps // 10)
+    values |= {
+        "train.steps": steps,
+        "train.lr": dict(name="cosine", value=5e-4, steps=steps, warmup=min(100, steps // 10)),
+        "val.every": every,
+        "checkpoint.every": every,
+        "log.every": max(1, min(100, steps // 20)),
+    }
+    about = {"teacher": loaded.path, "words": task.words, "sigmas": task.sigmas}
+    write_text(output / "plan.json", json.dumps(about, indent=1))
+    write_text(output / "config.py", config_text(_command(options), values))
+
+
+def _command(options: argparse.Namespace) -> str:
+    return (
+        f"kdjax distill {options.teacher} --data {options.data} --speedup {options.speedup:g} --hours {options.hours:g}"
+    )
+
+
+def _square(image: np.ndarray) -> np.ndarray:
+    return image[:_TRIED_SIDE, :_TRIED_SIDE]
+
+
+def _canvas(images: Sequence[np.ndarray], wanted: int, scale: int) -> int:
+    return max(_CROP * scale, min(wanted, *(min(image.shape[:2]) for image in images)) // scale * scale)
+
+
+def _seconds_per_step(values: Mapping[str, Any], output: Path) -> float:
+    """Trains for a few steps in a folder that is removed again, which also fills the cache of compiled programs."""
+    changes = {"train.steps": _TIMED_STEPS, "val.every": 10**6, "val.limit": 1, "val.crop": 32 * 4, "log.every": 1}
+    with tempfile.TemporaryDirectory(dir=output) as folder:
+        timed = Path(folder) / "config.py"
+        write_text(timed, config_text("kdjax distill, to measure", {**values, **changes}))
+        result = _start(
+            "kdjax.train", "--config", timed, "--workdir", Path(folder) / "run", capture_output=True, text=True
+        )
+        if result.returncode:
+            raise ValueError(f"training does not start: {(result.stderr or result.stdout).strip().splitlines()[-1]}")
+        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    return values["data.batch_size"] / statistics.median(rates[len(rates) // 2 :])
+
+
+def _start(program: str, *arguments: object, **how: Any) -> subprocess.CompletedProcess:
+    """Runs a program of kdjax in a process of its own, which decides about its devices by itself."""
+    return subprocess.run([sys.executable, "-m", program, *map(str, arguments)], check=False, **how)
+
+
+def make_parser() -> commandline.Parser:
+    parser = commandline.Parser("kdjax.autodistill", __doc__)
+    add = parser.add_argument
+    add("teacher", metavar="TEACHER", help='.pth or .safetensors file, or "embedded"')
+    add("--data", required=True, help='folder of clean photographs, or "embedded"')
+    add("--output", type=Path, default=Path("distilled"), help="folder of the result")
+    add("--speedup", type=float, default=4.0, help="how many times faster, measured on this device")
+    add("--hours", type=float, default=1.0, help="about how long to train")
+    add("--crops", type=int, default=0, help="fit the start to at most this many crops; 0 takes enough")
+    parser.add_weights_options("the teacher")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if not 1 < options.speedup < 1000:
+        parser.error(f"--speedup {options.speedup:g} must be more than 1 and less than 1000")
+    if not 0 < options.hours < 10_000:
+        parser.error(f"--hours {options.hours:g} must be more than 0")
+    output = options.output.absolute()
+    started = time.monotonic()
+    if (output / "config.py").exists():
+        print(f"{output / 'config.py'} is there; continuing")
+    else:
+        if output.exists() and any(output.iterdir()) and not (output / "train.txt").exists():
+            commandline.fail(f"--output={options.output} holds other files; give a folder that is new or empty")
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with cost.telling_out_of_memory():
+                plan(options, output)
+        except (ValueError, OSError, cost.OutOfMemory) as error:
+            commandline.fail(str(error))
+    about = json.loads((output / "plan.json").read_text())
+    run, student = output / "run", output / "run" / "student.pth"
+    _go_on("kdjax.train", "--config", output / "config.py", "--workdir", run)
+    models_of = (f"teacher={about['teacher']}", f"student={student}")
+    if about["sigmas"]:
+        measured = ("--data", f"val={output / 'val'}", "--sigma", *about["sigmas"], "--output", output / "results")
+        _go_on("kdjax.evaluate", "--model", *models_of, *measured)
+    has_onnx = find_spec("onnxruntime") and find_spec("onnx")
+    formats = () if has_onnx else ("--format", "pth", "safetensors", "stablehlo")
+    _go_on("kdjax.export", "--model", student, "--run", run, "--output", output / "exported", *formats)
+    print(f"{output}: config.py, run/student.pth, results/, exported/; {(time.monotonic() - started) / 60:.0f} minutes")
+
+
+def _go_on(program: str, *arguments: object) -> None:
+    if code := _start(program, *arguments).returncode:
+        sys.exit(code if code > 0 else 128 - code)
+
+
+if __name__ == "__main__":
+    commandline.run(main)
