@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import math
-import pprint
 import shutil
 import statistics
 import subprocess
@@ -29,7 +28,7 @@ import jax
 import numpy as np
 
 from kdjax import commandline, cost, data, metrics, models, shrink, validation
-from kdjax.assets import TRAIN_PHOTOGRAPHS, locate
+from kdjax.assets import TEACHER, TRAIN_PHOTOGRAPHS, locate
 from kdjax.degradations import make_degrade
 from kdjax.files import write_text
 from kdjax.models import Model
@@ -142,7 +141,7 @@ def degraded_crops(paths: Sequence[str], task: Task, teacher: Model, count: int)
 
 def config_text(command: str, values: Mapping[str, Any]) -> str:
     """Returns the source of a config file with these values, by key."""
-    lines = [f"    config.{key} = {pprint.pformat(value, width=90)}" for key, value in values.items()]
+    lines = [f"    config.{key} = {value!r}" for key, value in values.items()]
     return "\n".join(
         [
             f'"""Written by: {command}',
@@ -171,7 +170,7 @@ def plan(options: argparse.Namespace, output: Path) -> None:
       ValueError, OSError: something cannot be used; the message is meant for the user.
     """
     given = weights_options(options)
-    loaded = load_weights(options.teacher, **given)
+    loaded = load_weights(locate(options.teacher, TEACHER), **given)
     teacher = loaded.model
     print(f"{loaded.path}: {teacher.arch}, {models.count_params(teacher.params):,} parameters", flush=True)
     folder = locate(options.data, TRAIN_PHOTOGRAPHS)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import commandline, cost, data, metrics, models, validation
-from kdjax.assets import TRAIN_PHOTOGRAPHS, locate
+from kdjax.assets import TEACHER, TRAIN_PHOTOGRAPHS, locate
 from kdjax.models import Model, shrinking
 from kdjax.models.shrinking import Trace
 from kdjax.weights import check_target, load_weights, save_model, weights_options
@@ -275,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     try:
         check_target(options.output)
-        loaded = load_weights(options.model, **weights_options(options))
+        loaded = load_weights(locate(options.model, TEACHER), **weights_options(options))
         teacher = loaded.model
         print(f"{loaded.path}: {teacher.arch}, {models.count_params(teacher.params):,} parameters")
         sizes = parse_hparams(options.size)

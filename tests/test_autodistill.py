@@ -1,0 +1,152 @@
+"""One command from a teacher to an exported student: what it finds out, what it writes, and what it refuses."""
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kdjax import assets, autodistill, data, shrink
+from kdjax.config import parse
+from kdjax.config_file import load
+from kdjax.models import Model, network
+from kdjax.models.shrinking import check, fit
+from kdjax.weights import load_model, save_model
+
+pytestmark = pytest.mark.once
+
+
+def photographs(side: int) -> list[np.ndarray]:
+    folder = Path(assets.locate("embedded", assets.TRAIN_PHOTOGRAPHS))
+    images = [data.read_image(path) for path in sorted(folder.iterdir()) if path.suffix == ".png"][:6]
+    return [image[:side, :side] for image in images]
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Model:
+    """A small denoiser: the embedded one, shrunk."""
+    whole = load_model(assets.TEACHER)
+    clean = np.stack(photographs(48)).astype(np.float32) / 255
+    noisy = clean + np.random.default_rng(0).normal(0, 25 / 255, clean.shape).astype(np.float32)
+    sizes = dict(num_feat=16, num_block=1, num_grow_ch=8)
+    return fit(whole, check(whole, whole.hparams | sizes), jax.numpy.asarray(noisy))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, teacher: Model) -> Path:
+    """teacher.pth, random.pth (which does not denoise), and some photographs in photos/."""
+    folder = tmp_path_factory.mktemp("distill")
+    save_model(teacher, folder / "teacher.pth")
+    save_model(network("dncnn", dict(num_feat=4, depth=3)).init(jax.random.key(0)), folder / "random.pth")
+    (folder / "photos").mkdir()
+    for i, image in enumerate(photographs(160)):
+        data.write_image(folder / "photos" / f"{i}.png", image)
+    return folder
+
+
+def test_the_noise_is_found(teacher: Model) -> None:
+    task = autodistill.find_task(teacher, photographs(96))
+    low, high = task.degrade["sigma"]
+    assert task.degrade["name"] == "awgn_blind" and low <= 25 <= high and 25.0 in task.sigmas
+
+
+def test_a_range_ends_where_the_quality_no_longer_falls_as_it_should() -> None:
+    blind = {5.0: 38, 10.0: 35.5, 15.0: 34, 25.0: 31.5, 35.0: 30, 50.0: 28.3, 75.0: 22}
+    assert autodistill._range_around(50.0, blind) == (5.0, 50.0)
+    for_25 = {5.0: 32, 10.0: 31.9, 15.0: 31.8, 25.0: 31.2, 35.0: 26, 50.0: 20, 75.0: 15}
+    assert autodistill._range_around(25.0, for_25) == (25.0, 25.0)
+
+
+def test_a_teacher_that_upscales_gets_real_esrgans_degradation() -> None:
+    double = network("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2)).init(jax.random.key(0))
+    assert autodistill.find_task(double, []).degrade == {"name": "realesrgan"}
+
+
+def test_validation_images_are_not_trained_on(folder: Path, tmp_path: Path) -> None:
+    paths, listed = autodistill.split(str(folder / "photos"), tmp_path)
+    held_out = [path.name.split("_", 1)[1] for path in (tmp_path / "val").iterdir()]
+    names = listed.read_text().split()
+    assert (
+        sorted(names + held_out) == sorted(path.name for path in (folder / "photos").iterdir()) and len(held_out) == 1
+    )
+    assert [Path(path).name for path in paths] == names
+
+
+def test_the_command_goes_to_the_end_and_continues(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shrink, "ways", lambda teacher: [("num_feat", "num_grow_ch")])
+    monkeypatch.setattr(shrink, "latency", lambda model: float(model.network.count_macs(64, 64)))
+    output = tmp_path / "with space"
+    flags = [str(folder / "teacher.pth"), "--data", str(folder / "photos"), "--output", str(output)]
+    flags += ["--hours", "0.0001", "--speedup", "2", "--crops", "2"]
+    start, calls = autodistill._start, []
+
+    def killed(program: str, *arguments: object, **how: object) -> subprocess.CompletedProcess:
+        calls.append(program)
+        if len(calls) == 2:  # the training itself, after the one that is timed
+            return subprocess.CompletedProcess([], -signal.SIGTERM)
+        return start(program, *arguments, **how)
+
+    monkeypatch.setattr(autodistill, "_start", killed)
+    with pytest.raises(SystemExit) as caught:
+        autodistill.main(flags)
+    assert caught.value.code == 143 and calls == ["kdjax.train"] * 2
+    before = (output / "config.py").read_text()
+    monkeypatch.setattr(autodistill, "_start", start)
+    autodistill.main(flags)
+    assert (output / "config.py").read_text() == before and "is there; continuing" in capfd.readouterr().out
+    config = parse(load(str(output / "config.py")).to_dict())
+    assert config.train.steps == 50 and config.teacher.weights == str(folder / "teacher.pth")
+    assert config.data.meta_info == str(output / "train.txt") and config.student.weights == str(output / "start.pth")
+    student = load_model(output / "run" / "student.pth")
+    assert 0 < student.hparams["num_feat"] < 16
+    results = json.loads((output / "results" / "results.json").read_text())
+    assert "student" in json.dumps(results) and (output / "results" / "report.html").exists()
+    assert load_model(output / "exported" / "student.pth").network == student.network
+    assert {path.name for path in output.iterdir()} == {
+        "config.py", "plan.json", "train.txt", "val", "start.pth", "run", "results", "exported",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("teacher_file", "flags", "message", "code"),
+    [
+        ("random.pth", (), "does not make noisy images better, at any level of Gaussian noise", 1),
+        ("nowhere.pth", (), "nowhere.pth: does not exist", 1),
+        ("teacher.pth", ("--data", "nowhere"), "does not exist", 1),
+        ("teacher.pth", ("--speedup", "1"), "--speedup 1 must be more than 1", 2),
+        ("teacher.pth", ("--hours", "0"), "--hours 0 must be more than 0", 2),
+    ],
+)
+def test_bad_input_is_one_message(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    teacher_file: str,
+    flags: tuple[str, ...],
+    message: str,
+    code: int,
+) -> None:
+    arguments = [
+        str(folder / teacher_file),
+        "--data",
+        str(folder / "photos"),
+        "--output",
+        str(tmp_path / "out"),
+        *flags,
+    ]
+    with pytest.raises(SystemExit) as caught:
+        autodistill.main(arguments)
+    said = capsys.readouterr().err if code == 2 else str(caught.value)
+    assert message in said
+
+
+def test_foreign_files_are_left_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="holds other files"):
+        autodistill.main([str(folder / "teacher.pth"), "--data", str(folder / "photos"), "--output", str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
