@@ -107,7 +107,7 @@ def test_the_command_goes_to_the_end_and_continues(
     results = json.loads((output / "results" / "results.json").read_text())
     assert "student" in json.dumps(results) and (output / "results" / "report.html").exists()
     assert load_model(output / "exported" / "student.pth").network == student.network
-    assert {path.name for path in output.iterdir()} == {
+    assert {path.name for path in output.iterdir()} - {"__pycache__"} == {
         "config.py", "plan.json", "train.txt", "val", "start.pth", "run", "results", "exported",
     }  # fmt: skip
 
