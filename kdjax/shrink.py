@@ -59,10 +59,10 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A student, the time it takes in milliseconds, and its mean PSNR to the teacher's images, in dB."""
+    """A student, its time as a part of the teacher's, and its mean PSNR to the teacher's images, in dB."""
 
     model: Model
-    milliseconds: float
+    part: float
     psnr: float
 
 
@@ -113,11 +113,21 @@ def psnr(images: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
     return statistics.fmean(map(metrics.psnr, images, others))
 
 
-def latency(model: Model) -> float:
-    """Returns the median time for one image, in milliseconds."""
-    compiled = cost.compile_model(model, (1, _LATENCY_SIDE, _LATENCY_SIDE, model.network.channels))
-    seconds = cost.time_in_turns({"": compiled.run}, repeats=_REPEATS, warm_up=1)[""]
-    return 1000 * statistics.median(seconds)
+class Clock:
+    """Compares the time of smaller models with that of the teacher, in turns, so that other load affects both alike."""
+
+    def __init__(self, teacher: Model) -> None:
+        self._run = self._compiled(teacher)
+
+    def part(self, model: Model) -> float:
+        """Returns the model's time for one image as a part of the teacher's; the median over the turns."""
+        runs = {"teacher": self._run, "student": self._compiled(model)}
+        seconds = cost.time_in_turns(runs, repeats=_REPEATS, warm_up=1)
+        pairs = zip(seconds["student"], seconds["teacher"], strict=True)
+        return statistics.median(student / teacher for student, teacher in pairs)
+
+    def _compiled(self, model: Model) -> Callable[[], object]:
+        return cost.compile_model(model, (1, _LATENCY_SIDE, _LATENCY_SIDE, model.network.channels)).run
 
 
 def shrink(
@@ -135,18 +145,18 @@ def shrink(
     part = images.fitted[: max(1, len(images.fitted) // _TRIAL)]
     of_part = Trace({path: output[: len(part)] for path, output in trace.outputs.items()}, trace.weights)
     wanted = restored(teacher, images.measured)
-    whole = latency(teacher)
+    clock = Clock(teacher)
     trials: list[Trial] = []
     nearest = 1.0
     for sizes in ways(teacher):
-        student, reached = _largest(teacher, trace, sizes, budget, whole)
+        student, reached = _largest(teacher, trace, sizes, budget, clock)
         nearest = min(nearest, reached)
         if student is None or any(student.hparams == trial.model.hparams for trial in trials):
             continue
         fitted = shrinking.fit(teacher, student.network, part, known=of_part)
-        trial = Trial(fitted, latency(fitted), psnr(restored(fitted, images.measured), wanted))
+        trial = Trial(fitted, clock.part(fitted), psnr(restored(fitted, images.measured), wanted))
         trials.append(trial)
-        tell(f"{_sizes(teacher, trial.model)}: {trial.milliseconds:.1f} ms, {trial.psnr:.2f} dB to the model")
+        tell(f"{_sizes(teacher, trial.model)}: {1 / trial.part:.1f}x faster, {trial.psnr:.2f} dB to the model")
     if not trials:
         kind, asked = ("MACs", budget.macs) if budget.macs else ("time", budget.latency)
         raise BudgetError(
@@ -185,7 +195,7 @@ def scaled(teacher: Model, trace: Trace, sizes: Sequence[str], part: float) -> d
 
 
 def _largest(
-    teacher: Model, trace: Trace, sizes: Sequence[str], budget: Budget, whole: float
+    teacher: Model, trace: Trace, sizes: Sequence[str], budget: Budget, clock: Clock
 ) -> tuple[Model | None, float]:
     """Returns the largest student within the budget, untrained, or None; and the least part of the cost seen."""
     macs = teacher.network.count_macs(_LATENCY_SIDE, _LATENCY_SIDE)
@@ -197,7 +207,7 @@ def _largest(
         if budget.macs:
             return (network.init(jax.random.key(0)) if of_macs <= limit else None), of_macs
         model = network.init(jax.random.key(0))
-        reached = latency(model) / whole
+        reached = clock.part(model)
         nearest = min(nearest, reached)
         if reached <= limit:
             best = model

@@ -79,7 +79,8 @@ def test_the_command_goes_to_the_end_and_continues(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shrink, "ways", lambda teacher: [("num_feat", "num_grow_ch")])
-    monkeypatch.setattr(shrink, "latency", lambda model: float(model.network.count_macs(64, 64)))
+    whole = load_model(folder / "teacher.pth").network.count_macs(64, 64)
+    monkeypatch.setattr(shrink.Clock, "part", lambda clock, model: model.network.count_macs(64, 64) / whole)
     output = tmp_path / "with space"
     flags = [str(folder / "teacher.pth"), "--data", str(folder / "photos"), "--output", str(output)]
     flags += ["--hours", "0.0001", "--speedup", "2", "--crops", "2"]
