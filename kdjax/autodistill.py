@@ -220,7 +220,7 @@ def plan(options: argparse.Namespace, output: Path) -> None:
     every = max(1, steps // 10)
     values |= {
         "train.steps": steps,
-        "train.lr": dict(name="cosine", value=2e-4, steps=steps, warmup=min(100, steps // 10)),
+        "train.lr": dict(name="cosine", value=1e-4, steps=steps, warmup=min(100, steps // 10)),
         "val.every": every,
         "checkpoint.every": every,
         "log.every": max(1, min(100, steps // 20)),
