@@ -13,6 +13,8 @@ import argparse
 import dataclasses
 import json
 import math
+import os
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -29,8 +31,9 @@ import numpy as np
 
 from kdjax import commandline, cost, data, metrics, models, shrink, validation
 from kdjax.assets import TEACHER, TRAIN_PHOTOGRAPHS, locate
+from kdjax.data.sources import one_line
 from kdjax.degradations import make_degrade
-from kdjax.files import write_text
+from kdjax.files import write_bytes, write_text
 from kdjax.models import Model
 from kdjax.weights import load_weights, save_model, weights_options
 
@@ -115,7 +118,7 @@ def split(folder: str, output: Path) -> tuple[list[str], Path]:
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(pair.gt, target)
     rest = [pair for pair in pairs if pair not in held_out]
-    write_text(output / "train.txt", "".join(f"{pair.name}\n" for pair in rest))
+    write_bytes(output / "train.txt", b"".join(os.fsencode(f"{pair.name}\n") for pair in rest))
     return [pair.gt for pair in rest], output / "train.txt"
 
 
@@ -144,10 +147,8 @@ def config_text(command: str, values: Mapping[str, Any]) -> str:
     lines = [f"    config.{key} = {value!r}" for key, value in values.items()]
     return "\n".join(
         [
-            f'"""Written by: {command}',
-            "",
-            "    kdjax train --config THIS_FILE",
-            '"""',
+            f"# Written by: {one_line(command)}",
+            "# Train with it: kdjax train --config THIS_FILE",
             "",
             "from ml_collections import ConfigDict",
             "",
@@ -197,7 +198,7 @@ def plan(options: argparse.Namespace, output: Path) -> None:
         "teacher.hparams": hparams | ({"arch": given["arch"]} if given.get("arch") else {}),
         "terms": dict(task=dict(criterion="l1", weight=1.0), output=dict(criterion="l1", weight=1.0)),
         "degrade": task.degrade,
-        "data.gt": str(Path(folder).absolute()),
+        "data.gt": str(Path(folder).expanduser().absolute()),
         "data.meta_info": str(listed),
         "data.crop": _CROP * scale,
         "data.batch_size": _BATCH,
@@ -225,15 +226,15 @@ def plan(options: argparse.Namespace, output: Path) -> None:
         "checkpoint.every": every,
         "log.every": max(1, min(100, steps // 20)),
     }
-    about = {"teacher": loaded.path, "words": task.words, "sigmas": task.sigmas}
+    about = {"command": _command(options), "teacher": loaded.path, "words": task.words, "sigmas": task.sigmas}
     write_text(output / "plan.json", json.dumps(about, indent=1))
     write_text(output / "config.py", config_text(_command(options), values))
 
 
 def _command(options: argparse.Namespace) -> str:
-    return (
-        f"kdjax distill {options.teacher} --data {options.data} --speedup {options.speedup:g} --hours {options.hours:g}"
-    )
+    """Returns the command that this folder belongs to."""
+    flags = ("--data", options.data, "--speedup", f"{options.speedup:g}", "--hours", f"{options.hours:g}")
+    return shlex.join(["kdjax", "distill", options.teacher, *flags])
 
 
 def _square(image: np.ndarray) -> np.ndarray:
@@ -285,9 +286,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--speedup {options.speedup:g} must be more than 1 and less than 1000")
     if not 0 < options.hours < 10_000:
         parser.error(f"--hours {options.hours:g} must be more than 0")
+    if options.crops < 0:
+        parser.error(f"--crops {options.crops} must be 0 or more")
     output = options.output.absolute()
     started = time.monotonic()
     if (output / "config.py").exists():
+        before = json.loads((output / "plan.json").read_text())["command"]
+        if before != _command(options):
+            commandline.fail(
+                f"--output={options.output} belongs to another command: {before}; repeat that to continue it, or choose"
+                " another --output"
+            )
         print(f"{output / 'config.py'} is there; continuing")
     else:
         if output.exists() and any(output.iterdir()) and not (output / "train.txt").exists():

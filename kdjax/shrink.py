@@ -289,10 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher = loaded.model
         print(f"{loaded.path}: {teacher.arch}, {models.count_params(teacher.params):,} parameters")
         sizes = parse_hparams(options.size)
-        shrinking.check(teacher, teacher.hparams | sizes)
+        network = shrinking.check(teacher, teacher.hparams | sizes)
         images = load_images(options.data, options.lq, options.sigma or 0.0, teacher, limit=options.crops)
         if sizes:
-            network = shrinking.check(teacher, teacher.hparams | sizes)
             student = shrinking.fit(teacher, network, images.fitted)
         else:
             budget = Budget(options.macs, options.speedup and 1 / options.speedup)

@@ -100,6 +100,8 @@ def test_the_command_goes_to_the_end_and_continues(
     monkeypatch.setattr(autodistill, "_start", start)
     autodistill.main(flags)
     assert (output / "config.py").read_text() == before and "is there; continuing" in capfd.readouterr().out
+    with pytest.raises(SystemExit, match=r"belongs to another command: kdjax distill .*teacher.pth"):
+        autodistill.main([str(folder / "random.pth"), *flags[1:]])
     config = parse(load(str(output / "config.py")).to_dict())
     assert config.train.steps == 50 and config.teacher.weights == str(folder / "teacher.pth")
     assert config.data.meta_info == str(output / "train.txt") and config.student.weights == str(output / "start.pth")
@@ -121,6 +123,7 @@ def test_the_command_goes_to_the_end_and_continues(
         ("teacher.pth", ("--data", "nowhere"), "does not exist", 1),
         ("teacher.pth", ("--speedup", "1"), "--speedup 1 must be more than 1", 2),
         ("teacher.pth", ("--hours", "0"), "--hours 0 must be more than 0", 2),
+        ("teacher.pth", ("--crops", "-1"), "--crops -1 must be 0 or more", 2),
     ],
 )
 def test_bad_input_is_one_message(
@@ -144,6 +147,14 @@ def test_bad_input_is_one_message(
         autodistill.main(arguments)
     said = capsys.readouterr().err if code == 2 else str(caught.value)
     assert message in said
+
+
+def test_no_name_of_a_file_becomes_code(tmp_path: Path) -> None:
+    name = 'a"""\nimport os; os.mkdir("made")\n#\r\u2028.pth'
+    text = autodistill.config_text(f"kdjax distill {name}", {"name": "x", "teacher.weights": name})
+    (tmp_path / "config.py").write_text(text, encoding="utf-8")
+    assert load(str(tmp_path / "config.py")).teacher.weights == name
+    assert not Path("made").exists() and text.splitlines()[1].startswith("# Train with it")
 
 
 def test_foreign_files_are_left_alone(folder: Path, tmp_path: Path) -> None:

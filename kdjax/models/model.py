@@ -186,12 +186,8 @@ class Network:
         if self._is_linen:
             run = lambda params, x: self._module.apply({"params": params}, x)  # noqa: E731
         else:
-            graphdef, variables = self._split_with_remat if remat else self._split
-
-            def run(params: Params, x: jax.Array) -> Any:
-                flat = traverse_util.flatten_dict(params)
-                leaves = [(path, leaf.replace(flat[tuple(map(str, path))])) for path, leaf in variables]
-                return nnx.merge(graphdef, nnx.from_flat_state(leaves))(x)
+            split = self._split_with_remat if remat else self._split
+            run = lambda params, x: _merged(*split, params)(x)  # noqa: E731
 
         def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
             result = run(jax.tree.map(lambda leaf: leaf.astype(dtype), params), x.astype(dtype))
@@ -202,10 +198,7 @@ class Network:
 
     def bind(self, params: Params) -> nnx.Module:
         """Returns the Flax module with these weights, to be called layer by layer (`kdjax.models.layers.intercept`)."""
-        graphdef, variables = self._split
-        flat = traverse_util.flatten_dict(params)
-        leaves = [(path, leaf.replace(jnp.asarray(flat[tuple(map(str, path))]))) for path, leaf in variables]
-        return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+        return _merged(*self._split, jax.tree.map(jnp.asarray, params))
 
     @functools.cached_property
     def jitted(self) -> Apply:
@@ -358,6 +351,13 @@ class _OneKey(nnx.RngStream):
 
     def __call__(self) -> jax.Array:
         return self.key[...]
+
+
+def _merged(graphdef: nnx.GraphDef, variables: Iterable[tuple[Any, Any]], params: Params) -> Any:
+    """Returns the module of this structure with these parameters."""
+    flat = traverse_util.flatten_dict(params)
+    leaves = [(path, leaf.replace(flat[tuple(map(str, path))])) for path, leaf in variables]
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
 def params_of(module: nnx.Module) -> Params:
