@@ -112,8 +112,10 @@ def shortened(line: str) -> str:
                 flags += " --config.data.canvas=32"
             elif "configs/" not in line and program == "kdjax.train":  # a config of one's own has fewer keys
                 flags = ""
-            if re.search(r"kdjax\.train .*configs/(denoise|realworld|frequency)\.py(?!:)", line):
+            if re.search(r"kdjax\.(train|cache) .*configs/(denoise|realworld|frequency|shrink)\.py", line):
                 flags += SMALL
+            if "configs/shrink.py" in line:
+                flags += " --config.student.hparams.num_grow_ch=4"
             command, ampersand, rest = line.partition(" &")
             return f"{command} {flags}{ampersand}{rest}"
     return line

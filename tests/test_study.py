@@ -106,6 +106,7 @@ def rows_of(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("images_per_second", "damaged_images")} for row in rows]
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("one_device")
 def test_columns_trained_together_are_what_the_training_program_makes_and_survive_a_stop(tmp_path: Path) -> None:
     """One joint step gives each column the numbers of a run of its own; an interrupted study gives the same."""

@@ -157,6 +157,7 @@ def test_one_run_a_folder_and_no_files_of_others(finished: tuple[Path, str], tmp
         assert {path.name for path in folder.iterdir()} == {name}
 
 
+@pytest.mark.once
 def test_killed_and_started_again_gives_the_numbers_of_an_unbroken_run(
     finished: tuple[Path, str], tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ Factor = tuple[jax.Array | float, ...]
 # Canvas sizes of the two rounds, relative to the largest. More of them compute less but compile longer. With the
 # default ranges, 0.67 and 0.84 are the sizes of an image that is not resized.
 _FIRST_CANVASES, _SECOND_CANVASES = (0.35, 0.67, 0.84, 1.0), (0.5, 0.84, 1.0)
+_LEAST = 64 * 64  # pixels of an image for which several canvases save more time than their compilation takes
 _NUMBERS = 48  # at least as many as `draw` consumes
 
 
@@ -160,7 +161,7 @@ def apply(
         settings,
         scale,
         window._replace(start=start),
-        small_canvases=True,
+        small_canvases=image.shape[0] * image.shape[1] >= _LEAST,
     )
     return jax.custom_batching.sequential_vmap(one)(choices, jax.random.key_data(key), image, window.start)
 

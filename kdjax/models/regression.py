@@ -6,11 +6,9 @@ rank-r predictor is the full one, projected on the r leading principal axes of w
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 _RIDGE = 1e-4  # of the mean variance of the inputs
@@ -57,30 +55,40 @@ class _Moments(NamedTuple):
 
 
 def _moments(x: jax.Array, y: jax.Array, size: int) -> _Moments:
-    """Sums over all pixels, a few images at a time: patches of all would take size^2 times the memory of x."""
-    sums: list[np.ndarray] | None = None
-    shifts = x.mean((0, 1, 2)), y.mean((0, 1, 2))  # about zero, float32 would lose small variances
+    """Sums over all pixels, a few images at a time: patches of all would take size^2 times the memory of x.
+
+    In NumPy: compiling this for the shape of every layer would take longer than computing it.
+    """
+    inputs, outputs = np.asarray(x), np.asarray(y)
+    shifts = inputs.mean((0, 1, 2)), outputs.mean((0, 1, 2))  # about zero, float32 would lose small variances
     several = max(1, _PIXELS // (x.shape[1] * x.shape[2]))
+    sums: list[np.ndarray] = []
     for i in range(0, len(x), several):
-        part = x[i : i + several], y[i : i + several]
-        parts = [np.asarray(part, np.float64) for part in _sums(*part, *shifts, size)]
-        sums = parts if sums is None else [total + part for total, part in zip(sums, parts, strict=True)]
-    assert sums is not None
+        patches = _patches(inputs[i : i + several] - shifts[0], shifts[0], size)
+        targets = outputs[i : i + several].reshape(-1, y.shape[-1]) - shifts[1]
+        ones = np.ones(len(patches), np.float32)
+        parts = patches.T @ patches, patches.T @ targets, ones @ patches, ones @ targets
+        sums = [*map(np.add, sums, parts)] if sums else [part.astype(np.float64) for part in parts]
     count = x.shape[0] * x.shape[1] * x.shape[2]
     xx, xy, of_x, of_y = (part / count for part in sums)
     xx, xy = xx - np.outer(of_x, of_x), xy - np.outer(of_x, of_y)
-    return _Moments(xx, xy, of_x + np.tile(shifts[0], size * size), of_y + np.asarray(shifts[1]))
+    return _Moments(xx, xy, of_x + np.tile(shifts[0], size * size), of_y + shifts[1])
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _sums(x: jax.Array, y: jax.Array, x_shift: jax.Array, y_shift: jax.Array, size: int) -> tuple[jax.Array, ...]:
-    _, height, width, num_in = x.shape
-    rim = size // 2
-    padded = jnp.pad(x, ((0, 0), (rim, rim), (rim, rim), (0, 0)))
-    shifts = [padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
-    patches = (jnp.stack(shifts, axis=3) - x_shift).reshape(-1, size * size * num_in)
-    outputs = y.reshape(-1, y.shape[-1]) - y_shift
-    return patches.T @ patches, patches.T @ outputs, patches.sum(0), outputs.sum(0)
+def _patches(x: np.ndarray, shift: np.ndarray, size: int) -> np.ndarray:
+    """Returns what a size x size convolution reads at each pixel of x + shift (b, h, w, c), less the shift: (bhw, nnc).
+
+    Outside of the image, that is zero less the shift.
+    """
+    batch, height, width, channels = x.shape
+    padded = np.empty((batch, height + size - 1, width + size - 1, channels), x.dtype)
+    padded[...] = -shift
+    padded[:, size // 2 : size // 2 + height, size // 2 : size // 2 + width] = x
+    patches = np.empty((batch, height, width, size, size, channels), x.dtype)
+    for i in range(size):
+        for j in range(size):
+            patches[:, :, :, i, j] = padded[:, i : i + height, j : j + width]
+    return patches.reshape(-1, size * size * channels)
 
 
 def _solve(moments: _Moments, prior: np.ndarray | None) -> np.ndarray:
@@ -98,7 +106,7 @@ def _float32(array: np.ndarray) -> np.ndarray:
 
 def principal_axes(arrays: list[jax.Array], count: int) -> np.ndarray:
     """Returns (c, count): the orthonormal basis of `count` channels that keeps most of arrays (..., c)."""
-    moments = sum(np.asarray(_second_moments(array), np.float64) for array in arrays)
+    moments = sum(_second_moments(array) for array in arrays)
     return _float32(np.linalg.eigh(moments)[1][:, ::-1][:, :count])
 
 
@@ -108,9 +116,9 @@ def best_channels(activations: jax.Array, count: int) -> np.ndarray:
     Greedy: each is the one that explains most of what the ones before it leave (a column-pivoted Cholesky
     factorisation by the gain in explained variance).
     """
-    mean = np.asarray(activations.mean((0, 1, 2)), np.float64)
+    mean = np.asarray(activations).mean((0, 1, 2), np.float64)
     size = activations.size // activations.shape[-1]
-    left = np.asarray(_second_moments(activations), np.float64) / size - np.outer(mean, mean)
+    left = _second_moments(activations) / size - np.outer(mean, mean)
     chosen: list[int] = []
     floor = 1e-12 * max(float(np.trace(left)), 1e-30)
     for _ in range(count):
@@ -124,15 +132,14 @@ def best_channels(activations: jax.Array, count: int) -> np.ndarray:
     return np.sort(chosen)
 
 
-@jax.jit
-def _second_moments(array: jax.Array) -> jax.Array:
-    flat = array.reshape(-1, array.shape[-1])
-    return flat.T @ flat
+def _second_moments(array: jax.Array) -> np.ndarray:
+    flat = np.asarray(array).reshape(-1, array.shape[-1])
+    return (flat.T @ flat).astype(np.float64)
 
 
 def explained(outputs: jax.Array) -> np.ndarray:
     """Returns the variances of (b, h, w, o) along its principal axes, largest first."""
-    mean = np.asarray(outputs.mean((0, 1, 2)), np.float64)
+    mean = np.asarray(outputs).mean((0, 1, 2), np.float64)
     size = outputs.size // outputs.shape[-1]
-    covariance = np.asarray(_second_moments(outputs), np.float64) / size - np.outer(mean, mean)
+    covariance = _second_moments(outputs) / size - np.outer(mean, mean)
     return np.maximum(np.linalg.eigvalsh(covariance)[::-1], 0)
