@@ -206,7 +206,7 @@ def recipe_of(crop: int, teacher: models.Model | None = None) -> distill.Recipe:
 
 def step_side(gt: np.ndarray, crop: int) -> dict[str, Callable[[int], None]]:
     """Returns steps of distillation from the embedded teacher: one degrades its input, the other is given its lq."""
-    teacher = load_model(assets.locate("embedded", assets.TEACHER))
+    teacher = load_model("embedded")
     student = models.network("srvggnetcompact", dict(num_feat=32, num_conv=8, upscale=1)).init(jax.random.key(0))
     recipe = recipe_of(crop, teacher)
     state = distill.init_state(recipe, student.params)

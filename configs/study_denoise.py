@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
         base.train.update(steps=1_500, ema_decay=0.99)
         base.train.lr = cosine(base, 2e-3)
         base.val.update(crop=0, limit=0, every=250)
-        base.log.update(every=250, diagnose=False)  # shares of the gradient would compile every column a second time
+        base.log.update(every=250, diagnose=False)  # shares of the update would compile every column a second time
         base.checkpoint.every = 250
     if variant == "quick":
         base.train.steps = 300

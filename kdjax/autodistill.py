@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from kdjax import commandline, cost, data, metrics, models, shrink, validation
-from kdjax.assets import TEACHER, TRAIN_PHOTOGRAPHS, locate
+from kdjax.assets import MODEL_HELP, MODELS, TRAIN_PHOTOGRAPHS, locate
 from kdjax.data.sources import one_line
 from kdjax.degradations import make_degrade
 from kdjax.files import write_bytes, write_text
@@ -171,7 +171,7 @@ def plan(options: argparse.Namespace, output: Path) -> None:
       ValueError, OSError: something cannot be used; the message is meant for the user.
     """
     given = weights_options(options)
-    loaded = load_weights(locate(options.teacher, TEACHER), **given)
+    loaded = load_weights(options.teacher, **given)
     teacher = loaded.model
     print(f"{loaded.path}: {teacher.arch}, {models.count_params(teacher.params):,} parameters", flush=True)
     folder = locate(options.data, TRAIN_PHOTOGRAPHS)
@@ -193,7 +193,7 @@ def plan(options: argparse.Namespace, output: Path) -> None:
         "student.arch": student.arch,
         "student.hparams": dict(student.hparams),
         "student.weights": str(output / "start.pth"),
-        "teacher.weights": str(Path(options.teacher).absolute()) if options.teacher != "embedded" else "embedded",
+        "teacher.weights": options.teacher if options.teacher in MODELS else str(Path(options.teacher).absolute()),
         "teacher.key": given.get("key", "auto"),
         "teacher.hparams": hparams | ({"arch": given["arch"]} if given.get("arch") else {}),
         "terms": dict(task=dict(criterion="l1", weight=1.0), output=dict(criterion="l1", weight=1.0)),
@@ -269,7 +269,7 @@ def _start(program: str, *arguments: object, **how: Any) -> subprocess.Completed
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.autodistill", __doc__)
     add = parser.add_argument
-    add("teacher", metavar="TEACHER", help='.pth or .safetensors file, or "embedded"')
+    add("teacher", metavar="TEACHER", help=MODEL_HELP)
     add("--data", required=True, help='folder of clean photographs, or "embedded"')
     add("--output", type=Path, default=Path("distilled"), help="folder of the result")
     add("--speedup", type=float, default=4.0, help="how many times faster, measured on this device")

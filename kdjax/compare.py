@@ -55,7 +55,7 @@ def load_files(paths: Sequence[str], keys: Sequence[str], hparams: Sequence[str]
         owner, _, name = left.rpartition(":")
         for each in _of_owner(options, owner):
             each.update(parse_hparams([f"{name}{equals}{value}"]))
-    return {name: load_weights(assets.locate(path, assets.TEACHER), **options[name]) for name, path in named.items()}
+    return {name: load_weights(path, **options[name]) for name, path in named.items()}
 
 
 def describe(name: str, loaded: Loaded, *, is_teacher: bool) -> Subject:
@@ -209,7 +209,7 @@ def _parse_count(text: str) -> int:
 
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.compare", __doc__)
-    what = '[NAME=]PATH of a .pth or .safetensors file, or "embedded"'
+    what = f"[NAME=]PATH of a {assets.MODEL_HELP}"
     add = parser.add_argument
     add("--teacher", nargs="+", required=True, metavar="MODEL", help=f"{what}; the others are compared with the first")
     add("--student", nargs="+", required=True, metavar="MODEL", help=what)

@@ -6,7 +6,7 @@ texts and the table in docs/configuration.md are made from it. What a number mea
 batch divide, is there such a loss term) is checked where it is used, at start. Whatever the key, numbers are finite in
 32 bits, which is what devices compute with, and texts can be paths.
 
-Paths may be the word "embedded": the photographs and the teacher inside the package.
+Paths may be the word "embedded": the photographs inside the package, and a model (`kdjax.assets`).
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Train:
 class Log:
     every: int = setting(100, "steps between lines", _whole(1))
     diagnose: bool = setting(
-        True, "also log each term's share of the gradient: a forward pass, and a backward pass a term"
+        True, "also log each term's share of the update: a forward pass, and a backward pass a term"
     )
     tensorboard: bool = setting(False, "write event files (extra `tb`)")
     wandb: str = setting("", "report to this Weights & Biases project (extra `wandb`)")

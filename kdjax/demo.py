@@ -295,7 +295,7 @@ def _private_folder() -> Iterator[Path]:
 
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.demo", __doc__)
-    parser.add_argument("--model", nargs="+", required=True, metavar="[NAME=]FILE", help='weights, or "embedded"')
+    parser.add_argument("--model", nargs="+", required=True, metavar="[NAME=]FILE", help=assets.MODEL_HELP)
     parser.add_argument("--port", type=int, default=7860, help="port on localhost; 0 picks a free one (default: 7860)")
     parser.add_argument("--tile", type=int, default=256, help="side of a tile; 0 takes images whole (default: 256)")
     parser.add_argument("--tile-pad", type=int, default=16, help="context around a tile (default: 16)")
@@ -316,7 +316,7 @@ def main() -> None:
         _usable_port(options.port)  # fail before the long start-up
         chosen = weights_options(options)
         paths = named_paths(options.model, "--model")
-        loaded = {name: load_weights(assets.locate(path, assets.TEACHER), **chosen) for name, path in paths.items()}
+        loaded = {name: load_weights(path, **chosen) for name, path in paths.items()}
         first = next(iter(loaded.values())).model
         restore_image(first, np.zeros((8, 8), np.float32), tile=options.tile, tile_pad=options.tile_pad)
         code = _serve(options, loaded)

@@ -42,7 +42,7 @@ from kdjax.terms import Context, Forward, Setting, Term
 Metrics = dict[str, jax.Array]
 T = TypeVar("T")
 
-# Weights given as a share of the gradient are re-measured this often, in steps: it costs one backward pass per term.
+# Weights given as a share of the update are re-measured this often, in steps: it costs one backward pass per term.
 SHARES_EVERY = 20
 
 
@@ -85,7 +85,7 @@ class State:
       params: {"student": ..., "adapters": {term: ...}}, all trained; only the student is exported.
       params_ema: EMA of the student's parameters.
       opt_state: state of `Recipe.optimizer` for `params`.
-      balance: current weight of each term whose weight is a share of the gradient.
+      balance: current weight of each term whose weight is a share of the update.
     """
 
     step: jax.Array
@@ -262,7 +262,7 @@ def learn(recipe: Recipe, state: State, frozen: Params, scene: Scene) -> tuple[S
     values_of = functools.partial(term_values, recipe, state.step, frozen)
     balance = state.balance
     if balance:
-        norms = lambda: gradient_norms(values_of, state.params, scene, recipe.accumulate)  # noqa: E731
+        norms = lambda: update_norms(values_of, state, scene, recipe.accumulate)  # noqa: E731
         measure = lambda: rebalance(recipe, state.step, norms())  # noqa: E731
         balance = jax.lax.cond(state.step % SHARES_EVERY == 0, measure, lambda: state.balance)
     weights = term_weights(recipe, state.step, balance)
@@ -321,12 +321,23 @@ def term_weights(recipe: Recipe, step: jax.Array, balance: dict[str, jax.Array])
     return {term.name: balance[term.name] if term.share else term.weight(step) for term in recipe.terms}
 
 
-def gradient_norms(values_of: Callable[[Params, Scene], Metrics], params: Params, scene: Scene, parts: int) -> Metrics:
-    """Returns, for every unweighted term, the norm of its gradient with respect to the student's parameters.
+def update_norms(values_of: Callable[[Params, Scene], Metrics], state: State, scene: Scene, parts: int) -> Metrics:
+    """Returns, for every unweighted term, the norm of its part of the student's update at a learning rate of 1."""
+    return {name: optax.tree.norm(update) for name, update in term_updates(values_of, state, scene, parts).items()}
 
-    Costs one forward pass and one backward pass per term, in sequence. Gradients are averaged over the `parts` before
-    norms are taken.
+
+def term_updates(
+    values_of: Callable[[Params, Scene], Metrics], state: State, scene: Scene, parts: int
+) -> dict[str, Params]:
+    """Returns, for every unweighted term, what it contributes to the student's update, at a learning rate of 1.
+
+    Adam divides the gradient of each parameter by the root of its mean square. So a term that reaches only layers whose
+    gradients are small moves these layers as much as any other term moves its own, however small its gradient is.
+    Before the first step, and with an optimizer that does not scale, a contribution is the term's gradient.
+
+    Costs one forward pass and one backward pass per term, in sequence. Gradients are averaged over the `parts`.
     """
+    params = state.params
     names = list(jax.eval_shape(values_of, params, scene))
 
     def gradients(part: Scene) -> Params:
@@ -337,15 +348,22 @@ def gradient_norms(values_of: Callable[[Params, Scene], Metrics], params: Params
         _, backward = jax.vjp(student_only, params["student"])
         return jax.lax.map(lambda one: backward(one)[0], jnp.eye(len(names)))
 
-    norms = jax.vmap(optax.tree.norm)(_mean_over_parts(gradients, scene, parts))
-    return dict(zip(names, norms, strict=True))
+    found = _mean_over_parts(gradients, scene, parts)
+    mean_squares = optax.tree_utils.tree_get_all_with_path(state.opt_state, "nu")
+    if len(mean_squares) == 1:
+        scale = lambda square: jnp.where(state.step > 0, 1 / (jnp.sqrt(square) + 1e-8), 1.0)  # noqa: E731
+        found = jax.tree.map(lambda each, square: each * scale(square), found, mean_squares[0][1]["student"])
+    return {name: jax.tree.map(lambda each, i=i: each[i], found) for i, name in enumerate(names)}
 
 
 def rebalance(recipe: Recipe, step: jax.Array, norms: Metrics) -> dict[str, jax.Array]:
-    """Returns the weights that give every term with a `share` r the fraction r of the summed weighted gradient norms.
+    """Returns the weights that give every term with a `share` r the fraction r of the summed weighted norms.
 
     Let R be the sum of the shares and B the sum of weight x norm over the other terms. Then weight = r / (1 - R) x B /
     norm. A term with zero gradient gets weight 0.
+
+    Args:
+      norms: from `update_norms`.
     """
     weighted = [abs(term.weight(step)) * norms[term.name] for term in recipe.terms if not term.share]
     rest = sum(weighted) / (1 - sum(term.share for term in recipe.terms))
@@ -360,13 +378,13 @@ def diagnose(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: ja
     """Returns metrics too expensive for `train_step`: they cost one backward pass per term. Changes nothing.
 
     Returns:
-      `share/NAME`: the term's fraction of the sum of all weighted gradient norms. With a teacher also
+      `share/NAME`: the term's fraction of the sum of all weighted norms (`update_norms`). With a teacher also
       `psnr_student_teacher`, in dB, and `teacher_better`, the fraction of pixels (of samples with a clean image)
       where the teacher is closer to the clean image than the student.
     """
     scene = observe([recipe], [state.step], frozen, batch, key)
     values_of = functools.partial(term_values, recipe, state.step, frozen)
-    norms = gradient_norms(values_of, state.params, scene, recipe.accumulate)
+    norms = update_norms(values_of, state, scene, recipe.accumulate)
     balance = jax.lax.cond(
         state.step % SHARES_EVERY == 0, lambda: rebalance(recipe, state.step, norms), lambda: state.balance
     )

@@ -119,7 +119,7 @@ def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.evaluate", __doc__)
     add = parser.add_argument
     add("--model", required=True, action="extend", nargs="+", metavar="[NAME=]FILE",
-        help='.pth or .safetensors files, or "embedded"')  # fmt: skip
+        help=assets.MODEL_HELP)  # fmt: skip
     add("--data", default=[], action="extend", nargs="+", metavar="[NAME=]DIR",
         help='folders of clean images, or "embedded"')  # fmt: skip
     add(
@@ -184,7 +184,7 @@ def prepare(options: argparse.Namespace) -> Request:
     """
     chosen = weights_options(options)
     loaded = {
-        name: load_weights(assets.locate(path, assets.TEACHER), **chosen)
+        name: load_weights(path, **chosen)
         for name, path in named_paths(options.model, "--model", reserved=(page.INPUT, page.CLEAN)).items()
     }
     channels, scale = _common_kind(loaded)

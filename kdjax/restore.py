@@ -383,7 +383,7 @@ def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.restore", __doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="files, folders, or patterns in quotes")
-    add("--model", required=True, metavar="FILE", help='.pth or .safetensors file, or "embedded"')
+    add("--model", required=True, metavar="FILE", help=assets.MODEL_HELP)
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
     add("--suffix", default="", help="added to file names, such as _x4")
     add("--format", choices=_FORMATS, help="format of images; by default they keep theirs")
@@ -436,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def restore_all(options: argparse.Namespace, stop: StopSignals) -> list[str]:
     """Does everything the command line asks for; returns and raises as `run`, plus ValueError for invalid requests."""
     found = plan(options.inputs, options.output, suffix=options.suffix, format=options.format)
-    loaded = load_weights(assets.locate(options.model, assets.TEACHER), **weights_options(options))
+    loaded = load_weights(options.model, **weights_options(options))
     model, scale, channels = loaded.model, loaded.model.network.scale, loaded.model.network.channels
     if channels not in (1, 3):
         raise ValueError(f"{loaded.path} takes images of {channels} channels; images have 1 or 3")

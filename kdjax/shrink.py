@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kdjax import commandline, cost, data, metrics, models, validation
-from kdjax.assets import TEACHER, TRAIN_PHOTOGRAPHS, locate
+from kdjax.assets import MODEL_HELP, TRAIN_PHOTOGRAPHS, locate
 from kdjax.models import Model, shrinking
 from kdjax.models.shrinking import Trace
 from kdjax.weights import check_target, load_weights, save_model, weights_options
@@ -247,7 +247,7 @@ def _short(value: Any) -> str:
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.shrink", __doc__)
     add = parser.add_argument
-    add("--model", required=True, help='.pth or .safetensors file, or "embedded"')
+    add("--model", required=True, help=MODEL_HELP)
     add("--output", required=True, help="file to write: .pth or .safetensors")
     add("--data", help='folder of clean images, or "embedded"')
     add("--sigma", type=float, help="standard deviation of the noise to add to them, on the scale of 0 to 255")
@@ -285,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     try:
         check_target(options.output)
-        loaded = load_weights(locate(options.model, TEACHER), **weights_options(options))
+        loaded = load_weights(options.model, **weights_options(options))
         teacher = loaded.model
         print(f"{loaded.path}: {teacher.arch}, {models.count_params(teacher.params):,} parameters")
         sizes = parse_hparams(options.size)

@@ -39,7 +39,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kdjax import assets, models, ops, sharding
+from kdjax import models, ops, sharding
 from kdjax.models.ensemble import self_ensemble
 from kdjax.weights import load_model
 
@@ -267,8 +267,8 @@ def restore_image(
       ((24, 32, 3), dtype('uint8'), True)
 
     Args:
-      model: a model, or a weight file that `kdjax.load_model` reads; "embedded" is the teacher shipped with the
-        package.
+      model: a model, or a weight file that `kdjax.load_model` reads; such as "embedded", one that is shipped
+        with the package.
       image: (h, w) grey, or (h, w, c) with c of 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha); uint8,
         uint16, or float in about [0, 1].
 
@@ -283,7 +283,7 @@ def restore_image(
       WeightsError: if the file cannot be read.
     """
     if not isinstance(model, models.Model):
-        model = load_model(assets.locate(os.fspath(model), assets.TEACHER))
+        model = load_model(model)
     restorer = Restorer(model, tile=tile, tile_pad=tile_pad, x8=x8, dtype=dtype)
     image = np.asarray(image)
     planes = image[..., None] if image.ndim == 2 else image

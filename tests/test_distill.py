@@ -363,6 +363,29 @@ def test_a_weight_given_as_a_share_keeps_the_term_at_it(tiny: Tiny, devices: int
     assert states[-1].balance == {name: pytest.approx(metrics[f"weight/{name}"]) for name in ("hint", "fft")}
 
 
+def test_a_term_updates_what_adam_makes_of_its_gradient(tiny: Tiny) -> None:
+    """Known mean squares; before the first step and without Adam, its gradient."""
+    recipe = tiny.recipe()
+    frozen = distill.make_frozen(recipe.terms, tiny.teacher.params)
+    batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32)}
+    scene = distill.observe([recipe], [jnp.int32(0)], frozen, batch, jax.random.key(7))
+    values_of = functools.partial(distill.term_values, recipe, jnp.int32(0), frozen)
+    updates = jax.jit(lambda state: distill.term_updates(values_of, state, scene, 1))
+    start = distill.init_state(recipe, tiny.student.params)
+    gradient = jax.grad(lambda student: values_of({"student": student, "adapters": {}}, scene)["output"])(
+        tiny.student.params
+    )
+    assert_trees_close(updates(start)["output"], gradient, 1e-6)
+    later = dataclasses.replace(start, step=jnp.int32(5))
+    square = {"student": jax.tree.map(lambda leaf: jnp.linspace(1e-4, 4e-4, leaf.size).reshape(leaf.shape), gradient)}
+    square |= {"adapters": {}}
+    later = dataclasses.replace(later, opt_state=optax.tree_utils.tree_set(later.opt_state, nu=square))
+    expected = jax.tree.map(lambda each, mean: each / jnp.sqrt(mean), gradient, square["student"])
+    assert_trees_close(updates(later)["output"], expected, 1e-4)
+    plain = dataclasses.replace(later, opt_state=optax.sgd(0.1).init(later.params))
+    assert_trees_close(updates(plain)["output"], gradient, 1e-6)
+
+
 def test_shares_hold_between_measurements(tiny: Tiny) -> None:
     recipe = tiny.recipe({"task": TASK, "output": dict(criterion="l1", weight=dict(share=0.4))})
     states, _, _ = tiny.run(recipe, steps=distill.SHARES_EVERY + 1)

@@ -50,8 +50,12 @@ _RUN = {
     "train.steps": 2, "data.crop": 16, "data.batch_size": 4, "val.limit": 1, "val.crop": 32, "val.every": 2,
     "checkpoint.every": 2, "log.every": 1, "log.diagnose": False, "data.workers": 0,
 }  # fmt: skip
-# As in `:debug`, so that most pages find in the cache of compiled programs what another one has compiled.
-SMALL = " --config.student.hparams.num_feat=8 --config.student.hparams.num_conv=2 --config.teacher.weights=teacher.pth"
+# By config. As in `:debug`, so that most pages find in the cache of compiled programs what another one has compiled.
+_SMALL = " --config.teacher.weights=teacher.pth --config.student.hparams.num_feat="
+SMALL = {
+    **dict.fromkeys(("denoise", "realworld", "frequency"), f"{_SMALL}8 --config.student.hparams.num_conv=2"),
+    "shrink": f"{_SMALL}4 --config.student.hparams.num_grow_ch=2",
+}
 SHORT = {
     "kdjax.train": " ".join(f"--config.{key}={value}" for key, value in _RUN.items()),
     "kdjax.study": "--columns scratch output --config.seeds='(0,)' "
@@ -112,10 +116,8 @@ def shortened(line: str) -> str:
                 flags += " --config.data.canvas=32"
             elif "configs/" not in line and program == "kdjax.train":  # a config of one's own has fewer keys
                 flags = ""
-            if re.search(r"kdjax\.(train|cache) .*configs/(denoise|realworld|frequency|shrink)\.py", line):
-                flags += SMALL
-            if "configs/shrink.py" in line:
-                flags += " --config.student.hparams.num_grow_ch=4"
+            if match := re.search(r"kdjax\.(?:train|cache) .*configs/(\w+)\.py(?!:quick)", line):
+                flags += SMALL.get(match[1], "")
             command, ampersand, rest = line.partition(" &")
             return f"{command} {flags}{ampersand}{rest}"
     return line

@@ -20,6 +20,7 @@ from kdjax import assets, config, data, models, train
 from kdjax.files import LOCK, locked, whole_file, write_json
 from kdjax.training import folder as run_files
 from kdjax.training import loop, preparation
+from kdjax.training.logbook import Logbook
 from kdjax.training.monitor import Monitor
 from kdjax.weights import load_model, load_weights, save_model
 
@@ -334,6 +335,24 @@ def test_a_teacher_that_does_not_denoise_is_warned_about(tmp_path: Path, caplog:
     _, monitor = prepared(teacher={"weights": str(tmp_path / "untrained.pth")})
     monitor.report()
     assert "DOES NOT IMPROVE ITS INPUT" in caplog.text
+
+
+def test_a_student_that_is_stuck_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its zero last convolution returns the input; the teacher as a student is well above any linear filter."""
+    setup, monitor = prepared(student={"arch": "dncnn", "hparams": {"num_feat": 4, "depth": 2}})
+    params = jax.tree.map(np.zeros_like, setup.student.params)
+    teacher = load_model("embedded")
+    changes = {"arch": teacher.arch, "hparams": teacher.hparams, "weights": "embedded"}
+    taught, its_monitor = prepared(student=changes)
+    with Logbook(tmp_path, resume_step=0, name="run", tensorboard=False, wandb="") as logbook:
+        for step, warns in ((499, False), (500, True)):
+            caplog.clear()
+            monitor.validate(step, params, tmp_path, logbook)
+            assert ("THE STUDENT IS STUCK" in caplog.text) == warns
+        assert re.search(r"improves its input by 0.00 dB, a linear filter of 5x5 pixels by [78]\.", caplog.text)
+        caplog.clear()
+        its_monitor.validate(500, taught.student.params, tmp_path, logbook)
+        assert "STUCK" not in caplog.text
 
 
 def test_another_student_or_teacher_does_not_continue_a_run(finished: tuple[Path, str]) -> None:

@@ -24,7 +24,7 @@ FORMAT_NAMES = [suffix.removeprefix(".") for suffix in FORMATS]
 
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.export", __doc__)
-    parser.add_argument("--model", required=True, help='.pth or .safetensors file, or "embedded"')
+    parser.add_argument("--model", required=True, help=assets.MODEL_HELP)
     parser.add_argument(
         "--output", required=True, type=Path, help="a folder, or one file with the suffix of its format"
     )
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--license {options.license!r} must be an identifier, such as apache-2.0")
     try:
         folder = options.output.parent if is_file else options.output
-        loaded = load_weights(assets.locate(options.model, assets.TEACHER), **weights_options(options))
+        loaded = load_weights(options.model, **weights_options(options))
         run = find_run(loaded, options.run)
         folder.mkdir(parents=True, exist_ok=True)
         name = options.output.stem if is_file else Path(loaded.path).stem

@@ -172,7 +172,7 @@ def _facts(rows: dict[str, str]) -> list[str]:
 
 def _training(loaded: Loaded, run: Run | None) -> dict[str, str]:
     if run is None:
-        known = "see `MODEL_CARD.md` in `kdjax/assets`" if loaded.path == str(assets.TEACHER) else UNKNOWN
+        known = "see `MODEL_CARD.md` in `kdjax/assets`" if loaded.path in map(str, assets.MODELS.values()) else UNKNOWN
         return dict.fromkeys(("teacher", "data", "recipe"), known)
     data, train = run.config.data, run.config.train
     teacher = "none"

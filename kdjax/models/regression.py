@@ -22,7 +22,7 @@ class Kernel(NamedTuple):
     bias: np.ndarray
 
 
-def fit(x: jax.Array, y: jax.Array, size: int, prior: Kernel | None = None) -> Kernel:
+def fit(x: jax.Array | np.ndarray, y: jax.Array | np.ndarray, size: int, prior: Kernel | None = None) -> Kernel:
     """Returns the size x size convolution of x (b, h, w, c) that is nearest to y (b, h, w, o) in least squares.
 
     Where the inputs do not decide, it is near `prior`, or small.
@@ -54,7 +54,7 @@ class _Moments(NamedTuple):
         return _float32(self.y - self.x @ weights)
 
 
-def _moments(x: jax.Array, y: jax.Array, size: int) -> _Moments:
+def _moments(x: jax.Array | np.ndarray, y: jax.Array | np.ndarray, size: int) -> _Moments:
     """Sums over all pixels, a few images at a time: patches of all would take size^2 times the memory of x.
 
     In NumPy: compiling this for the shape of every layer would take longer than computing it.

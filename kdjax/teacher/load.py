@@ -14,7 +14,7 @@ from typing import final
 import jax
 import jax.numpy as jnp
 
-from kdjax import assets, config, models
+from kdjax import config, models
 from kdjax.config import ConfigError
 from kdjax.models import Apply, Params
 from kdjax.models.ensemble import self_ensemble
@@ -58,10 +58,7 @@ def load_teacher(options: config.Teacher, student: models.Model) -> Teacher:
             'a teacher is needed: set config.teacher.weights to a .pth or .safetensors file or to "embedded", or set'
             " the weights of the distillation terms to 0"
         )
-    files = tuple(
-        load_weights(assets.locate(path, assets.TEACHER), key=options.key, **options.hparams)
-        for path in (options.weights, *options.also)
-    )
+    files = tuple(load_weights(path, key=options.key, **options.hparams) for path in (options.weights, *options.also))
     for file in files:
         for what, attribute in (("colour channels", "channels"), ("times enlargement", "scale")):
             theirs, ours = getattr(file.model.network, attribute), getattr(student.network, attribute)

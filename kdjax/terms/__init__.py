@@ -8,7 +8,7 @@
     )
 
 A term is a key of TERMS, or any other name with a `kind` that is one. Its `weight` is a number, a schedule
-(`kdjax.schedules`), or `dict(share=r)`, which keeps the term's gradient norm at the fraction r of the sum over all
+(`kdjax.schedules`), or `dict(share=r)`, which keeps the norm of the term's update at the fraction r of the sum over all
 terms. The formulas are in `kdjax.losses` and `kdjax.losses.perceptual`; this package connects them to networks and
 configs.
 """

@@ -81,7 +81,7 @@ class Term:
     Attributes:
       name: unique within a recipe; the metric is called `loss/NAME`.
       weight: schedule of the weight; unused if `share` is set.
-      share: fraction of the total gradient norm to keep the term at; 0 for a term with a weight.
+      share: fraction of the update to keep the term at (`kdjax.distill.update_norms`); 0 for a term with a weight.
       sometimes_off: the weight can be 0; then the term is skipped, and so is the teacher if no other term needs it.
       needs_teacher: whether the term looks at `context.teacher`.
     """

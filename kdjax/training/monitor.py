@@ -7,6 +7,7 @@ share the images among them; the first one writes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -17,10 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from kdjax import assets, data, models, sharding, validation
+from kdjax import assets, data, models, ops, sharding, validation
 from kdjax.config import BASELINE, ConfigError, Val, deciding
 from kdjax.files import read_json, write_json
+from kdjax.models import regression
 from kdjax.names import png_name
+from kdjax.ops.convolution import plain
 from kdjax.teacher.load import Teacher
 from kdjax.training.logbook import Logbook
 from kdjax.validation import Sample, Score
@@ -28,6 +31,8 @@ from kdjax.validation import Sample, Score
 log = logging.getLogger("kdjax")
 
 _CHECK_IMAGES, _CHECK_CROP = 4, 128  # size of the sanity check of the teacher before training starts
+_FILTER_IMAGES = 16  # images, of the same size of crop, for which a linear filter is found
+_PATIENCE = 500  # steps after which a student should do better than a linear filter
 _PICTURE_SIDE = 512  # maximum side of each image in a comparison picture
 
 
@@ -119,8 +124,35 @@ class Monitor:
         }
         logbook.write(step, values)
         log.info(f"validation at step {step:,}: {self.summary()} ({time.monotonic() - started:.0f} s)")
+        self._warn_if_stuck(step)
         self._save_pictures(step, outputs, workdir, logbook)
         return score.psnr
+
+    def _warn_if_stuck(self, step: int) -> None:
+        """Warns if the student does no better than a blur: optimisation can stay there for a thousand steps."""
+        if step < _PATIENCE or self._scale != 1:
+            return
+        gain, linear = self._scores["student"].psnr - self._scores["input"].psnr, self._gain_of_linear_filter
+        if gain < linear:
+            log.warning(
+                f"WARNING: THE STUDENT IS STUCK: after {step:,} steps it improves its input by {gain:.2f} dB, a linear"
+                f" filter of 5x5 pixels by {linear:.2f} dB. Try a lower learning rate (config.train.lr), clipping"
+                " (config.train.grad_clip=0.1), or a student that starts as its shrunk teacher"
+                ' (config.student.weights="teacher")'
+            )
+
+    @functools.cached_property
+    def _gain_of_linear_filter(self) -> float:
+        """The dB by which the best linear filter for some of the images improves them."""
+        every = -(-len(self.samples) // _FILTER_IMAGES)
+        crops = [_centre(sample, _CHECK_CROP, self._scale) for sample in self.samples[::every]]
+        crops = [crop for crop in crops if crop.lq.shape == crops[0].lq.shape]
+        inputs = np.stack([crop.lq for crop in crops])
+        wanted = np.stack([crop.gt for crop in crops]) / np.float32(255)
+        best = regression.fit(inputs, wanted, 5)
+        filtered = np.asarray(ops.to_uint8(plain(inputs, best.kernel) + best.bias))
+        scores = [validation.score(image, crop.gt) for image, crop in zip(filtered, crops, strict=True)]
+        return validation.mean_score(scores).psnr - validation.input_score(crops).psnr
 
     def summary(self) -> str:
         """Summarises in one line who reached how many dB."""

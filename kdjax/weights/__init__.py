@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from kdjax import assets
 from kdjax.files import printable, write_bytes
 from kdjax.models import MODELS, Architecture, Model, architecture
 from kdjax.models.custom import is_custom
@@ -62,7 +63,7 @@ class Loaded:
 
     Attributes:
       model: with float32 NumPy parameters.
-      path: the file, as given.
+      path: the file.
       sha256: of the whole file.
       layout: the file's naming scheme: "BasicSR", "BSRGAN", "old ESRGAN", "KAIR", "EDSR-PyTorch", ...
       key: which of the file's sets of weights this is: "params_ema", "state_dict/net_g", ..., or "bare" for the only
@@ -86,7 +87,7 @@ def load_weights(
     Assumptions are logged as warnings, and are in `notes`.
 
     Args:
-      path: a `.pth`, `.pt`, `.ckpt` or `.safetensors` file.
+      path: a `.pth`, `.pt`, `.ckpt` or `.safetensors` file, or the name of a model in `kdjax.assets.MODELS`.
       key: which set of weights to take if the file has several: an entry ("params"), a path of entries
         ("state_dict/params"), or a prefix of the tensors' names ("net_g"). "auto" prefers a moving average of the
         generator, then the generator, then an entry called params, model, ...; then the only set of tensors.
@@ -99,6 +100,7 @@ def load_weights(
       ValueError: `arch` is not a known architecture.
     """
     chosen = None if arch is None else architecture(arch)
+    path = assets.model(path)
     data = _read(path)
     with _blaming(path):
         content, about = _parse(data)
@@ -128,8 +130,7 @@ def load_model(
     """Loads the model in a weight file; see `load_weights`.
 
     Examples:
-      >>> from kdjax import assets
-      >>> model = load_model(assets.TEACHER)
+      >>> model = load_model("embedded")
       >>> model.arch, model.hparams["num_block"]
       ('rrdbnet', 2)
     """
@@ -157,9 +158,8 @@ def save_model(model: Model, path: str | os.PathLike[str]) -> None:
 
     Examples:
       >>> import tempfile
-      >>> from kdjax import assets
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     save_model(load_model(assets.TEACHER), f"{folder}/copy.safetensors")
+      ...     save_model(load_model("embedded"), f"{folder}/copy.safetensors")
       ...     load_model(f"{folder}/copy.safetensors").hparams["num_block"]
       2
 
