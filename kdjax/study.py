@@ -93,7 +93,8 @@ def check_folder(workdir: Path) -> None:
         before = read_json(workdir / "results.json")
     except ValueError:  # emptied by a power cut, for example; it is written again
         before = {}
-    foreign = [name for name in ("results.json", "results.md", "results.png", "train.log") if (workdir / name).exists()]
+    # Not train.log, which is continued: a study that ended before its first result leaves one.
+    foreign = [name for name in ("results.json", "results.md", "results.png") if (workdir / name).exists()]
     ours = "rows" in before and "results" in before
     if foreign and not ours and not list(workdir.glob("seed*/*/config.json")):
         raise ConfigError(

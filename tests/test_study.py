@@ -273,6 +273,8 @@ def test_some_columns_can_be_trained_alone(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_a_study_replaces_nothing_of_others(tmp_path: Path) -> None:
+    (tmp_path / "train.log").write_text("error: a teacher is needed\n")  # of a start that failed; it is continued
+    study.check_folder(tmp_path)
     (tmp_path / "results.json").write_text("[1, 2]")
     with pytest.raises(ConfigError, match=r"holds results\.json, which kdjax would overwrite"):
         study.check_folder(tmp_path)

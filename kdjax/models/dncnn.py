@@ -1,9 +1,10 @@
 """DnCNN without batch normalisation (Zhang et al., 2017, arXiv:1608.03981), in KAIR's layout `model.N`.
 
 The network predicts the noise and subtracts it: y = x - net(x). KAIR's DnCNN weights have batch normalisation already
-folded into the convolutions, as here. `unshuffle` is our addition: the network runs at 1/unshuffle of the input's
-height and width, with about unshuffle^2 times fewer multiplications at the same num_feat. `ranks` is another: in a
-convolution of rank r, a 3x3 convolution writes r channels, and a 1x1 convolution makes its outputs of them.
+folded into the convolutions, as here. Initial values are ours: with torch's, activations shrink at every ReLU, and a
+deep stack can learn nothing for a thousand steps. `unshuffle` is our addition: the network runs at 1/unshuffle of the
+input's height and width, with about unshuffle^2 times fewer multiplications at the same num_feat. `ranks` is another:
+in a convolution of rank r, a 3x3 convolution writes r channels, and a 1x1 convolution makes its outputs of them.
 
 Features: `model.N` for every convolution and ReLU of the list. All but the last have num_feat channels at 1/unshuffle
 of the input's height and width.
@@ -72,9 +73,9 @@ class DnCNN(nnx.Module):
         ranks = ranks or (0,) * depth
         layers: list[nnx.Module] = []
         for i, rank in enumerate(ranks[:-1]):
-            layers.append(conv3x3(num_feat if i else num_image, num_feat, rank=rank, rngs=rngs))
+            layers.append(conv3x3(num_feat if i else num_image, num_feat, rank=rank, init="relu", rngs=rngs))
             layers.append(Activation(jax.nn.relu))
-        layers.append(conv3x3(num_feat, num_image, rank=ranks[-1], rngs=rngs))
+        layers.append(conv3x3(num_feat, num_image, rank=ranks[-1], init="residual", rngs=rngs))
         self.model = nnx.List(layers)
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

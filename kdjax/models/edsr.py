@@ -46,10 +46,10 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)
 class ResidualBlock(nnx.Module):
     """x + res_scale x conv2(relu(conv1(x))); MSRResNet uses it too."""
 
-    def __init__(self, num_feat: int, res_scale: float, *, residual_init: bool, rngs: nnx.Rngs) -> None:
+    def __init__(self, num_feat: int, res_scale: float, *, init: str, rngs: nnx.Rngs) -> None:
         self.res_scale = res_scale
-        self.conv1 = conv3x3(num_feat, num_feat, rngs=rngs, residual_init=residual_init)
-        self.conv2 = conv3x3(num_feat, num_feat, rngs=rngs, residual_init=residual_init)
+        self.conv1 = conv3x3(num_feat, num_feat, rngs=rngs, init=init)
+        self.conv2 = conv3x3(num_feat, num_feat, rngs=rngs, init=init)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + self.res_scale * self.conv2(jax.nn.relu(self.conv1(x)))
@@ -80,9 +80,7 @@ class EDSR(nnx.Module):
         self.multiple = unshuffle
         self.mean = RGB_MEAN if num_in_ch == num_out_ch == 3 else (0.0,)
         self.conv_first = conv3x3(num_in_ch * unshuffle**2, num_feat, rngs=rngs)
-        self.body = nnx.List(
-            [ResidualBlock(num_feat, res_scale, residual_init=False, rngs=rngs) for _ in range(num_block)]
-        )
+        self.body = nnx.List([ResidualBlock(num_feat, res_scale, init="torch", rngs=rngs) for _ in range(num_block)])
         self.conv_after_body = conv3x3(num_feat, num_feat, rngs=rngs)
         layers: list[nnx.Module] = []
         for factor in upsampling_steps(upscale):

@@ -91,6 +91,10 @@ _normal = _compiled_quickly(jax.random.normal)
 TORCH_KERNEL_INIT = _compiled_quickly(nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
 
 
+# He et al., 2015, arXiv:1502.01852: keeps the size of activations through a stack of convolutions and ReLUs.
+RELU_KERNEL_INIT = _compiled_quickly(nnx.initializers.variance_scaling(2, "fan_in", "normal"))
+
+
 def residual_kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """BasicSR's `default_init_weights(scale=0.1)`: 0.1 x Kaiming normal (gain sqrt 2), for residual branches."""
     return _normal(key, shape, dtype) * jnp.sqrt(jnp.array(0.02 / math.prod(shape[:-1]), dtype))
@@ -104,22 +108,24 @@ def torch_bias_init(fan_in: int) -> Init:
 
 
 def conv3x3(
-    num_in: int, num_out: int, *, rngs: nnx.Rngs, residual_init: bool = False, narrow: bool = False, rank: int = 0
+    num_in: int, num_out: int, *, rngs: nnx.Rngs, init: str = "torch", narrow: bool = False, rank: int = 0
 ) -> Conv | LowRankConv:
-    """Returns a zero-padded 3x3 convolution with bias, initialised as in torch or as in BasicSR's residual branches.
+    """Returns a zero-padded 3x3 convolution with bias.
 
-    `narrow` is for many input channels and few output channels (`kdjax.ops.winograd`). With a `rank`, it is a
-    `LowRankConv` with torch's initialisation.
+    `init` is "torch" (torch's default), "residual" (`residual_kernel_init`) or "relu" (`RELU_KERNEL_INIT`); the latter
+    two have a zero bias. `narrow` is for many input channels and few output channels (`kdjax.ops.winograd`). With a
+    `rank`, it is a `LowRankConv` with torch's initialisation.
     """
     if rank:
         return LowRankConv(num_in, num_out, rank, rngs=rngs)
+    kernel_inits = {"torch": TORCH_KERNEL_INIT, "residual": residual_kernel_init, "relu": RELU_KERNEL_INIT}
     return Conv(
         num_in,
         num_out,
         (3, 3),
         padding=1,
-        kernel_init=residual_kernel_init if residual_init else TORCH_KERNEL_INIT,
-        bias_init=nnx.initializers.zeros_init() if residual_init else torch_bias_init(9 * num_in),
+        kernel_init=kernel_inits[init],
+        bias_init=torch_bias_init(9 * num_in) if init == "torch" else nnx.initializers.zeros_init(),
         conv_general_dilated=_narrow if narrow else _same,
         rngs=rngs,
     )

@@ -115,7 +115,8 @@ class Architecture:
             raise ValueError(
                 f"{self.name}: {name}={brief(value)} is a {type(value).__name__}, wanted {type(default).__name__}"
             )
-        if isinstance(value, int | float) and not (0 if name == "num_upsample" else 1e-9) <= value < math.inf:
+        least = 0 if name == "num_upsample" or default == 0 else 1e-9
+        if isinstance(value, int | float) and not least <= value < math.inf:
             raise ValueError(f"{self.name}: {name}={brief(value)} must be positive and finite")
         if isinstance(value, tuple) and not all(type(count) is int and count >= 0 for count in value):
             raise ValueError(f"{self.name}: {name}={brief(value)} must be whole numbers")

@@ -50,13 +50,13 @@ class MSRResNet(nnx.Module):
                 " equal"
             )
         self.remat, self.upscale = remat, upscale
-        self.conv_first = conv3x3(num_in_ch, num_feat, rngs=rngs, residual_init=True)
-        self.body = nnx.List([ResidualBlock(num_feat, 1.0, residual_init=True, rngs=rngs) for _ in range(num_block)])
+        self.conv_first = conv3x3(num_in_ch, num_feat, rngs=rngs, init="residual")
+        self.body = nnx.List([ResidualBlock(num_feat, 1.0, init="residual", rngs=rngs) for _ in range(num_block)])
         self.factors = upsampling_steps(upscale)
         for i, factor in enumerate(self.factors, start=1):
-            setattr(self, f"upconv{i}", conv3x3(num_feat, num_feat * factor**2, rngs=rngs, residual_init=True))
-        self.conv_hr = conv3x3(num_feat, num_feat, rngs=rngs, residual_init=True)
-        self.conv_last = conv3x3(num_feat, num_out_ch, rngs=rngs, residual_init=True)
+            setattr(self, f"upconv{i}", conv3x3(num_feat, num_feat * factor**2, rngs=rngs, init="residual"))
+        self.conv_hr = conv3x3(num_feat, num_feat, rngs=rngs, init="residual")
+        self.conv_last = conv3x3(num_feat, num_out_ch, rngs=rngs, init="residual")
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         features = {}

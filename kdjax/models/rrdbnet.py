@@ -49,7 +49,7 @@ class ResidualDenseBlock(nnx.Module):
     def __init__(self, num_feat: int, num_grow_ch: int, *, rngs: nnx.Rngs) -> None:
         for i in range(1, 6):
             num_out = num_grow_ch if i < 5 else num_feat
-            conv = conv3x3(num_feat + (i - 1) * num_grow_ch, num_out, rngs=rngs, residual_init=True, narrow=True)
+            conv = conv3x3(num_feat + (i - 1) * num_grow_ch, num_out, rngs=rngs, init="residual", narrow=True)
             setattr(self, f"conv{i}", conv)
 
     def __call__(self, x: jax.Array) -> jax.Array:
