@@ -159,6 +159,7 @@ class Train:
     ema_decay: float = setting(
         0.999, "decay of the moving average of the weights, which is what is validated and saved", _DECAY
     )
+    ema_warmup: bool = setting(True, "start with a shorter average: a decay of at most (1 + step) / (10 + step)")
     accumulate: int = setting(
         1, "parts a batch is split into, one after another: less memory, the same update", _whole(1)
     )

@@ -57,6 +57,8 @@ class Recipe:
       optimizer: any optax transformation; `make_optimizer` builds those a config can name.
       learning_rate: for logging only; the optimizer already contains it.
       ema_decay: decay of the EMA of the student's parameters, in [0, 1); 0 copies them.
+      ema_warmup: limit the decay to (1 + step) / (10 + step), as in TensorFlow. Otherwise the average is one of the
+        initial values for the first 1 / (1 - decay) steps, as in BasicSR.
       degrade: `degrade(key, image, window)` makes the lq of one (h, w, c) image if the batch has none.
       crop: side of the gt crop to train on, cut from larger images as if after degrading them; 0 uses whole images.
       sharpen: sharpens gt first.
@@ -73,6 +75,7 @@ class Recipe:
     crop: int = 0
     sharpen: bool = False
     accumulate: int = 1
+    ema_warmup: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -275,7 +278,10 @@ def learn(recipe: Recipe, state: State, frozen: Params, scene: Scene) -> tuple[S
     (total, values), grads = _mean_over_parts(gradient, scene, recipe.accumulate)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params: Any = optax.apply_updates(state.params, updates)
-    params_ema: Any = optax.incremental_update(params["student"], state.params_ema, 1 - recipe.ema_decay)
+    decay = recipe.ema_decay
+    if recipe.ema_warmup:
+        decay = jnp.minimum(decay, (1 + state.step) / (10 + state.step))
+    params_ema: Any = optax.incremental_update(params["student"], state.params_ema, 1 - decay)
     grad_norm = optax.tree.norm(grads)
     metrics = {
         "loss/total": total,

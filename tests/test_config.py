@@ -39,17 +39,18 @@ METHODS = {
     "perceptual": "perceptual",
     "shrink": "output",
 }
+RECIPES = ("denoise", "teacher", "realworld", "fast", *METHODS)
 
 
 @pytest.mark.parametrize("variant", ["", "quick", "debug"])
-@pytest.mark.parametrize("name", ["denoise", "teacher", "realworld", *METHODS])
+@pytest.mark.parametrize("name", RECIPES)
 def test_shipped_configs_are_valid(name: str, variant: str) -> None:
     config = parse(load(name, variant).to_dict())
     assert isinstance(config, Config)
     json.dumps(config_lib.to_dict(config))
 
 
-@pytest.mark.parametrize("name", ["denoise", "teacher", "realworld", *METHODS])
+@pytest.mark.parametrize("name", RECIPES)
 def test_unknown_variants_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="no variant 'quik'"):
         load(name, "quik")
@@ -61,7 +62,7 @@ def test_cosine_ends_where_training_ends() -> None:
     assert config.copy_and_resolve_references().train.lr.steps == 123
 
 
-@pytest.mark.parametrize("name", ["denoise", "teacher", "realworld", *METHODS])
+@pytest.mark.parametrize("name", RECIPES)
 def test_files_return_every_key(name: str) -> None:
     given = load(name).to_dict()
     for path, _, default in keys(Config()):
@@ -265,7 +266,13 @@ def test_changes_between_two_configs_are_told_by_key() -> None:
 
 def test_every_config_is_tried() -> None:
     elsewhere = {"study_denoise", "study_few_labels", "study_start", "basicsr"}  # see test_study.py and test_basicsr.py
-    assert {path.stem for path in CONFIGS.glob("*.py")} == {"denoise", "teacher", "realworld", *METHODS} | elsewhere
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {
+        "denoise",
+        "teacher",
+        "realworld",
+        "fast",
+        *METHODS,
+    } | elsewhere
 
 
 def reference() -> list[str]:

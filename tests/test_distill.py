@@ -386,6 +386,15 @@ def test_a_term_updates_what_adam_makes_of_its_gradient(tiny: Tiny) -> None:
     assert_trees_close(updates(plain)["output"], gradient, 1e-6)
 
 
+def test_a_warm_average_follows_from_the_first_step(tiny: Tiny) -> None:
+    """By hand: decays of 1/10, 2/11, 3/12, ... until the one given."""
+    states, _, _ = tiny.run(tiny.recipe(ema_decay=0.2, ema_warmup=True), steps=4)
+    average = states[0].params["student"]
+    for state, decay in zip(states[1:], (1 / 10, 2 / 11, 0.2, 0.2), strict=True):
+        average = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * new, average, state.params["student"])
+        assert_trees_close(state.params_ema, average, 1e-6)
+
+
 def test_shares_hold_between_measurements(tiny: Tiny) -> None:
     recipe = tiny.recipe({"task": TASK, "output": dict(criterion="l1", weight=dict(share=0.4))})
     states, _, _ = tiny.run(recipe, steps=distill.SHARES_EVERY + 1)

@@ -46,6 +46,7 @@ _DEFAULTS = {
     "data.hflip": False,
     "data.rot": False,
     "train.ema_decay": 0.0,
+    "train.ema_warmup": False,
     "train.betas": (0.9, 0.999),
 }
 _REQUIRED = (  # one of each

@@ -98,6 +98,7 @@ def prepare(config: Config) -> Setup:
         ),
         learning_rate=learning_rate,
         ema_decay=config.train.ema_decay,
+        ema_warmup=config.train.ema_warmup,
         degrade=make_degrade(config.degrade, scale=scale) if makes_lq else None,
         crop=config.data.crop,
         sharpen=config.data.gt_usm,
