@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
         base.student.hparams.depth = 7
     if variant != "debug":
         base.data.update(crop=40, batch_size=4, workers=0)
-        base.train.update(steps=1_500, ema_decay=0.99)
+        base.train.update(steps=1_500, ema_decay=0.99, grad_clip=0.1)
         base.train.lr = cosine(base, 2e-3)
         base.val.update(crop=0, limit=0, every=250)
         base.log.update(every=250, diagnose=False)  # shares of the update would compile every column a second time

@@ -1,5 +1,6 @@
 """Restores images and videos with a trained model:
 
+    python -m kdjax.restore photo.jpg
     python -m kdjax.restore --model student.pth photographs --output restored
     python -m kdjax.restore --model realesr-animevideov3.pth "scans/*.tif" clip.mp4 --output enlarged --suffix _x4
 
@@ -383,8 +384,10 @@ def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.restore", __doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help="files, folders, or patterns in quotes")
-    add("--model", required=True, metavar="FILE", help=assets.MODEL_HELP)
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
+    add("--model", default=assets.BEST, metavar="FILE", help=f"{assets.MODEL_HELP}; default: {assets.BEST}")
+    add(
+        "--output", default=Path("restored"), type=Path, metavar="DIR", help="folder for the results; default: restored"
+    )
     add("--suffix", default="", help="added to file names, such as _x4")
     add("--format", choices=_FORMATS, help="format of images; by default they keep theirs")
     add("--quality", type=int, metavar="N", help="quality of JPEG and WebP, 1 to 100; default: JPEG 95, lossless WebP")

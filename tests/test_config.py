@@ -39,6 +39,7 @@ METHODS = {
     "perceptual": "perceptual",
     "shrink": "output",
 }
+STUDIES = ("study_denoise", "study_few_labels", "study_lr", "study_start")
 RECIPES = ("denoise", "teacher", "realworld", "fast", *METHODS)
 
 
@@ -265,7 +266,7 @@ def test_changes_between_two_configs_are_told_by_key() -> None:
 
 
 def test_every_config_is_tried() -> None:
-    elsewhere = {"study_denoise", "study_few_labels", "study_start", "basicsr"}  # see test_study.py and test_basicsr.py
+    elsewhere = {"basicsr", *STUDIES}  # see test_basicsr.py and test_study.py
     assert {path.stem for path in CONFIGS.glob("*.py")} == {
         "denoise",
         "teacher",

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from test_config import load
+from test_config import STUDIES, load
 
 from kdjax import config as config_lib
 from kdjax import distill, study, train
@@ -232,7 +232,7 @@ def test_bad_studies_are_refused(change: dict, message: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["", "quick", "debug"])
-@pytest.mark.parametrize("name", ["study_denoise", "study_few_labels", "study_start"])
+@pytest.mark.parametrize("name", STUDIES)
 def test_shipped_studies_are_valid(name: str, variant: str) -> None:
     values = load(name, variant).copy_and_resolve_references().to_dict()
     values["columns"].pop("scratch_equal_compute", None)  # which costs a look at both networks
@@ -262,7 +262,8 @@ def test_gap_closed_and_spread_are_paired_by_seed() -> None:
 def test_a_study_without_scratch_still_reports() -> None:
     (row,) = ladder.summarise([result("output", 0, 30.0)], teacher_psnr=31.0)
     assert row.gain is None and row.gap_closed is None
-    assert "| output | 30.000" in ladder.markdown([row], teacher_psnr=31.0, input_psnr=20.0)
+    text = ladder.markdown([row], teacher_psnr=31.0, input_psnr=20.0)
+    assert "| output | 30.000" in text and "Highest: output." in text
 
 
 def test_some_columns_can_be_trained_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

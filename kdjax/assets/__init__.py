@@ -13,7 +13,8 @@ _FOLDER = Path(__file__).parent
 TRAIN_PHOTOGRAPHS = _FOLDER / "photographs" / "train"
 VAL_PHOTOGRAPHS = _FOLDER / "photographs" / "val"
 TEACHER = _FOLDER / "rrdbnet_denoiser.pth"
-MODELS = {"embedded": TEACHER}
+MODELS = {"embedded": TEACHER, "fast": _FOLDER / "fast_denoiser.pth"}
+BEST = "fast"
 MODEL_HELP = f".pth or .safetensors file, or {' or '.join(MODELS)}"
 
 

@@ -132,6 +132,8 @@ def markdown(rows: Sequence[Row], *, teacher_psnr: float, input_psnr: float) -> 
         " standard deviation; the gain's is that of the differences between runs of one seed. Compute is the"
         " multiply-accumulates of the whole training, 1 for scratch."
     )
+    if base is None:
+        text = f"Highest: {literal(ordered[0].column)}. {text}"
     if incomplete:
         text += f" Fewer seeds so far: {', '.join(incomplete)}."
     return f"{table(header, lines, align='lrrrrrrr')}\n\n{text}\n"
