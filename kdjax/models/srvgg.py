@@ -1,8 +1,8 @@
 """SRVGGNetCompact: a plain stack of convolutions ending in a pixel shuffle (Real-ESRGAN, `srvgg_arch.py`).
 
-Names follow BasicSR: `body` is one flat list conv, activation, conv, activation, ..., conv, and the nearest-upsampled
-input is added at the end. Initial values are ours, as DnCNN's are. `unshuffle` is our addition: the stack runs at
-1/unshuffle of the input's height and width, with about unshuffle^2 times fewer multiplications at the same num_feat.
+Names and initialisation follow BasicSR: `body` is one flat list conv, activation, conv, activation, ..., conv, and the
+nearest-upsampled input is added at the end. `unshuffle` is our addition: the stack runs at 1/unshuffle of the input's
+height and width, with about unshuffle^2 times fewer multiplications at the same num_feat.
 
 Features: `body.N` for every layer of that list, so `body.1` is the first activation. All but the last have num_feat
 channels at 1/unshuffle of the input's height and width.
@@ -75,9 +75,9 @@ class SRVGGNetCompact(nnx.Module):
         self.multiple = unshuffle
         body: list[nnx.Module] = []
         for i in range(num_conv + 1):
-            body.append(conv3x3(num_feat if i else num_in_ch * unshuffle**2, num_feat, init="relu", rngs=rngs))
+            body.append(conv3x3(num_feat if i else num_in_ch * unshuffle**2, num_feat, rngs=rngs))
             body.append(ACTIVATIONS[act_type](num_feat))
-        body.append(conv3x3(num_feat, num_out_ch * (upscale * unshuffle) ** 2, init="residual", rngs=rngs))
+        body.append(conv3x3(num_feat, num_out_ch * (upscale * unshuffle) ** 2, rngs=rngs))
         self.body = nnx.List(body)
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
