@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kdjax import assets, data, models, ops, sharding, validation
@@ -150,7 +151,7 @@ class Monitor:
         inputs = np.stack([crop.lq for crop in crops])
         wanted = np.stack([crop.gt for crop in crops]) / np.float32(255)
         best = regression.fit(inputs, wanted, 5)
-        filtered = np.asarray(ops.to_uint8(plain(inputs, best.kernel) + best.bias))
+        filtered = np.asarray(ops.to_uint8(plain(jnp.asarray(inputs), jnp.asarray(best.kernel)) + best.bias))
         scores = [validation.score(image, crop.gt) for image, crop in zip(filtered, crops, strict=True)]
         return validation.mean_score(scores).psnr - validation.input_score(crops).psnr
 
