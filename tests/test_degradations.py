@@ -364,6 +364,7 @@ def test_process_makes_8_bit_images_of_the_right_size(scale: int, degrade: Calla
     assert min(agreement) > 0.4 and max(agreement) < 0.999, agreement
 
 
+@pytest.mark.once
 def test_a_sample_is_the_same_alone_in_any_batch_and_on_any_canvas(degrade: Callable, images: np.ndarray) -> None:
     keys = jax.random.split(jax.random.key(1), len(images))
     batch = np.asarray(degrade(keys, images))
@@ -373,6 +374,7 @@ def test_a_sample_is_the_same_alone_in_any_batch_and_on_any_canvas(degrade: Call
     assert_almost_equal(side_by_side(keys, images, 1), batch)
 
 
+@pytest.mark.once
 def test_a_window_is_a_part_of_the_whole(degrade: Callable, images: np.ndarray) -> None:
     keys = jax.random.split(jax.random.key(1), len(images))
     starts = np.array([[0, 0], [32, 20], [17, 3], [31, 19], [15, 16], [16, 7], [5, 20], [32, 0]])[: len(images)]
@@ -383,6 +385,7 @@ def test_a_window_is_a_part_of_the_whole(degrade: Callable, images: np.ndarray) 
     assert_almost_equal(windows(keys, images, starts), parts)
 
 
+@pytest.mark.once
 def test_three_devices_degrade_as_one(degrade: Callable, images: np.ndarray) -> None:
     keys = jax.random.split(jax.random.key(1), len(images))
     mesh = jax.make_mesh((3,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:3])
@@ -448,6 +451,7 @@ def test_choices_can_be_told_of_a_sample() -> None:
     assert isinstance(draw_choices(preset("realesrgan"), key), realesrgan.Choices)
 
 
+@pytest.mark.once
 def test_settings_that_do_nothing_change_nothing(images: np.ndarray) -> None:
     nothing = dict(
         sinc_prob=0.0, blur_sigma=(0.01, 0.01), kernel_list=("iso",), kernel_prob=(1.0,), resize_range=(1.0, 1.0),

@@ -90,6 +90,7 @@ def test_the_trace_is_what_the_network_computes(teachers: dict[str, Model], arch
         np.testing.assert_allclose(outputs[name], features[name], atol=1e-5)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("arch", "sizes"), CASES)
 def test_it_is_nearer_to_the_teacher_than_an_untrained_one_and_generalises(
     teachers: dict[str, Model], arch: str, sizes: dict
@@ -221,6 +222,7 @@ def test_a_shrunk_network_can_be_shrunk_again(teachers: dict[str, Model]) -> Non
     assert distance(twice, teachers["dncnn"]) < 0.5 * float(jnp.std(IMAGES - teachers["dncnn"](IMAGES)[0]))
 
 
+@pytest.mark.once
 def test_the_number_of_images_follows_from_their_size() -> None:
     small = network("dncnn", FULL["dncnn"]).init(jax.random.key(0))
     assert num_images(small, 100) == 10 and num_images(small, 1000) == 1
