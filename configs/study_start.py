@@ -3,9 +3,9 @@
     python -m kdjax.study --config configs/study_start.py \\
         --config.base.teacher.weights=cdncnn_sigma25.pth --config.base.data.gt=FOLDER --config.base.val.gt=FOLDER
 
-The student has 36 of 64 channels and 12 of 20 layers of KAIR's CDnCNN, which is about four times faster. The learning
-rate and the clipping make a plain stack of convolutions train smoothly from random weights. `:quick` and `:debug`
-shrink the embedded RRDBNet, in minutes and in seconds.
+The student has 36 of 64 channels and 12 of 20 layers of KAIR's CDnCNN, which is about four times faster. Each start has
+a learning rate of its own: random weights want a high one, which would undo what shrinking has found. `:quick` and
+`:debug` shrink the embedded RRDBNet, in minutes and in seconds.
 """
 
 from denoise import cosine
@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant != "debug":
         base.data.update(crop=48, batch_size=4, workers=0)
         base.train.update(steps=1_500, ema_decay=0.99, grad_clip=0.1)
-        base.train.lr = cosine(base, 5e-4)
+        base.train.lr = cosine(base, 2e-3)
         base.val.update(crop=0, limit=0, every=250)
         base.log.update(every=250, diagnose=False)
         base.checkpoint.every = 250
@@ -42,13 +42,15 @@ def get_config(variant: str = "") -> ConfigDict:
         study.seeds = (0,)
 
     output = dict(criterion="l1", weight=1.0)
-    shrunk = dict(weights="teacher")
+    shrunk = dict(student=dict(weights="teacher"))
+    if variant != "debug":
+        shrunk["train"] = dict(lr=dict(value=5e-4))
     study.base = base
     study.columns = dict(
         scratch=dict(),
         distilled=dict(terms=dict(output=output)),
-        shrunk=dict(student=shrunk),
-        shrunk_distilled=dict(student=shrunk, terms=dict(output=output)),
+        shrunk=shrunk,
+        shrunk_distilled=dict(**shrunk, terms=dict(output=output)),
         scratch_equal_compute=dict(compute_of="shrunk_distilled"),
     )
     return study
