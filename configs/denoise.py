@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.update(crop=64, batch_size=8, workers=0)
         config.val.update(crop=256, every=400)
         config.train.update(steps=1_200, ema_decay=0.99)
-        config.train.lr = cosine(config, 2e-3)
+        config.train.lr = cosine(config, 6e-3)
         config.log.every = 50
         config.checkpoint.every = 200
     if variant == "debug":
