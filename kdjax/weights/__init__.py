@@ -197,7 +197,7 @@ def _read(path: str | os.PathLike[str]) -> bytes:
     try:
         if not file.is_file():  # also avoids blocking on a pipe
             what = "is a folder" if file.is_dir() else "is not a regular file" if file.exists() else "does not exist"
-            raise WeightsError(f"{shown}: {what}; wanted a .pth or .safetensors file")
+            raise WeightsError(f"{shown}: {what}; wanted a {assets.MODEL_HELP}")
         size = file.stat().st_size
         if not 0 < size <= MAX_FILE_BYTES:
             raise WeightsError(
