@@ -31,6 +31,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.train.lr = cosine(config, 1.5e-3, final=1e-6, warmup=200)
         config.log.every = 200
         config.checkpoint.every = 500
+    if variant == "quick":
+        config.train.lr = cosine(config, 1.5e-3)
     if variant == "debug":
         config.student.hparams.update(num_feat=4, num_conv=1)
     return config

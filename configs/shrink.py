@@ -15,4 +15,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.student.arch = "rrdbnet"
     config.student.hparams = dict(scale=1, num_feat=32, num_block=1, num_grow_ch=16)
     config.student.weights = "teacher"
+    if variant == "quick":  # a rate for random weights would undo what shrinking has found
+        config.train.lr.value = 1e-4
     return config

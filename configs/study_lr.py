@@ -31,6 +31,6 @@ def get_config(variant: str = "") -> ConfigDict:
         base.train.steps = 200
 
     study.base = base
-    rates = {"lr_2e4": 2e-4, "lr_5e4": 5e-4, "lr_1e3": 1e-3, "lr_2e3": 2e-3, "lr_4e3": 4e-3}
+    rates = {"lr_2e4": 2e-4, "lr_5e4": 5e-4, "lr_1e3": 1e-3, "lr_2e3": 2e-3, "lr_4e3": 4e-3, "lr_8e3": 8e-3}
     study.columns = {name: dict(train=dict(lr=dict(value=rate))) for name, rate in rates.items()}
     return study

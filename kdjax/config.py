@@ -6,7 +6,8 @@ texts and the table in docs/configuration.md are made from it. What a number mea
 batch divide, is there such a loss term) is checked where it is used, at start. Whatever the key, numbers are finite in
 32 bits, which is what devices compute with, and texts can be paths.
 
-Paths may be the word "embedded": the photographs inside the package, and a model (`kdjax.assets`).
+Folders of images may be "embedded", the photographs inside the package, and weights the name of a model there
+(`kdjax.assets`).
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    weights: str = setting("", 'a .pth or .safetensors file, or "embedded"; empty if no loss term needs a teacher')
+    weights: str = setting("", 'a .pth or .safetensors file, "embedded" or "fast"; empty if no term needs a teacher')
     key: str = setting(
         "auto", 'which weights of the file: "auto" takes params_ema, then params, then a bare state dict'
     )

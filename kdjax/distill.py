@@ -355,10 +355,10 @@ def term_updates(
         return jax.lax.map(lambda one: backward(one)[0], jnp.eye(len(names)))
 
     found = _mean_over_parts(gradients, scene, parts)
-    mean_squares = optax.tree_utils.tree_get_all_with_path(state.opt_state, "nu")
-    if len(mean_squares) == 1:
+    mean_squares = [nu for _, nu in optax.tree_utils.tree_get_all_with_path(state.opt_state, "nu")]
+    if len(mean_squares) == 1 and jax.tree.structure(mean_squares[0]) == jax.tree.structure(params):  # not of a part
         scale = lambda square: jnp.where(state.step > 0, 1 / (jnp.sqrt(square) + 1e-8), 1.0)  # noqa: E731
-        found = jax.tree.map(lambda each, square: each * scale(square), found, mean_squares[0][1]["student"])
+        found = jax.tree.map(lambda each, square: each * scale(square), found, mean_squares[0]["student"])
     return {name: jax.tree.map(lambda each, i=i: each[i], found) for i, name in enumerate(names)}
 
 

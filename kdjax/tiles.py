@@ -267,8 +267,8 @@ def restore_image(
       ((24, 32, 3), dtype('uint8'), True)
 
     Args:
-      model: a model, or a weight file that `kdjax.load_model` reads; such as "embedded", one that is shipped
-        with the package.
+      model: a model, a weight file that `kdjax.load_model` reads, or the name of a model in the package: "fast" or
+        "embedded".
       image: (h, w) grey, or (h, w, c) with c of 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha); uint8,
         uint16, or float in about [0, 1].
 

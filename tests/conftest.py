@@ -64,7 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Forgets what a file of tests has compiled, which else is gigabytes in the end; the folder still has it."""
+    """Forgets what a file of tests has compiled: gigabytes by the end, and the folder still has it."""
     if nextitem is None or nextitem.path != item.path:
         jax.clear_caches()
 

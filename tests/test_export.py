@@ -40,6 +40,7 @@ CASES = {
     "msrresnet": ("msrresnet", dict(num_feat=4, num_block=1, upscale=2)),
     "nafnet": ("nafnet", dict(width=4, enc_blk_nums=(1,), dec_blk_nums=(1,))),
     "unet": ("unet", dict(num_feat=4, num_level=2, num_conv=1)),
+    "unet-unshuffled": ("unet", dict(num_feat=4, num_level=1, num_conv=2, num_conv_up=1, unshuffle=2)),
 }
 
 

@@ -105,6 +105,7 @@ def test_published_sizes_of_edsr(num_feat: int, num_block: int, res_scale: float
         ("msrresnet", SMALL, None),
         ("nafnet", dict(width=4, enc_blk_nums=(1,), dec_blk_nums=(1,)), None),
         ("unet", dict(num_feat=4, num_level=1), None),
+        ("unet", dict(num_feat=4, num_level=1, unshuffle=2), r"12 input channels.*unshuffle=2"),
     ],
 )
 def test_what_is_taken_is_noted(arch: str, hparams: dict, note: str | None, tmp_path: Path) -> None:
@@ -176,6 +177,7 @@ def test_values_fit_the_types_of_the_architecture(tmp_path: Path) -> None:
         ("msrresnet", dict(num_block=2, upscale=1)),
         ("nafnet", dict(enc_blk_nums=(1, 2), dec_blk_nums=(0, 1), middle_blk_num=2)),
         ("unet", dict(num_level=2, num_conv=3)),
+        ("unet", dict(num_level=2, num_conv=3, num_conv_up=1, unshuffle=2)),
     ],
 )
 def test_numbers_of_tensors(arch: str, hparams: dict) -> None:

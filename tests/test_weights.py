@@ -1039,6 +1039,7 @@ def test_batch_norm_folding_against_torch(tmp_path: Path) -> None:
     [
         ("nafnet", dict(width=4, middle_blk_num=2, enc_blk_nums=(1, 2), dec_blk_nums=(2, 1))),
         ("unet", dict(num_feat=4, num_level=2, num_conv=2)),
+        ("unet", dict(num_feat=4, num_level=1, num_conv=2, num_conv_up=1, unshuffle=2)),
         ("edsr", dict(num_feat=4, num_block=2, upscale=3, res_scale=0.1)),
         ("edsr", dict(num_feat=4, num_block=1, upscale=1, unshuffle=2)),
         ("msrresnet", dict(num_feat=4, num_block=1, upscale=1)),

@@ -137,8 +137,8 @@ class Monitor:
         if gain < linear:
             log.warning(
                 f"WARNING: THE STUDENT IS STUCK: after {step:,} steps it improves its input by {gain:.2f} dB, a linear"
-                f" filter of 5x5 pixels by {linear:.2f} dB. Try a lower learning rate (config.train.lr), clipping"
-                " (config.train.grad_clip=0.1), or a student that starts as its shrunk teacher"
+                f" filter of 5x5 pixels by {linear:.2f} dB. Try another learning rate (configs/study_lr.py compares"
+                " some), clipping (config.train.grad_clip=0.1), or a student that starts as its shrunk teacher"
                 ' (config.student.weights="teacher")'
             )
 
