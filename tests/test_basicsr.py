@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import programs
 import pytest
 import yaml
 from ml_collections import ConfigDict
@@ -652,8 +653,7 @@ def test_a_network_of_ones_own_is_imported_only_when_the_command_line_names_it(
 
 def start(folder: Path, yml: str, *flags: str) -> subprocess.CompletedProcess:
     """The training program with a YAML of `folder`, whose paths are relative to it."""
-    command = [sys.executable, "-m", "kdjax.train", "--config", f"{ROOT / 'configs' / 'basicsr.py'}:{yml}", *flags]
-    return subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=300)
+    return programs.run("kdjax.train", "--config", f"{ROOT / 'configs' / 'basicsr.py'}:{yml}", *flags, cwd=folder)
 
 
 def make_pairs(folder: Path) -> None:

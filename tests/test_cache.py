@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from test_config import load
 
@@ -24,7 +24,6 @@ from kdjax.teacher import cache as teacher_cache
 from kdjax.training import preparation
 from kdjax.weights import save_model
 
-ROOT = Path(__file__).parent.parent
 PAIRS = (("body.0", "body.0", 1.0),)
 TERMS = {
     "task": dict(criterion="l1", weight=1.0),
@@ -279,11 +278,9 @@ def test_a_teacher_that_overflows_is_told(files: Path, tmp_path: Path) -> None:
 @pytest.mark.once
 def test_the_program_survives_a_full_disk(tmp_path: Path) -> None:
     out = tmp_path / "cache"
-    command = [sys.executable, "-m", "kdjax.cache", "--config", "configs/denoise.py:debug"]
-    command += ["--output", str(out), "--samples", "192", "--config.data.batch_size=48"]
-    # Of a file's size, in KiB.
-    limited = ["bash", "-c", 'ulimit -f 300; exec "$@"', "bash", *command]
-    failed = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    flags = ("--config=configs/denoise.py:debug", f"--config.teacher.weights={programs.SMALL_TEACHER}")
+    flags += ("--output", out, "--samples=192", "--config.data.batch_size=48")
+    failed = programs.run("kdjax.cache", *flags, limits={resource.RLIMIT_FSIZE: 300 << 10})
     assert "a sample takes 2,304 bytes (gt uint8 16x16x3: 768; output float16 16x16x3: 1,536; lq: 0, " in failed.stdout
     assert failed.returncode == 1 and "Traceback" not in failed.stderr, failed.stderr
     assert failed.stderr.startswith("error: ") and "cannot be written: " in failed.stderr

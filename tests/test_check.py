@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 
@@ -18,8 +19,6 @@ from kdjax.data import check as program
 from kdjax.data import write_image
 from kdjax.data.pack import pack
 from kdjax.data.pairs import survey
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 def random_image(height: int, width: int, seed: int) -> np.ndarray:
@@ -34,8 +33,7 @@ def make_folder(folder: Path, count: int = 4, height: int = 40, width: int = 50,
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kdjax.data.check", *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    return programs.run("kdjax.data.check", *arguments)
 
 
 def names(lines: list[str]) -> list[str]:

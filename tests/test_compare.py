@@ -1,20 +1,18 @@
 """The comparison as a program: names and options of several models, files, and what is refused."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 
 from kdjax import compare, data, models, validation
 from kdjax.evaluate import evaluate
 from kdjax.weights import save_model
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +52,7 @@ def test_program(folder: Path, tmp_path: Path) -> None:
     flags = ["--teacher", folder / "teacher.pth", "--student", f"small={folder / 'student.pth'}", "--bf16"]
     flags += ["--size", "16", "8x24", "16x16", "--batch", "1", "2", "--repeats", "2", "--output", output]
     flags += ["--data", folder / "gt", "--sigma", "25", "--limit", "2"]
-    result = subprocess.run(
-        [sys.executable, "-m", "kdjax.compare", *map(str, flags)], cwd=ROOT, text=True, capture_output=True, timeout=300
-    )
+    result = programs.run("kdjax.compare", *flags)
     assert result.returncode == 0, result.stderr
     assert {path.name for path in output.iterdir()} == {"compare.json", "compare.md", "compare.png"}
     text = (output / "compare.md").read_text()

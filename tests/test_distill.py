@@ -101,12 +101,13 @@ def test_reference_schedules_are_ours(golden: Path) -> None:
 class Tiny:
     """A small denoising problem with every part of a recipe in it."""
 
-    student = models.network("dncnn", dict(num_feat=8, depth=3)).init(jax.random.key(0))
-    teacher = models.network("rrdbnet", dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4)).init(jax.random.key(1))
-    gt = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
-
-    student_apply = staticmethod(student.network.make_apply())
-    teacher_apply = staticmethod(teacher.network.make_apply())
+    def __init__(self) -> None:
+        teacher = dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4)
+        self.student = models.network("dncnn", dict(num_feat=8, depth=3)).init(jax.random.key(0))
+        self.teacher = models.network("rrdbnet", teacher).init(jax.random.key(1))
+        self.gt = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+        self.student_apply = self.student.network.make_apply()
+        self.teacher_apply = self.teacher.network.make_apply()
 
     def setting(self) -> Setting:
         return distill.make_setting(

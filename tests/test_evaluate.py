@@ -4,12 +4,12 @@ import json
 import math
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from test_metrics import lpips_state, write_lpips
 
@@ -23,9 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "kdjax.evaluate", *flags], cwd=ROOT, text=True, capture_output=True, timeout=300
-    )
+    return programs.run("kdjax.evaluate", *flags)
 
 
 def write_folder(folder: Path, images: list[np.ndarray]) -> str:

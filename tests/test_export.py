@@ -4,13 +4,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import programs
 import pytest
 from flax import nnx
 from test_config import load
@@ -259,10 +259,7 @@ def test_stablehlo_is_for_all_platforms_and_names_no_file_of_this_machine(export
 
 
 def test_the_program_writes_report_and_card(student_file: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "kdjax.export", "--model", str(student_file), "--output", str(tmp_path)]
-    result = subprocess.run(
-        [*command, "--license", "apache-2.0"], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    result = programs.run("kdjax.export", "--model", student_file, "--output", tmp_path, "--license", "apache-2.0")
     assert result.returncode == 0, result.stderr
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {f"net{suffix}" for suffix in (*FORMATS, ".md", ".export.json")}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 
@@ -34,8 +35,6 @@ from kdjax.data import pack as program
 from kdjax.data.cache import CACHE
 from kdjax.signals import Stopped
 
-REPOSITORY = Path(__file__).parent.parent
-
 
 def random_image(height: int, width: int, seed: int, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
@@ -55,11 +54,8 @@ def packed(folder: str | Path, **options: object) -> str:
     return out
 
 
-def run(*arguments: object, limit: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kdjax.data.pack", *map(str, arguments)]
-    if limit:  # of a file's size, in KiB
-        command = ["bash", "-c", f'ulimit -f {limit}; exec "$@"', "bash", *command]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    return programs.run("kdjax.data.pack", *arguments, **options)
 
 
 def content(folder: str | Path) -> dict[str, bytes]:
@@ -182,12 +178,11 @@ def test_a_killed_program_continues_with_the_same_bytes(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "gt", count=40, height=500, width=500)
     whole = content(packed(folder, shard_mb=2))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "kdjax.data.pack", folder, str(out), "--shard-mb", "2"]
-    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE) as process:
+    with programs.started("kdjax.data.pack", folder, out, "--shard-mb", 2) as process:
         deadline = time.monotonic() + 60
         while not (out / "00001.arrayrecord").exists() and time.monotonic() < deadline:
             time.sleep(0.0005)
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     killed = set(content(out))
     assert "pack.json" not in killed and "pack.unfinished.jsonl" in killed
     with pytest.raises(DataError, match=r"unfinished; run the same `python -m kdjax\.data\.pack` again"):
@@ -296,7 +291,7 @@ def test_missing_permissions(tmp_path: Path) -> None:
 @pytest.mark.once
 def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
     folder, out = make_folder(tmp_path / "gt", count=4, height=600, width=600), tmp_path / "out"
-    result = run(folder, out, limit="2000")
+    result = run(folder, out, limits={resource.RLIMIT_FSIZE: 2000 << 10})
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.startswith("error: ") and "cannot be written: " in result.stderr
     assert sorted(content(out)) == ["pack.unfinished.jsonl"]

@@ -4,13 +4,12 @@ Run as a program, this file is what the tests start: with a folder it is one of 
 agreeing, with `devices` it compares the step on one and on eight devices.
 """
 
+import contextlib
 import json
 import math
-import os
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,70 +17,42 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import ROOT, Program, run, started
 
 from kdjax import sharding
 from kdjax.weights import load_model
 
-ROOT = Path(__file__).parent.parent
 GONE = ("another process of this run ended", "another task died")  # ours, and JAX's when it is faster
 
 
-def environment(devices: int) -> dict[str, str]:
-    return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
-
-
-class Process(subprocess.Popen):
-    """One that prints into a file, so that it never waits for a reader."""
-
-    def __init__(self, command: list[str], output: Path, **options: object) -> None:
-        self._output = output
-        with output.open("w") as file:
-            super().__init__(command, stdout=file, stderr=subprocess.STDOUT, **options)
-
-    @property
-    def printed(self) -> str:
-        return self._output.read_text()
-
-    def wait_for(self, text: str, *, seconds: float = 200) -> None:
-        """Waits until it has printed this."""
-        until = time.monotonic() + seconds
-        while text not in self.printed:
-            running = self.poll() is None and time.monotonic() < until
-            assert running or text in self.printed, f"{text!r} never came:\n{self.printed}"
-            time.sleep(0.01)
-
-
-Start = Callable[..., list[Process]]
+Start = Callable[..., list[Program]]
 
 
 @pytest.fixture
-def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+def start() -> Iterator[Start]:
     """Starts a command as so many processes with so many devices each; none outlives the test."""
-    started: list[Process] = []
-    folder = tmp_path_factory.mktemp("printed")
+    with contextlib.ExitStack() as stack:
 
-    def start_all(command: list[str], count: int, *, devices: int = 1) -> list[Process]:
-        address = f"localhost:{random.SystemRandom().randint(20_000, 32_000)}"  # below the ports systems hand out
-        variables = environment(devices) | {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
-        for i in range(count):
-            output = folder / str(len(started))
-            started.append(Process(command, output, cwd=ROOT, env=variables | {"JAX_PROCESS_ID": str(i)}))
-        return started[-count:]
+        def start_all(command: list[str], count: int, *, devices: int = 1, cwd: Path = ROOT) -> list[Program]:
+            address = f"localhost:{random.SystemRandom().randint(20_000, 32_000)}"  # below the ports systems hand out
+            variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+            variables["JAX_NUM_CPU_DEVICES"] = str(devices)
+            return [
+                stack.enter_context(started(*command, cwd=cwd, **variables, JAX_PROCESS_ID=str(i)))
+                for i in range(count)
+            ]
 
-    yield start_all
-    for process in started:
-        process.kill()
-        process.wait()
+        yield start_all
 
 
 def training(workdir: Path, *flags: str) -> list[str]:
     """The command for the debug recipe."""
-    command = [sys.executable, "-m", "kdjax.train", "--config", "configs/denoise.py:debug", "--workdir", str(workdir)]
+    command = ["kdjax.train", "--config", "configs/denoise.py:debug", "--workdir", str(workdir)]
     options = ["--config.terms.output.weight=0.0", "--config.val.limit=3", "--config.val.every=4"]  # without teacher
     return [*command, "--config.log.diagnose=False", *options, *flags]
 
 
-def outputs(processes: list[Process]) -> list[str]:
+def outputs(processes: list[Program]) -> list[str]:
     """Waits for all of them and returns what each printed."""
     for process in processes:
         process.wait(timeout=200)
@@ -142,7 +113,7 @@ def leaves(workdir: Path) -> dict[str, np.ndarray]:
 
 def test_what_processes_must_agree_on(tmp_path: Path, start: Start) -> None:
     """See `as_one_of_several`, which two processes run."""
-    processes = start([sys.executable, __file__, str(tmp_path)], 2, devices=2)
+    processes = start(["test_processes", str(tmp_path)], 2, devices=2, cwd=Path(__file__).parent)
     first, second = (json.loads(text.splitlines()[-1]) for text in outputs(processes))
     assert first["exchanged"] == second["exchanged"] == [[0, 0.1 + 0.2], [1, 0.1 + 0.2]]
     assert first["nan"] and [first["share"], second["share"]] == [[0, 1], [2, 3, 4]]
@@ -191,9 +162,7 @@ def as_one_of_several(folder: Path) -> dict[str, object]:
 
 def test_the_step_on_many_devices() -> None:
     """See `compare_devices`, which a process with eight devices runs."""
-    done = subprocess.run(
-        [sys.executable, __file__, "devices"], env=environment(8), text=True, capture_output=True, timeout=300
-    )
+    done = run("test_processes", "devices", cwd=Path(__file__).parent, JAX_NUM_CPU_DEVICES="8")
     assert done.returncode == 0 and done.stdout.endswith("compared\n"), done.stdout + done.stderr
 
 

@@ -7,12 +7,12 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 
@@ -452,17 +452,15 @@ def test_done_files_are_skipped(folder: Path, tmp_path: Path, capsys: pytest.Cap
 def test_a_killed_program_leaves_whole_files_and_continues(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "in" / "a.png")
     write(tmp_path / "in" / "b.png", np.zeros((3000, 3000, 1), np.uint8))
-    arguments = ["--model", str(folder / "same.pth"), str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    command = [sys.executable, "-m", "kdjax.restore", *arguments, "--tile", "8", "--tile-pad", "1"]
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
-    )
-    until = time.monotonic() + 120
-    while not (tmp_path / "out" / "a.png").exists() and time.monotonic() < until and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, message = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM
+    command = ["kdjax.restore", "--model", folder / "same.pth", tmp_path / "in", "--output", tmp_path / "out"]
+    command += ["--tile", 8, "--tile-pad", 1]
+    with programs.started(*command, JAX_NUM_CPU_DEVICES="1") as process:
+        until = time.monotonic() + 120
+        while not (tmp_path / "out" / "a.png").exists() and time.monotonic() < until and process.returncode is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(120) == 128 + signal.SIGTERM
+        message = process.stderr
     assert (
         message.splitlines()[-1] == "stopped by SIGTERM; run the same command to continue"
         and "Traceback" not in message
@@ -470,7 +468,7 @@ def test_a_killed_program_leaves_whole_files_and_continues(folder: Path, tmp_pat
     assert files(tmp_path / "out") == ["a.png"]
 
     write(tmp_path / "in" / "b.png")
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = programs.run(*command)
     assert result.returncode == 0, result.stderr
     assert "2 files, 1 of them are already done" in result.stdout and "b.png: 32x24 to 32x24" in result.stdout
     assert files(tmp_path / "out") == ["a.png", "b.png"]

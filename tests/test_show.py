@@ -1,11 +1,10 @@
 """The contact sheet as a program, and that it shows what the run trains on."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 from test_config import load
@@ -15,12 +14,9 @@ from kdjax import show
 from kdjax.degradations import realesrgan
 from kdjax.training import preparation
 
-ROOT = Path(__file__).parent.parent
-
 
 def start(*arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "kdjax.show", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = programs.run("kdjax.show", *arguments)
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 from test_config import STUDIES, load
@@ -38,8 +37,7 @@ def start(folder: Path, columns: tuple[str, ...], seeds: tuple[int, ...], code: 
     """Runs the debug study with some of its columns."""
     path = folder / "study.py"
     path.write_text(CONFIG.format(configs=str(ROOT / "configs" / "study_denoise.py"), columns=columns, seeds=seeds))
-    command = [sys.executable, "-m", "kdjax.study", "--config", str(path), "--workdir", str(folder / "study")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = programs.run("kdjax.study", "--config", path, "--workdir", folder / "study")
     assert result.returncode == code, result.stdout + result.stderr
     return result.stdout + result.stderr
 

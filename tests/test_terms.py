@@ -42,60 +42,63 @@ SPECS: dict[str, dict] = {
 class Networks:
     """A student and a teacher with random weights, and a batch for them."""
 
-    student = models.network("dncnn", dict(num_feat=6, depth=3)).init(jax.random.key(0))
-    teacher = models.network("rrdbnet", dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4)).init(jax.random.key(1))
-    teacher_apply = staticmethod(teacher.network.make_apply())
-    gt = jax.random.uniform(jax.random.key(2), (4, 16, 16, 3))
-    lq = gt + 0.1 * jax.random.normal(jax.random.key(3), gt.shape)
+    def __init__(self) -> None:
+        teacher = dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4)
+        self.student = models.network("dncnn", dict(num_feat=6, depth=3)).init(jax.random.key(0))
+        self.teacher = models.network("rrdbnet", teacher).init(jax.random.key(1))
+        self.teacher_apply = self.teacher.network.make_apply()
+        self.gt = jax.random.uniform(jax.random.key(2), (4, 16, 16, 3))
+        self.lq = self.gt + 0.1 * jax.random.normal(jax.random.key(3), self.gt.shape)
 
-    @classmethod
-    def student_apply(cls, params: dict, x: jax.Array) -> tuple[jax.Array, dict]:
-        output, features = cls.student.network.make_apply()(params, x)
+    def student_apply(self, params: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+        output, features = self.student.network.make_apply()(params, x)
         return output, features | {"wide": jnp.concatenate([features["model.1"]] * 2, -1)[..., :8]}
 
-    @classmethod
-    def setting(cls) -> Setting:
+    def setting(self) -> Setting:
         return distill.make_setting(
-            cls.student_apply,
-            cls.student.params,
-            cls.teacher_apply,
-            cls.teacher.params,
-            cls.lq.shape,
+            self.student_apply,
+            self.student.params,
+            self.teacher_apply,
+            self.teacher.params,
+            self.lq.shape,
             jax.random.key(4),
         )
 
-    @classmethod
-    def ask(cls, images: jax.Array) -> Forward:
-        return Forward(*cls.teacher_apply(cls.teacher.params, images))
+    def ask(self, images: jax.Array) -> Forward:
+        return Forward(*self.teacher_apply(self.teacher.params, images))
 
-    @classmethod
-    def context(cls, student: Forward, teacher: Forward, labelled: jax.Array | None = None) -> Context:
+    def context(self, student: Forward, teacher: Forward, labelled: jax.Array | None = None) -> Context:
         keys = jax.random.split(jax.random.key(5), 4)
-        return Context(student, teacher, cls.gt, cls.lq, labelled, cls.ask, keys)
+        return Context(student, teacher, self.gt, self.lq, labelled, self.ask, keys)
+
+
+@functools.cache
+def networks() -> Networks:
+    return Networks()
 
 
 @pytest.fixture(scope="module")
 def setting() -> Setting:
-    return Networks.setting()
+    return networks().setting()
 
 
 @pytest.fixture(scope="module")
 def passes() -> tuple[Forward, Forward]:
     """What student and teacher make of the batch."""
-    student = Forward(*Networks.student_apply(Networks.student.params, Networks.lq))
-    return student, Networks.ask(Networks.lq)
+    student = Forward(*networks().student_apply(networks().student.params, networks().lq))
+    return student, networks().ask(networks().lq)
 
 
 @functools.cache
 def built(name: str) -> Loss:
-    (term,) = make_terms({name: SPECS[name] | {"weight": 1.0}}, Networks.setting())
+    (term,) = make_terms({name: SPECS[name] | {"weight": 1.0}}, networks().setting())
     return term.loss
 
 
 def value_of(name: str) -> Callable[[Forward, Forward, dict], jax.Array]:
     """The term's value as a function of the two networks' results and its adapters."""
     loss = built(name)
-    return jax.jit(lambda student, teacher, adapters: loss.value(Networks.context(student, teacher), adapters, {}))
+    return jax.jit(lambda student, teacher, adapters: loss.value(networks().context(student, teacher), adapters, {}))
 
 
 def test_every_term_is_tried() -> None:
@@ -141,11 +144,11 @@ def test_it_says_what_it_looks_at(name: str) -> None:
             return super().__getitem__(key)
 
     def value(student: Forward, teacher: Forward) -> jax.Array:
-        context = Networks.context(student, teacher._replace(features=Watched(teacher.features)))
-        ask = lambda images: asked.append(images) or Networks.ask(images)  # noqa: E731
+        context = networks().context(student, teacher._replace(features=Watched(teacher.features)))
+        ask = lambda images: asked.append(images) or networks().ask(images)  # noqa: E731
         return loss.value(context._replace(ask_teacher=ask), loss.adapters, {})
 
-    loss, setting = built(name), Networks.setting()
+    loss, setting = built(name), networks().setting()
     jax.eval_shape(value, setting.student, setting.teacher)
     assert read == set(loss.reads) and bool(asked) == loss.asks
 
@@ -156,7 +159,7 @@ def test_it_can_be_wrong(name: str, passes: tuple) -> None:
     student, teacher = passes
     value, loss = value_of(name), built(name)
     wanted = {
-        "task": lambda: student._replace(output=Networks.gt),
+        "task": lambda: student._replace(output=networks().gt),
         "label_consistency": lambda: student._replace(output=consistent_target()),
     }
     if loss.adapters or name in ("attention", "affinity", "feature of equals"):
@@ -174,14 +177,14 @@ def test_it_can_be_wrong(name: str, passes: tuple) -> None:
 def consistent_target() -> jax.Array:
     """What the teacher says of the changed inputs, changed back, one sample at a time with NumPy's flips."""
     targets = []
-    for image, key in zip(Networks.lq, Networks.context(None, None).keys, strict=True):
+    for image, key in zip(networks().lq, networks().context(None, None).keys, strict=True):
         invert, horizontal, vertical, transpose = np.asarray(jax.random.bernoulli(key, shape=(4,)))
         x = np.asarray(image)
         x = 1 - x if invert else x
         x = x[:, ::-1] if horizontal else x
         x = x[::-1] if vertical else x
         x = x.transpose(1, 0, 2) if transpose else x
-        y = np.asarray(Networks.ask(jnp.asarray(x)[None]).output[0])
+        y = np.asarray(networks().ask(jnp.asarray(x)[None]).output[0])
         y = y.transpose(1, 0, 2) if transpose else y
         y = y[::-1] if vertical else y
         y = y[:, ::-1] if horizontal else y
@@ -195,7 +198,7 @@ def test_perfect_features_cost_less_than_wrong_ones(name: str, passes: tuple) ->
     _, teacher = passes
     spec = SPECS[name] | {"weight": 1.0, "pairs": (("same", "body.0", 1.0),), "resample": "pool"}
     enlarged = jnp.repeat(jnp.repeat(teacher.features["body.0"], 4, 1), 4, 2)
-    setting = Networks.setting()
+    setting = networks().setting()
     shapes = setting.student.features | {"same": jax.ShapeDtypeStruct(enlarged.shape, jnp.float32)}
     (term,) = make_terms({name: spec}, setting._replace(student=setting.student._replace(features=shapes)))
     identity = {"kernel": jnp.eye(8)[None, None], "bias": jnp.zeros(8)}
@@ -205,8 +208,8 @@ def test_perfect_features_cost_less_than_wrong_ones(name: str, passes: tuple) ->
         adapters = {}
 
     def value(features: jax.Array) -> float:
-        student = Forward(Networks.gt, {"same": features})
-        return float(term.loss.value(Networks.context(student, teacher), adapters, {}))
+        student = Forward(networks().gt, {"same": features})
+        return float(term.loss.value(networks().context(student, teacher), adapters, {}))
 
     perfect = value(enlarged)
     disturbed = value(enlarged + 0.3 * jax.random.normal(jax.random.key(8), enlarged.shape))
@@ -225,7 +228,7 @@ def test_adapter_is_a_1x1_convolution() -> None:
 
 def test_gate_imitates_only_where_the_teacher_is_nearer_to_the_clean_image(passes: tuple) -> None:
     student, teacher = passes
-    near = teacher._replace(output=jnp.where(jnp.arange(16)[:, None, None] < 8, Networks.gt, 5.0))
+    near = teacher._replace(output=jnp.where(jnp.arange(16)[:, None, None] < 8, networks().gt, 5.0))
     value = value_of("gated output")
     grad = jax.grad(value)(student, near, {}).output
     assert bool((grad[:, :8] != 0).all()) and not bool((grad[:, 8:] != 0).any())
@@ -239,25 +242,25 @@ def test_unlabelled_samples_have_no_clean_image(name: str, passes: tuple) -> Non
     loss = built(name)
 
     def value(gt: jax.Array, output: jax.Array) -> jax.Array:
-        context = Networks.context(student._replace(output=output), teacher, labelled)._replace(gt=gt)
+        context = networks().context(student._replace(output=output), teacher, labelled)._replace(gt=gt)
         return loss.value(context, {}, {})
 
-    other = Networks.gt.at[1].set(0.3).at[3].set(7.0)
-    np.testing.assert_array_equal(value(Networks.gt, student.output), value(other, student.output))
-    grad = jax.grad(value, argnums=1)(Networks.gt, student.output)
+    other = networks().gt.at[1].set(0.3).at[3].set(7.0)
+    np.testing.assert_array_equal(value(networks().gt, student.output), value(other, student.output))
+    grad = jax.grad(value, argnums=1)(networks().gt, student.output)
     used = [bool((grad[i] != 0).any()) for i in range(4)]
     assert used[1::2] == ([False, False] if name == "task" else [True, True])
     if name == "task":  # the mean is over the labelled samples alone
-        alone = jnp.mean(jnp.abs(student.output - Networks.gt)[jnp.array([0, 2])])
-        np.testing.assert_allclose(value(Networks.gt, student.output), alone, rtol=1e-4)
+        alone = jnp.mean(jnp.abs(student.output - networks().gt)[jnp.array([0, 2])])
+        np.testing.assert_allclose(value(networks().gt, student.output), alone, rtol=1e-4)
 
 
 def test_terms_do_not_depend_on_the_order_of_samples(passes: tuple) -> None:
     student, teacher = passes
     order = jnp.array([2, 0, 3, 1])
     for name in SPECS:
-        context = Networks.context(student, teacher)
-        moved = Context(*jax.tree.map(lambda x: x[order], context[:4]), None, Networks.ask, context.keys[order])
+        context = networks().context(student, teacher)
+        moved = Context(*jax.tree.map(lambda x: x[order], context[:4]), None, networks().ask, context.keys[order])
         loss = built(name)
         np.testing.assert_allclose(
             loss.value(moved, loss.adapters, {}), loss.value(context, loss.adapters, {}), rtol=1e-4, err_msg=name

@@ -1,22 +1,26 @@
 """The training program as its users meet it: a subprocess with flags, files in, files and one line out."""
 
+import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+import programs
 import pytest
 from PIL import Image
 from test_config import load
 
-from kdjax import assets, config, data, models, train
+from kdjax import config, data, models, train
 from kdjax.files import LOCK, locked, whole_file, write_json
 from kdjax.training import folder as run_files
 from kdjax.training import loop, preparation
@@ -24,44 +28,24 @@ from kdjax.training.logbook import Logbook
 from kdjax.training.monitor import Monitor
 from kdjax.weights import load_model, load_weights, save_model
 
-ROOT = Path(__file__).parent.parent
+RECIPE = (
+    "--config=configs/denoise.py:debug",
+    f"--config.teacher.weights={programs.SMALL_TEACHER}",
+    "--config.log.diagnose=False",  # a second compilation; see test_methods.py
+)
 TIMES = ("images_per_second",)  # the only numbers that two equal runs may not share
 
 
-def start(
-    workdir: Path,
-    *flags: str,
-    devices: int | None = None,
-    before: tuple[str, ...] = (),
-    program: tuple[str, str] = ("-m", "kdjax.train"),
-    **options: object,
-) -> subprocess.Popen:
-    """Starts the debug recipe in a process of its own; `before` stands before its command.
-
-    Without `devices` every core is one, as for a user.
-    """
-    command = [sys.executable, *program, "--config", "configs/denoise.py:debug", "--workdir", str(workdir)]
-    command.append("--config.log.diagnose=False")  # a second compilation; see test_methods.py
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    if devices is not None:
-        environment["JAX_NUM_CPU_DEVICES"] = str(devices)
-    return subprocess.Popen(
-        [*before, *command, *flags],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        **options,
-    )
+def started(workdir: Path, *flags: str, **options: Any) -> contextlib.AbstractContextManager[programs.Program]:
+    """The recipe in a process of its own; without `JAX_NUM_CPU_DEVICES` every core is one device."""
+    return programs.started("kdjax.train", *RECIPE, "--workdir", workdir, *flags, **options)
 
 
-def run(workdir: Path, *flags: str, devices: int | None = None, code: int = 0) -> str:
+def run(workdir: Path, *flags: str, code: int = 0, **options: Any) -> str:
     """Runs it to the end and returns what it printed."""
-    process = start(workdir, *flags, devices=devices)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
+    with started(workdir, *flags, **options) as program:
+        assert program.wait() == code, program.printed
+        return program.printed
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -80,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.once
 def test_report_progress_and_result_are_printed(finished: tuple[Path, str]) -> None:
     workdir, output = finished
-    teacher = load_weights(assets.TEACHER)
+    teacher = load_weights(programs.SMALL_TEACHER)
     devices = max(n for n in range(1, min(len(os.sched_getaffinity(0)), 4) + 1) if 4 % n == 0)  # every core is one
     assert f"devices: {devices} x cpu" in output and f"batch 4 = {4 // devices} per device" in output
     assert f"sha256 {teacher.sha256}" in output and f"weights under '{teacher.key}'" in output
@@ -165,12 +149,10 @@ def test_killed_and_started_again_gives_the_numbers_of_an_unbroken_run(
     """SIGKILL at three moments: while compiling, after a few steps, during a validation or checkpoint."""
     workdir = tmp_path / "run"
     for seen in ("training 12 steps", "step 4/12", "validation at step 8"):
-        process = start(workdir, "--config.train.steps=12")
-        for line in process.stdout:
-            if seen in line:
-                break
-        process.kill()
-        process.communicate()
+        with started(workdir, "--config.train.steps=12") as program:
+            program.wait_for(seen)
+            program.kill()
+            program.wait()
     # What a kill in the middle of a line leaves behind.
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "loss/to')
@@ -189,15 +171,11 @@ def test_a_signal_saves_and_ends_in_order(finished: tuple[Path, str], tmp_path: 
     workdir = tmp_path / "run"
     # Steps of their own length, so that the signal comes before the end.
     flags = ("--config.train.steps=100000", "--config.val.every=100000", "--config.checkpoint.every=100000")
-    process = start(workdir, *flags, start_new_session=True)
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if "step 6/100,000" in line:
-            break
-    os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 128 + number, seen + output
+    with started(workdir, *flags) as program:
+        program.wait_for("step 6/100,000")
+        os.killpg(program.pid, number)  # as a terminal does
+        assert program.wait(120) == 128 + number, program.printed
+        output = program.printed
     assert "Traceback" not in output
     assert f"stopped by {signal.Signals(number).name} at step " in output.splitlines()[-1]
     step = int(output.splitlines()[-1].split("at step ")[1].split(" ")[0].replace(",", ""))
@@ -206,7 +184,7 @@ def test_a_signal_saves_and_ends_in_order(finished: tuple[Path, str], tmp_path: 
 
 def test_four_devices_train_like_one(finished: tuple[Path, str], tmp_path: Path) -> None:
     workdir = tmp_path / "run"
-    output = run(workdir, "--config.train.steps=12", devices=4)
+    output = run(workdir, "--config.train.steps=12", JAX_NUM_CPU_DEVICES="4")
     assert "devices: 4 x cpu" in output and "batch 4 = 1 per device" in output
     for ours, theirs in zip(rows(workdir), rows(finished[0]), strict=True):
         for name, value in ours.items():
@@ -250,10 +228,10 @@ runpy.run_module("kdjax.train", run_name="__main__", alter_sys=True)
 
 @pytest.mark.once
 def test_no_room_for_pictures_of_the_validation_is_one_message(tmp_path: Path) -> None:
-    process = start(tmp_path, program=("-c", NO_ROOM_FOR_PICTURES))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and "Traceback" not in output, output
-    message = output.splitlines()[-1]
+    command = [sys.executable, "-c", NO_ROOM_FOR_PICTURES, *RECIPE, "--workdir", tmp_path]
+    done = subprocess.run(command, cwd=programs.ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    message = done.stderr.splitlines()[-1]
     assert re.fullmatch(
         rf"error: {tmp_path}/val/0000002/[^/]+: cannot be written: No space left on device: .*", message
     )
@@ -277,20 +255,17 @@ def test_no_room_for_pictures_of_the_validation_is_one_message(tmp_path: Path) -
     ],
 )
 def test_refusals_are_one_message(tmp_path: Path, flags: tuple[str, ...], message: str) -> None:
-    process = start(tmp_path / "run", *flags, devices=4)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode in (1, 2)
-    assert message in output and "Traceback" not in output
+    with started(tmp_path / "run", *flags, JAX_NUM_CPU_DEVICES="4") as program:
+        assert program.wait(120) in (1, 2)
+        assert message in program.printed and "Traceback" not in program.printed
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.once
 def test_too_little_memory_is_one_message_with_what_helps(tmp_path: Path) -> None:
     """The step takes about twice what the process may have."""
-    limited = ("bash", "-c", f'ulimit -v {6 << 20} && exec "$@"', "limited")
-    process = start(tmp_path / "run", "--config.data.crop=2048", before=limited)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 1 and "Traceback" not in output, output
+    output = run(tmp_path / "run", "--config.data.crop=2048", limits={resource.RLIMIT_AS: 6 << 30}, code=1)
+    assert "Traceback" not in output, output
     message = output.splitlines()[-1]
     assert re.match(r"error: out of memory: a step takes [\d.]+ GiB, the machine has 6.00 GiB; ", message), output
     assert "train.accumulate=2" in message and "student.remat=True" in message and "data.crop (now 2048)" in message

@@ -34,9 +34,8 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
-import grain
 import numpy as np
 from absl import flags
 
@@ -56,6 +55,9 @@ from kdjax.data.samples import (
 )
 from kdjax.data.sources import DataError, one_line
 from kdjax.streams import Kind
+
+if TYPE_CHECKING:
+    import grain
 
 _logger = logging.getLogger("kdjax")
 
@@ -164,6 +166,8 @@ class TrainingData(Iterator[Batch]):
         self.replaced = 0
         self._reported: set[int | str] = set()
         self._stream = stream
+        import grain  # takes half a second, and most programs do not train
+
         # An element is a batch here, so buffers are counted in batches.
         reading = grain.ReadOptions(
             num_threads=1 if workers else min(_THREADS, os.cpu_count() or 1),

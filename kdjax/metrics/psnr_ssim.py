@@ -6,7 +6,6 @@ Images are uint8 (h, w, c), RGB or grey. Clip and round to 8 bits first: it chan
 from __future__ import annotations
 
 import numpy as np
-from scipy.ndimage import correlate1d
 
 # ITU-R BT.601 luma in studio swing (16..235) from RGB in [0, 1].
 _LUMA = np.array([65.481, 128.553, 24.966], np.float32)
@@ -54,6 +53,8 @@ def ssim(a: np.ndarray, b: np.ndarray, *, crop_border: int = 0, y_channel: bool 
       >>> round(ssim(waves, waves // 2), 2)  # half the contrast
       0.64
     """
+    from scipy.ndimage import correlate1d  # takes a quarter of a second, and most programs do not need it
+
     a, b = _prepare(a, b, crop_border, y_channel)
     if min(a.shape[:2]) < 11:
         raise TooSmallError(f"SSIM needs at least 11x11 pixels inside the crop border, got {a.shape[0]}x{a.shape[1]}")
