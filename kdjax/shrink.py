@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import statistics
 import time
@@ -118,13 +119,19 @@ class Clock:
 
     def __init__(self, teacher: Model) -> None:
         self._run = self._compiled(teacher)
+        self._parts: dict[models.Network, float] = {}
 
     def part(self, model: Model) -> float:
-        """Returns the model's time for one image as a part of the teacher's; the median over the turns."""
-        runs = {"teacher": self._run, "student": self._compiled(model)}
-        seconds = cost.time_in_turns(runs, repeats=_REPEATS, warm_up=1)
-        pairs = zip(seconds["student"], seconds["teacher"], strict=True)
-        return statistics.median(student / teacher for student, teacher in pairs)
+        """Returns the model's time for one image as a part of the teacher's; the median over the turns.
+
+        A network is timed once, whatever its weights.
+        """
+        if model.network not in self._parts:
+            runs = {"teacher": self._run, "student": self._compiled(model)}
+            seconds = cost.time_in_turns(runs, repeats=_REPEATS, warm_up=1)
+            pairs = zip(seconds["student"], seconds["teacher"], strict=True)
+            self._parts[model.network] = statistics.median(student / teacher for student, teacher in pairs)
+        return self._parts[model.network]
 
     def _compiled(self, model: Model) -> Callable[[], object]:
         return cost.compile_model(model, (1, _LATENCY_SIDE, _LATENCY_SIDE, model.network.channels)).run
@@ -198,12 +205,12 @@ def _largest(
     teacher: Model, trace: Trace, sizes: Sequence[str], budget: Budget, clock: Clock
 ) -> tuple[Model | None, float]:
     """Returns the largest student within the budget, untrained, or None; and the least part of the cost seen."""
-    macs = teacher.network.count_macs(_LATENCY_SIDE, _LATENCY_SIDE)
+    macs = _macs(teacher.network)
     limit = budget.macs or budget.latency or 1.0
     asked, best, nearest = limit, None, 1.0
     for _ in range(4):
         network = _by_macs(teacher, trace, sizes, asked * macs)
-        of_macs = network.count_macs(_LATENCY_SIDE, _LATENCY_SIDE) / macs
+        of_macs = _macs(network) / macs
         if budget.macs:
             return (network.init(jax.random.key(0)) if of_macs <= limit else None), of_macs
         model = network.init(jax.random.key(0))
@@ -228,11 +235,16 @@ def _by_macs(teacher: Model, trace: Trace, sizes: Sequence[str], limit: float) -
     low, high = 0.0, 1.0
     for _ in range(7):
         middle = (low + high) / 2
-        if network(middle).count_macs(_LATENCY_SIDE, _LATENCY_SIDE) <= limit:
+        if _macs(network(middle)) <= limit:
             low = middle
         else:
             high = middle
     return network(low)
+
+
+@functools.cache
+def _macs(network: models.Network) -> int:
+    return network.count_macs(_LATENCY_SIDE, _LATENCY_SIDE)  # traces it, and the same sizes are asked for repeatedly
 
 
 def _sizes(teacher: Model, student: Model) -> str:
