@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def main() -> None:
     print(head + "\n" + "| --- " * 9 + "|")
     for student in options.students:
         first = None
-        for remat, parts in ((False, 1), (True, 1), (False, options.accumulate), (True, options.accumulate)):
+        for parts, remat in itertools.product(sorted({1, options.accumulate}), (False, True)):
             command = [sys.executable, *sys.argv, "--case", json.dumps([student, remat, parts])]
             row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             first = first or row

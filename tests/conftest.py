@@ -59,8 +59,15 @@ GOLDEN = Path(os.environ.get("KDJAX_GOLDEN", Path(__file__).parent / "golden"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The pages of the docs come first: they take longest, and nobody should wait for the last of them."""
-    items.sort(key=lambda item: "test_docs.py" not in item.nodeid)
+    """The pages of the docs take longest: each worker begins with its share, so that nobody waits for the last of them.
+
+    pytest-xdist gives the workers equal parts of the list, and lets those who are done take from the others' ends.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    pages = [item for item in items if "commands_of_a_page" in item.nodeid]
+    others = [item for item in items if "commands_of_a_page" not in item.nodeid]
+    size = -(-len(others) // workers)
+    items[:] = [item for i in range(workers) for item in (*pages[i::workers], *others[i * size : (i + 1) * size])]
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

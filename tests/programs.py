@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent.parent
 #   python -m kdjax.train --config configs/denoise.py:quick --config.student.hparams.num_feat=8 \
 #       --config.student.hparams.depth=6
 SMALL_TEACHER = Path(__file__).parent / "weights" / "small_denoiser.pth"
+# An RRDBNet of 16 channels and 2 blocks, random; for terms that read its blocks.
+RANDOM_TEACHER = Path(__file__).parent / "golden" / "archs" / "rrdbnet_scale1.pth"
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(

@@ -46,6 +46,7 @@ def test_the_second_start_compiles_nothing_and_damaged_files_are_no_problem(tmp_
     assert run(tmp_path)[0] == 0
 
 
+@pytest.mark.once
 def test_other_places_and_none(tmp_path: Path) -> None:
     run(tmp_path, XDG_CACHE_HOME=str(tmp_path / "elsewhere"))
     assert list((tmp_path / "elsewhere" / "kdjax" / "compiled").glob("*/*"))
@@ -56,6 +57,7 @@ def test_other_places_and_none(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".cache", "chosen", "elsewhere"]
 
 
+@pytest.mark.once
 def test_a_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
     run(tmp_path)
     [folder] = (tmp_path / ".cache" / "kdjax" / "compiled").iterdir()

@@ -63,6 +63,7 @@ def test_results_are_not_clipped() -> None:
     assert noise.min() < -200 and noise.max() > 200
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("value", [0.1, 0.9])
 def test_sensor_noise_grows_with_the_brightness(value: float) -> None:
     noise = draw(dict(name="poisson_gauss", gain=(0.004, 0.004), read_sigma=(5.0, 5.0)), value=value)
@@ -225,6 +226,7 @@ def test_gaussian_noise_has_its_sigma_and_is_grey_where_it_should_be() -> None:
         assert np.array_equal(field[0], field[1]) == gray
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("levels", [1, 2, 3, 4, 5, 200, 256])
 def test_poisson_noise_counts_levels_as_basicsr(levels: int) -> None:
     """vals is 2^ceil(log2(number of levels)), and the variance of the noise is scale^2 x / vals."""
@@ -253,6 +255,7 @@ def is_uniform(values: np.ndarray, low: float, high: float) -> bool:
     return scipy.stats.kstest(values, "uniform", (low, high - low)).pvalue > 0.001
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("number", [1, 2])
 def test_draws_of_a_round_have_their_frequencies_and_ranges(number: int, drawn: realesrgan.Choices) -> None:
     stage, suffix = (drawn.first, "") if number == 1 else (drawn.second, "2")
@@ -296,6 +299,7 @@ def test_draws_of_kernels_and_order(drawn: realesrgan.Choices) -> None:
     np.testing.assert_array_equal(realesrgan._beta(False, u, (1.0, 2.0)), np.ones(101))
 
 
+@pytest.mark.once
 def test_isotropic_kernels_are_round_and_others_are_not() -> None:
     def kernel(key: jax.Array, name: str) -> jax.Array:
         numbers = iter(jax.random.uniform(key, (10,)))
@@ -352,6 +356,7 @@ def assert_almost_equal(a: np.ndarray, b: np.ndarray) -> None:
     assert np.mean(difference > 1e-6) < 0.005 and difference.max() < 3 / 255
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("scale", [1, 2])
 def test_process_makes_8_bit_images_of_the_right_size(scale: int, degrade: Callable, images: np.ndarray) -> None:
     keys = jax.random.split(jax.random.key(0), len(images))
@@ -505,6 +510,7 @@ def test_bad_specs_are_refused(spec: dict, message: str) -> None:
         make_degrade(spec)
 
 
+@pytest.mark.once
 def test_noise_alone_cannot_make_small_images() -> None:
     with pytest.raises(ValueError, match="'awgn' keeps the size of images, but the student upscales 2x"):
         make_degrade(dict(name="awgn", sigma=25.0), scale=2)

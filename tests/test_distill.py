@@ -260,6 +260,7 @@ def test_crops_are_cut_after_degrading_at_the_same_place_of_both(tiny: Tiny, sca
     np.testing.assert_array_equal(part, lq[3:5])
 
 
+@pytest.mark.once
 def test_sharpened_targets_are_what_is_degraded(tiny: Tiny) -> None:
     recipe = tiny.recipe(degrade=lambda key, image, window: image, sharpen=True)
     batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32)}
@@ -282,6 +283,7 @@ def test_a_finite_loss_is_reported_as_such(base: tuple) -> None:
 PAIR = (("model.1", "body.0", 1.0),)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_batch_in_parts_gives_the_update_of_the_whole(tiny: Tiny, devices: int) -> None:
     """With terms over some of the samples, of a share and of a phase; in less memory; no image changes its device."""
@@ -316,6 +318,7 @@ def test_a_batch_in_parts_gives_the_update_of_the_whole(tiny: Tiny, devices: int
     assert bytes_between[8 // devices] < 0.6 * bytes_between[1]
 
 
+@pytest.mark.once
 def test_a_diagnosis_in_parts_is_that_of_the_whole(tiny: Tiny) -> None:
     base = tiny.recipe()
     state = distill.init_state(base, tiny.student.params)
@@ -330,6 +333,7 @@ def test_a_diagnosis_in_parts_is_that_of_the_whole(tiny: Tiny) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), whole, in_parts)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("devices", [1, 4])
 def test_a_weight_given_as_a_share_keeps_the_term_at_it(tiny: Tiny, devices: int) -> None:
     """Measured on the step at which the weights are set, by the gradients of each term on its own."""

@@ -67,7 +67,7 @@ SHORT = {
     "kdjax.demo": "--port 0",
     "kdjax.shrink": "--crops 2",
     "benchmarks/data.py": "--limit 4 --crop 16 --batch-size 2 --repeats 1",
-    "benchmarks/memory.py": "--crop 16 --batch-size 4 --accumulate 2 --steps 1 --students 'SRVGGNetCompact 32x8'",
+    "benchmarks/memory.py": "--crop 16 --batch-size 4 --accumulate 1 --steps 1 --students 'SRVGGNetCompact 32x8'",
     "benchmarks/step.py": "--crop 16 --batch-size 2 --repeats 1",
     "benchmarks/startup.py": "--repeats 1",
     "benchmarks/degradations.py": "--canvas 48 --crop 16 --batch-size 2 --repeats 1 --step-repeats 0",

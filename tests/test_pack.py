@@ -75,6 +75,7 @@ def assert_same_batches(one: list[ImagePair], other: list[ImagePair], steps: int
 # The same as the folder
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_the_folder(tmp_path: Path, workers: int) -> None:
     gt, lq = make_folder(tmp_path / "gt"), make_folder(tmp_path / "lq", height=20, width=25)

@@ -52,6 +52,7 @@ def test_pairs_from_files_are_shown_as_such(tmp_path: Path) -> None:
     assert sheet[0, 0, 1] == 200 and sheet[0, 32 + 6, 1] == 50
 
 
+@pytest.mark.once
 def test_only_what_had_an_effect_is_told() -> None:
     choices, _ = realesrgan.draw(jax.random.key(0), realesrgan.Settings())
     choices = jax.device_get(choices)

@@ -73,6 +73,7 @@ def test_every_architecture_that_can_be_shrunk_is_tried() -> None:
         assert {size for one in several for size in one} == set(sizes)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("arch", FULL)
 def test_with_everything_kept_it_is_the_teacher_bit_for_bit(teachers: dict[str, Model], arch: str) -> None:
     same = shrunk(teachers[arch], {})
@@ -153,6 +154,7 @@ def test_later_layers_make_up_for_earlier_ones(teachers: dict[str, Model]) -> No
     assert distance(student, teacher) < 0.95 * distance(Model(student.network, {"model": alone}), teacher)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("arch", ["rrdbnet", "edsr", "msrresnet"])
 def test_the_block_that_does_least_is_dropped_first(arch: str) -> None:
     for least, next_one in ((0, 2), (1, 0), (2, 1)):
@@ -230,6 +232,7 @@ def test_the_number_of_images_follows_from_their_size() -> None:
     assert 1 <= num_images(large, 32) < 50
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("arch", "sizes", "message"),
     [

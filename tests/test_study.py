@@ -82,6 +82,7 @@ def test_finished_runs_are_not_run_again_and_seeds_can_be_added(finished: Path) 
 def small_study() -> study.Study:
     values = load("study_denoise", "debug").copy_and_resolve_references().to_dict()
     values |= {"columns": {name: values["columns"][name] for name in ("scratch", "hint")}, "seeds": (3,)}
+    values["base"]["teacher"]["weights"] = str(programs.RANDOM_TEACHER)
     return study.parse(values)
 
 
@@ -149,6 +150,7 @@ def test_nothing_is_trained_again_when_measuring_was_interrupted(
     assert not list(tmp_path.glob("checkpoints*"))
 
 
+@pytest.mark.once
 @pytest.mark.usefixtures("one_device")
 def test_a_column_that_diverges_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def diverge(recipes: dict, states: loop.States, *_: object) -> tuple[loop.States, dict]:

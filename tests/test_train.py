@@ -312,6 +312,7 @@ def test_a_teacher_that_does_not_denoise_is_warned_about(tmp_path: Path, caplog:
     assert "DOES NOT IMPROVE ITS INPUT" in caplog.text
 
 
+@pytest.mark.once
 def test_a_student_that_is_stuck_is_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its zero last convolution returns the input; the teacher as a student is well above any linear filter."""
     setup, monitor = prepared(student={"arch": "dncnn", "hparams": {"num_feat": 4, "depth": 2}})

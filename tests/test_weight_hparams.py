@@ -53,6 +53,7 @@ def test_what_no_tensor_tells_is_asked_for(arch: str, hparams: dict, name: str, 
     assert loaded.model.hparams[name] == values[-1] and loaded.notes == ()
 
 
+@pytest.mark.once
 def test_the_message_is_a_command_that_works() -> None:
     command = [sys.executable, ROOT / "tools" / "convert_torch_weights.py", "--info"]
     command += [GOLDEN / "cases" / "edsr_res_scale_0.1.pth", "--hparam", "res_scale=1e-1"]

@@ -606,6 +606,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_pickles_end_in_one_kind_of_error(name: str, tmp_path: Path) -> None:
     start = time.monotonic()
@@ -736,6 +737,7 @@ def test_legacy_storages_are_as_long_as_declared(dncnn: Model, tmp_path: Path) -
         load_weights(write(tmp_path, legacy_file(state)))
 
 
+@pytest.mark.once
 def test_only_scalars_are_dict_keys(tmp_path: Path) -> None:
     # Hashing a tuple recurses in C, and crashes the process when it is nested deeply enough.
     for depth in (1, 400_000):
@@ -944,6 +946,7 @@ def run_tool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
 
 
+@pytest.mark.once
 def test_tool(tmp_path: Path) -> None:
     model = random_model("srvggnetcompact", {"num_feat": 2, "num_conv": 1, "act_type": "relu"})
     path = write(tmp_path, zip_file({"params": state_dict(model)}))
