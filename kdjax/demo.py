@@ -295,7 +295,10 @@ def _private_folder() -> Iterator[Path]:
 
 def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.demo", __doc__)
-    parser.add_argument("--model", nargs="+", required=True, metavar="[NAME=]FILE", help=assets.MODEL_HELP)
+    parser.add_argument(
+        "--model", nargs="+", default=[assets.BEST], metavar="[NAME=]FILE",
+        help=f"{assets.MODEL_HELP}; default: {assets.BEST}",
+    )  # fmt: skip
     parser.add_argument("--port", type=int, default=7860, help="port on localhost; 0 picks a free one (default: 7860)")
     parser.add_argument("--tile", type=int, default=256, help="side of a tile; 0 takes images whole (default: 256)")
     parser.add_argument("--tile-pad", type=int, default=16, help="context around a tile (default: 16)")

@@ -176,15 +176,17 @@ def shrink(
 
 def ways(teacher: Model) -> Iterator[tuple[str, ...]]:
     """Yields the sets of sizes that can be made smaller together."""
-    sizes = shrinking.structure_of(teacher).sizes
-    for count in range(1, len(sizes) + 1):
+    structure = shrinking.structure_of(teacher)
+    sizes = structure.sizes
+    for count in range(len(sizes) if structure.is_joint else 1, len(sizes) + 1):
         yield from itertools.combinations(sizes, count)
 
 
 def scaled(teacher: Model, trace: Trace, sizes: Sequence[str], part: float) -> dict[str, Any]:
     """Returns hyper-parameters with each of these sizes reduced to about `part` of the teacher's.
 
-    Channels are multiples of 4. `ranks` are given to the inner convolutions of a stack by what they explain.
+    Channels are multiples of 4. Of every level that has blocks, one stays. `ranks` are given to the inner convolutions
+    of a stack by what they explain.
     """
     hparams = dict(teacher.hparams)
     for name in sizes:
@@ -192,7 +194,9 @@ def scaled(teacher: Model, trace: Trace, sizes: Sequence[str], part: float) -> d
             continue
         full = hparams[name]
         least = {"depth": 2}.get(name, 1)
-        if name in ("num_feat", "num_grow_ch"):
+        if isinstance(full, tuple):
+            hparams[name] = tuple(min(count, max(1, round(part * count))) for count in full)
+        elif name in ("num_feat", "num_grow_ch"):
             hparams[name] = min(full, max(4, 4 * round(part * full / 4)))
         else:
             hparams[name] = min(full, max(least, round(part * full)))

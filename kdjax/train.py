@@ -148,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except cost.OutOfMemory as error:
         fail(f"out of memory: {error}. {how_to_save_memory(config)}", alone=jax.process_count() > 1)
     except (CheckpointError, WeightsError, data.DataError, data.ImageError, OSError) as error:
+        _fail_if_another_is_lost(error)  # in the middle of a checkpoint
         cause = error.__cause__ if isinstance(error, data.ImageError) else error  # a validation image
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
         more = f": make room in {workdir}; run the same command to continue" if full else ""
@@ -156,14 +157,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
-        if sharding.lost_another(error):
-            fail(
-                "another process of this run ended, or its host is unreachable; see what it printed. Restart"
-                f" all of them with the same command to continue from the last checkpoint. ({error})",
-                alone=True,
-            )
+        _fail_if_another_is_lost(error)
         traceback.print_exc()
         fail(f"{type(error).__name__}: {error}", alone=True)
+
+
+def _fail_if_another_is_lost(error: BaseException) -> None:
+    if sharding.lost_another(error):
+        fail(
+            "another process of this run ended, or its host is unreachable; see what it printed. Restart all of them"
+            f" with the same command to continue from the last checkpoint. ({error})",
+            alone=True,
+        )
 
 
 if __name__ == "__main__":

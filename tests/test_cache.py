@@ -123,9 +123,11 @@ def test_gives_the_losses_of_the_live_teacher(files: Path, tmp_path: Path, lossl
     from_cache = preparation.prepare(configured(files, teacher={"cache": str(folder)}))
     assert from_cache.recipe.teacher is None  # the step does not even have it
     live, cached = losses(setup), losses(from_cache)
-    assert (cached == live) is lossless  # rounded otherwise, so it is the cache that was read
+    # The two programs differ, and so does the order of their sums on some CPUs.
+    equal = [ours == pytest.approx(theirs, rel=1e-6) for ours, theirs in zip(cached, live, strict=True)]
+    assert all(equal) if lossless else not any(equal)  # rounded, so it is the cache that was read
     for ours, theirs in zip(cached, live, strict=True):
-        assert ours == (theirs if lossless else pytest.approx(theirs, rel=2e-3))
+        assert ours == pytest.approx(theirs, rel=2e-3)
 
 
 # What is kept of a sample

@@ -21,6 +21,7 @@ FULL = {
     "dncnn": dict(num_feat=8, depth=5),
     "edsr": dict(num_feat=8, num_block=3, upscale=1),
     "msrresnet": dict(num_feat=8, num_block=3, upscale=1),
+    "nafnet": dict(width=4, middle_blk_num=2, enc_blk_nums=(1, 3), dec_blk_nums=(2, 1)),
 }
 SMALLER = {
     "rrdbnet": [dict(num_feat=5), dict(num_grow_ch=3), dict(num_block=2), dict(num_feat=6, num_block=2, num_grow_ch=4)],
@@ -28,6 +29,7 @@ SMALLER = {
     "dncnn": [dict(num_feat=5), dict(depth=3), dict(ranks=(0, 3, 4, 3, 0)), dict(num_feat=6, ranks=(0, 3, 0, 3, 0))],
     "edsr": [dict(num_block=2)],
     "msrresnet": [dict(num_block=2)],
+    "nafnet": [dict(enc_blk_nums=(1, 2)), dict(enc_blk_nums=(1, 1), middle_blk_num=1, dec_blk_nums=(1, 1))],
 }
 FULL_DNCNN = {"num_in_ch": 3, "num_feat": 8, "depth": 5, "unshuffle": 1, "ranks": ()}
 CASES = [(arch, sizes) for arch, several in SMALLER.items() for sizes in several]
@@ -47,9 +49,16 @@ def edited(model: Model, change: Callable[[str, np.ndarray], np.ndarray]) -> Mod
 
 
 def lively(arch: str) -> Model:
-    """A teacher whose every part counts: RRDBNet's branches are nearly zero at the start of training."""
+    """A teacher whose every part counts: at the start of training, RRDBNet's branches are nearly zero, NAFNet's are."""
     model = network(arch, FULL[arch]).init(jax.random.key(0))
-    return edited(model, lambda path, leaf: leaf * (6 if path.startswith("body") and arch == "rrdbnet" else 1))
+    random = np.random.default_rng(0)
+
+    def enliven(path: str, leaf: np.ndarray) -> np.ndarray:
+        if path.endswith(("beta", "gamma")):
+            return random.uniform(0.3, 1, leaf.shape).astype(np.float32)
+        return leaf * (6 if path.startswith("body") and arch == "rrdbnet" else 1)
+
+    return edited(model, enliven)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +94,15 @@ def test_the_trace_is_what_the_network_computes(teachers: dict[str, Model], arch
     teacher = teachers[arch]
     outputs = shrinking.trace(teacher, IMAGES).outputs
     features = teacher(IMAGES)[1]
-    known = {name for name in features if name in outputs and not (arch == "msrresnet" and name == "conv_first")}
+    lasts = (
+        {name.rpartition(".")[0]: name for name in outputs} if arch == "nafnet" else {}
+    )  # of a level, the last block
+    known = {name: lasts.get(name, name) for name in features if lasts.get(name, name) in outputs}
+    if arch == "msrresnet":
+        del known["conv_first"]
     assert len(known) >= 3
-    for name in known:
-        np.testing.assert_allclose(outputs[name], features[name], atol=1e-5)
+    for feature, name in known.items():
+        np.testing.assert_allclose(outputs[name], features[feature], atol=1e-5)
 
 
 @pytest.mark.once
@@ -122,7 +136,10 @@ def test_channels_that_do_nothing_are_left_out_without_loss() -> None:
 def test_blocks_that_do_nothing_are_left_out_without_loss() -> None:
     for arch in ("rrdbnet", "edsr", "msrresnet"):
         whole = edited(lively(arch), lambda path, leaf: leaf * 0 if path.startswith("body.1.") else leaf)
-        assert distance(shrunk(whole, {"num_block": 2}, blocks=(0, 2)), whole) < 1e-5
+        assert distance(shrunk(whole, {"num_block": 2}, blocks={"body": (0, 2)}), whole) < 1e-5
+    idle = ("encoders.1.0.beta", "encoders.1.0.gamma", "encoders.1.2.beta", "encoders.1.2.gamma")
+    whole = edited(lively("nafnet"), lambda path, leaf: leaf * 0 if path in idle else leaf)
+    assert distance(shrunk(whole, {"enc_blk_nums": (1, 1)}), whole) < 1e-5
 
 
 def test_ranks_that_suffice_lose_nothing() -> None:
@@ -163,14 +180,14 @@ def test_the_block_that_does_least_is_dropped_first(arch: str) -> None:
             lively(arch), lambda path, leaf, f=factors: leaf * next((v for k, v in f.items() if path.startswith(k)), 1)
         )
         rest = {0, 1, 2} - {least}
-        assert shrinking.choose_blocks(teacher, IMAGES, 2) == tuple(sorted(rest))
-        assert shrinking.choose_blocks(teacher, IMAGES, 1) == tuple(rest - {next_one})
+        assert shrinking.choose_blocks(teacher, IMAGES, {"body": 2}) == {"body": tuple(sorted(rest))}
+        assert shrinking.choose_blocks(teacher, IMAGES, {"body": 1}) == {"body": tuple(rest - {next_one})}
 
 
 @pytest.mark.parametrize("arch", ["rrdbnet", "edsr", "msrresnet"])
 def test_a_dropped_block_is_made_up_for(teachers: dict[str, Model], arch: str) -> None:
     teacher = teachers[arch]
-    student = shrunk(teacher, {"num_block": 2}, blocks=(0, 2))
+    student = shrunk(teacher, {"num_block": 2}, blocks={"body": (0, 2)})
     body = {"0": teacher.params["body"]["0"], "1": teacher.params["body"]["2"]}
     assert distance(student, teacher) < 0.8 * distance(Model(student.network, teacher.params | {"body": body}), teacher)
 
@@ -239,6 +256,8 @@ def test_the_number_of_images_follows_from_their_size() -> None:
         ("dncnn", {"num_feat": 9}, "cannot be larger: num_feat=9, the teacher has 8"),
         ("dncnn", {"num_in_ch": 1}, "differ from its teacher in num_feat, depth, ranks only: num_in_ch=1 is not 3"),
         ("dncnn", {"ranks": (1, 2)}, "ranks=.* has 2 numbers; DnCNN of depth 5 needs as many"),
+        ("nafnet", {"enc_blk_nums": (2, 1)}, r"cannot be larger: enc_blk_nums=\(2, 1\), the teacher has \(1, 3\)"),
+        ("nafnet", {"enc_blk_nums": (1, 0)}, r"of the 3 blocks of encoders\.1, at least one must stay"),
         ("unet", {}, "unknown architecture to shrink 'unet'"),
     ],
 )
@@ -250,8 +269,8 @@ def test_what_cannot_be_shrunk_is_refused(arch: str, sizes: dict, message: str) 
 
 def test_impossible_blocks_are_refused(teachers: dict[str, Model]) -> None:
     for blocks in ((0,), (1, 0), (0, 3), (-1, 2)):
-        with pytest.raises(ValueError, match="must be 2 different numbers from 0 to 2, ascending"):
-            shrunk(teachers["rrdbnet"], {"num_block": 2}, blocks=blocks)
+        with pytest.raises(ValueError, match=r"blocks\['body'\]=.* must be 2 different numbers from 0 to 2, ascending"):
+            shrunk(teachers["rrdbnet"], {"num_block": 2}, blocks={"body": blocks})
 
 
 # ---- the program -----------------------------------------------------------------------------------------------

@@ -27,13 +27,15 @@ class Shrink:
 
     Attributes:
       sizes: the hyper-parameters that may be smaller.
+      is_joint: they are reduced together, in place of each alone and in every combination.
       stack: the list of a plain stack: convolution, activation, ..., convolution.
-      blocks: the list of blocks along a residual stream, each of which adds something to its input.
+      blocks: a pattern for the lists of blocks along a residual stream, each of which adds something to its input.
       writer: within a block, the path of the last convolution, whose outputs are added.
       trunk: a pattern for the paths of all convolutions whose outputs are added to the residual stream.
     """
 
     sizes: tuple[str, ...]
+    is_joint: bool = False
     stack: str = ""
     blocks: str = ""
     writer: str = ""

@@ -17,7 +17,7 @@ from flax import nnx
 
 from kdjax import ops
 from kdjax.models.layers import call, conv
-from kdjax.models.model import Architecture
+from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import Files, Hparams, Layout, Shapes, count, levels, same_if, size
 
 
@@ -164,4 +164,10 @@ ARCHITECTURE = Architecture(
     NAFNet,
     files=Files(layouts=(Layout("NAFNet", same_if(_KEY)),), infer=_infer, num_tensors=_num_tensors),
     order=("intro", "ending", "encoders", "decoders", "middle_blks", "ups", "downs"),
+    shrink=Shrink(
+        ("enc_blk_nums", "middle_blk_num", "dec_blk_nums"),
+        is_joint=True,
+        blocks=r"encoders\.[0-9]+|middle_blks|decoders\.[0-9]+",
+        writer="conv5",
+    ),
 )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -50,9 +51,15 @@ def check(teacher: Model, hparams: Mapping[str, Any]) -> Network:
                 f"a shrunk network can differ from its teacher in {', '.join(shrink.sizes)} only: {name}={value} is not"
                 f" {ours}"
             )
-        if name in shrink.sizes and name != "ranks" and value > ours:
+        if name in shrink.sizes and name != "ranks" and not _is_within(value, ours):
             raise ValueError(f"a shrunk network cannot be larger: {name}={value}, the teacher has {ours}")
     return student
+
+
+def _is_within(value: Any, limit: Any) -> bool:
+    if not isinstance(limit, tuple):
+        return value <= limit
+    return len(value) == len(limit) and all(map(_is_within, value, limit))
 
 
 def structure_of(teacher: Model) -> Shrink:
@@ -98,7 +105,7 @@ def trace(model: Model, images: jax.Array) -> Trace:
         path, y = paths[id(layer)], run(x)
         if isinstance(layer, Conv | LowRankConv | PReLU):
             found.weights[path] = layer
-        if isinstance(layer, Conv | LowRankConv) or (blocks and _number(path, blocks) is not None):
+        if isinstance(layer, Conv | LowRankConv) or _block(path, blocks):
             found.outputs[path] = y
         return y
 
@@ -108,42 +115,52 @@ def trace(model: Model, images: jax.Array) -> Trace:
 
 
 def fit(
-    teacher: Model, student: Network, images: jax.Array, *, blocks: Sequence[int] = (), known: Trace | None = None
+    teacher: Model,
+    student: Network,
+    images: jax.Array,
+    *,
+    blocks: Mapping[str, Sequence[int]] | None = None,
+    known: Trace | None = None,
 ) -> Model:
     """Returns the student with weights that make it approximate the teacher on images (b, h, w, c) in [0, 1].
 
     Args:
       student: from `check`.
-      blocks: the numbers of the teacher's blocks to keep, ascending; default: from `choose_blocks`.
+      blocks: the numbers of the teacher's blocks to keep, ascending, by the list they are in, as in
+        {"body": (0, 2)}; default: from `choose_blocks`.
       known: the teacher's `trace` of these images, if it is at hand.
     """
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), student.abstract_params)
     module = student.bind(zeros)
     structure = structure_of(teacher)
     if structure.blocks and not blocks:
-        blocks = choose_blocks(teacher, images, _count(dict(_named(module)), structure.blocks))
-    fitting = _Fitting(structure, known or trace(teacher, images), module, blocks)
+        blocks = choose_blocks(teacher, images, _counts(dict(_named(module)), structure.blocks))
+    fitting = _Fitting(structure, known or trace(teacher, images), module, blocks or {})
+    fitting.copy_scales(teacher.network.bind(teacher.params))
     with intercept(fitting.layer):
         module(images)
     return Model(student, jax.tree.map(np.asarray, params_of(module)))
 
 
-def choose_blocks(teacher: Model, images: jax.Array, count: int) -> tuple[int, ...]:
-    """Returns the numbers of `count` blocks of the teacher to keep, ascending.
+def choose_blocks(teacher: Model, images: jax.Array, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Returns the numbers of the teacher's blocks to keep, ascending, by the list they are in.
 
     One after another, that block is dropped without which the output changes least, on a few of the images.
+
+    Args:
+      counts: how many to keep, by list; one that is missing loses all.
     """
     side = min(_DAMAGE_SIDE, *images.shape[1:3])
     images = images[:_DAMAGE_IMAGES, :side, :side]
     module = teacher.network.bind(teacher.params)
-    paths, name = _paths(module), structure_of(teacher).blocks
-    kept = list(range(_count(paths.values(), name)))
-    every, wanted = {*kept}, teacher(images)[0]
+    paths, blocks = _paths(module), structure_of(teacher).blocks
+    kept = {(name, i) for name, count in _counts(paths.values(), blocks).items() for i in range(count)}
+    every, wanted = kept.copy(), teacher(images)[0]
 
-    def damage(dropped: set[int]) -> float:
+    def damage(dropped: set[tuple[str, int]]) -> float:
         def skip(layer: nnx.Module, x: jax.Array, run: Run) -> jax.Array:
             y = run(x)
-            if _number(paths[id(layer)], name) not in dropped:
+            if _block(paths[id(layer)], blocks) not in dropped:
                 return y
             # The best multiple of its input, by channel: an RRDB whose branches do nothing makes 1.2 x.
             return x * (x * y).sum((0, 1, 2)) / jnp.maximum((x * x).sum((0, 1, 2)), 1e-12)
@@ -151,24 +168,41 @@ def choose_blocks(teacher: Model, images: jax.Array, count: int) -> tuple[int, .
         with intercept(skip):
             return float(jnp.mean((module(images)[0] - wanted) ** 2))
 
-    while len(kept) > count:
-        kept.remove(min(kept, key=lambda block: damage(every - {*kept} | {block})))
-    return tuple(kept)
+    def surplus() -> list[tuple[str, int]]:
+        """Returns the blocks of lists that still have more than they are to keep, in order."""
+        numbers = Counter(name for name, _ in kept)
+        return sorted((name, i) for name, i in kept if numbers[name] > counts.get(name, 0))
+
+    while candidates := surplus():
+        kept.remove(min(candidates, key=lambda block: damage(every - kept | {block})))
+    return {name: tuple(sorted(i for of, i in kept if of == name)) for name, _ in sorted(every)}
 
 
 class _Fitting:
     """The state of one pass over a student's layers, in the order in which they run."""
 
-    def __init__(self, structure: Shrink, teacher: Trace, module: nnx.Module, blocks: Sequence[int]) -> None:
+    def __init__(
+        self, structure: Shrink, teacher: Trace, module: nnx.Module, blocks: Mapping[str, Sequence[int]]
+    ) -> None:
         self._structure, self._teacher = structure, teacher
         self._modules = dict(_named(module))
         self._paths = {id(layer): path for path, layer in self._modules.items()}
         self._has_changed = False  # whether the student has computed anything else than the teacher so far
+        self._num_blocks = _counts(teacher.outputs, structure.blocks)
         self._kept = self._which_blocks(blocks)
         self._trunk: np.ndarray | None = None
         self._channels: np.ndarray | None = None  # the teacher's channels that the last convolution made
         self._forced: jax.Array | None = None  # what a block's last convolution is to return
         self._last: tuple[jax.Array, jax.Array] | None = None  # inputs and outputs of a block's last convolution
+
+    def copy_scales(self, teacher: nnx.Module) -> None:
+        """Takes over what is neither a convolution's nor a PReLU's: normalisations, and the scales of branches."""
+        theirs = dict(_named(teacher))
+        for path, layer in self._modules.items():
+            own = {name: value for name, value in vars(layer).items() if isinstance(value, nnx.Param)}
+            if own and not isinstance(layer, Conv | PReLU):
+                for name, value in own.items():
+                    value[...] = getattr(theirs[self._source(path)], name)[...]
 
     def layer(self, layer: nnx.Module, x: jax.Array, run: Run) -> jax.Array:
         path = self._paths[id(layer)]
@@ -176,8 +210,8 @@ class _Fitting:
             return self._prelu(layer, path, x, run)
         if isinstance(layer, Conv | LowRankConv):
             return self._convolution(layer, path, x, run)
-        number = _number(path, self._structure.blocks)
-        return run(x) if number is None else self._block(layer, path, number, x, run)
+        place = _block(path, self._structure.blocks)
+        return self._block(layer, path, *place, x, run) if place else run(x)
 
     def _prelu(self, layer: PReLU, path: str, x: jax.Array, run: Run) -> jax.Array:
         slopes = self._teacher.weights[self._source(path)].weight[...]
@@ -199,8 +233,9 @@ class _Fitting:
         is_kept = is_same and self._follows(path)
         if is_kept:
             nnx.update(layer, nnx.state(theirs))
-        in_block = bool(self._structure.blocks) and path.startswith(f"{self._structure.blocks}.")
-        if not is_kept or (self._has_changed and not in_block):  # of a block, the last convolution makes up for all
+        # Of a block, the last convolution makes up for all.
+        may_adapt = not _within(path, self._structure.blocks) and _can_be_fitted(layer)
+        if not is_kept or (self._has_changed and may_adapt):
             self._has_changed = True
             self._fit(layer, x, target, has_prior=is_kept)
         y = run(x)
@@ -208,14 +243,15 @@ class _Fitting:
             self._last = x, y
         return y
 
-    def _block(self, block: nnx.Module, path: str, number: int, x: jax.Array, run: Run) -> jax.Array:
+    def _block(self, block: nnx.Module, path: str, name: str, number: int, x: jax.Array, run: Run) -> jax.Array:
         """Runs a block; if something has changed, its last convolution makes up for it, and for the blocks left out."""
-        kept, end = self._kept[number], (*self._kept, self._num_blocks())[number + 1] - 1
+        numbers = self._kept[name]
+        kept, end = numbers[number], (*numbers, self._num_blocks[name])[number + 1] - 1
         self._has_changed |= kept != end or (number == 0 and kept > 0)
         y = run(x)
         if not self._has_changed:
             return y
-        target = self._teacher.outputs[f"{self._structure.blocks}.{end}"]
+        target = self._teacher.outputs[f"{name}.{end}"]
         target = self._in_basis(target, path, x.shape[-1])
         assert self._last is not None
         inputs, outputs = self._last
@@ -224,7 +260,8 @@ class _Fitting:
         gain = (run(x) - y).mean((0, 1, 2))
         self._forced = None
         layer = self._modules[f"{path}.{self._structure.writer}"]
-        self._fit(layer, inputs, outputs + (target - y) / gain, has_prior=True)
+        missing = jnp.where(jnp.abs(gain) > 1e-6, (target - y) / gain, 0)  # a channel may be scaled by 0
+        self._fit(layer, inputs, outputs + missing, has_prior=True)
         self._forced = layer(inputs)
         y = run(x)
         self._forced = None
@@ -236,8 +273,8 @@ class _Fitting:
             kernel, (mix, bias) = regression.fit_low_rank(x, target, 3, first.kernel.shape[-1])
             first.kernel[...], second.kernel[...], second.bias[...] = map(jnp.asarray, (kernel, mix, bias))
             return
-        if layer.strides not in (1, (1, 1)) or layer.feature_group_count != 1:
-            raise ValueError(f"{type(layer).__name__} with strides or groups cannot be fitted")
+        if not _can_be_fitted(layer):
+            raise ValueError(f"{type(layer).__name__} with strides, with groups or without a bias cannot be fitted")
         prior = Kernel(np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])) if has_prior else None
         fitted = regression.fit(x, target, layer.kernel.shape[0], prior)
         layer.kernel[...], layer.bias[...] = jnp.asarray(fitted.kernel), jnp.asarray(fitted.bias)
@@ -250,10 +287,9 @@ class _Fitting:
         if number is not None:
             index, is_activation = divmod(number, 2)
             return f"{self._structure.stack}.{2 * self._stack()[index] + is_activation}"
-        number = _number(path, self._structure.blocks, is_whole=False)
-        if number is not None:
-            start = f"{self._structure.blocks}.{number}"
-            return f"{self._structure.blocks}.{self._kept[number]}{path[len(start) :]}"
+        if within := _within(path, self._structure.blocks):
+            name, number, rest = within
+            return f"{name}.{self._kept[name][number]}{rest}"
         return path
 
     def _follows(self, path: str) -> bool:
@@ -272,28 +308,25 @@ class _Fitting:
         )
         return [round(i * theirs / ours) for i in range(ours + 1)]
 
-    def _num_blocks(self) -> int:
-        return _count(self._teacher.outputs, self._structure.blocks)
-
-    def _which_blocks(self, blocks: Sequence[int]) -> list[int]:
-        if not self._structure.blocks:
-            return []
-        count, theirs = _count(self._modules, self._structure.blocks), self._num_blocks()
-        if len(blocks) != count or sorted({*blocks}) != [*blocks] or not 0 <= blocks[0] <= blocks[-1] < theirs:
-            raise ValueError(
-                f"blocks={list(blocks)} must be {count} different numbers from 0 to {theirs - 1}, ascending"
-            )
-        return [*blocks]
+    def _which_blocks(self, blocks: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        counts = _counts(self._modules, self._structure.blocks)
+        for name, theirs in self._num_blocks.items():
+            count, kept = counts.get(name, 0), [*blocks.get(name, ())]
+            if not count:
+                raise ValueError(f"of the {theirs} blocks of {name}, at least one must stay")
+            if len(kept) != count or sorted({*kept}) != kept or not 0 <= kept[0] <= kept[-1] < theirs:
+                raise ValueError(
+                    f"blocks[{name!r}]={kept} must be {count} different numbers from 0 to {theirs - 1}, ascending"
+                )
+        return {name: [*blocks[name]] for name in self._num_blocks}
 
     def _is_last_of_block(self, path: str) -> bool:
-        blocks = self._structure.blocks
-        return (
-            bool(blocks) and re.fullmatch(rf"{blocks}\.[0-9]+\.{re.escape(self._structure.writer)}", path) is not None
-        )
+        within = _within(path, self._structure.blocks)
+        return within is not None and within[2] == f".{self._structure.writer}"
 
     def _in_basis(self, target: jax.Array, path: str, count: int) -> jax.Array:
         """Returns the teacher's outputs in the student's channels, of which there are `count`."""
-        is_trunk = bool(re.fullmatch(self._structure.trunk, path)) or _number(path, self._structure.blocks) is not None
+        is_trunk = bool(re.fullmatch(self._structure.trunk, path) or _block(path, self._structure.blocks))
         if not is_trunk:
             self._channels = None
         if count == target.shape[-1]:
@@ -308,12 +341,9 @@ class _Fitting:
 
     def _writes_stream(self, name: str) -> bool:
         """Whether an output of the teacher is the stream itself, or outside of blocks is added to it."""
-        in_block = name.startswith(f"{self._structure.blocks}.")
-        return (
-            _number(name, self._structure.blocks) is not None
-            if in_block
-            else bool(re.fullmatch(self._structure.trunk, name))
-        )
+        if within := _within(name, self._structure.blocks):
+            return not within[2]
+        return bool(re.fullmatch(self._structure.trunk, name))
 
 
 def _num_outputs(layer: Conv | LowRankConv) -> int:
@@ -330,15 +360,32 @@ def _paths(module: nnx.Module) -> dict[int, str]:
     return {id(layer): path for path, layer in _named(module)}
 
 
-def _number(path: str, group: str, *, is_whole: bool = True) -> int | None:
-    """Returns N of the path `group.N`, or else of `group.N.more`; None for other paths."""
-    match = re.match(rf"{re.escape(group)}\.([0-9]+)" + ("$" if is_whole else r"(\.|$)"), path) if group else None
+def _can_be_fitted(layer: Conv | LowRankConv) -> bool:
+    is_plain = isinstance(layer, Conv) and layer.strides in (1, (1, 1)) and layer.feature_group_count == 1
+    return isinstance(layer, LowRankConv) or (is_plain and layer.bias is not None)
+
+
+def _number(path: str, stack: str) -> int | None:
+    """Returns N of the path `stack.N`; None for other paths."""
+    match = re.fullmatch(rf"{re.escape(stack)}\.([0-9]+)", path) if stack else None
     return int(match[1]) if match else None
 
 
-def _count(paths: Iterable[str], group: str) -> int:
-    numbers = [number for path in paths if (number := _number(path, group, is_whole=False)) is not None]
-    return max(numbers, default=-1) + 1
+def _within(path: str, blocks: str) -> tuple[str, int, str] | None:
+    """Returns the list, the number and the rest (".conv2", or "") of the path of a block or of a part of it."""
+    match = re.fullmatch(rf"(?P<list>{blocks})\.(?P<number>[0-9]+)(?P<rest>(\..+)?)", path) if blocks else None
+    return (match["list"], int(match["number"]), match["rest"]) if match else None
+
+
+def _block(path: str, blocks: str) -> tuple[str, int] | None:
+    """Returns the list and the number of a block; None for other paths."""
+    within = _within(path, blocks)
+    return within[:2] if within and not within[2] else None
+
+
+def _counts(paths: Iterable[str], blocks: str) -> dict[str, int]:
+    """Returns the number of blocks in each list."""
+    return dict(Counter(name for name, _ in filter(None, (_block(path, blocks) for path in paths))))
 
 
 def spread_ranks(teacher: Model, known: Trace, hparams: Mapping[str, Any], part: float) -> tuple[int, ...]:
