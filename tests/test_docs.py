@@ -68,6 +68,7 @@ SHORT = {
     "kdjax.shrink": "--crops 2",
     "benchmarks/data.py": "--limit 4 --crop 16 --batch-size 2 --repeats 1",
     "benchmarks/memory.py": "--crop 16 --batch-size 4 --accumulate 1 --steps 1 --students 'SRVGGNetCompact 32x8'",
+    "benchmarks/update_shares.py": "--steps 1 --config.data.crop=16 --config.data.batch_size=4 --config.data.workers=0",
     "benchmarks/step.py": "--crop 16 --batch-size 2 --repeats 1",
     "benchmarks/startup.py": "--repeats 1",
     "benchmarks/degradations.py": "--canvas 48 --crop 16 --batch-size 2 --repeats 1 --step-repeats 0",
