@@ -37,7 +37,10 @@ log = logging.getLogger("kdjax")
 # Upper bounds on hyper-parameters: blocks are created one by one, and each level doubles the channels of the one
 # before.
 _MOST_CHANNELS, _MOST_BLOCKS, _MOST_LEVELS = 1024, 256, 16
-_CHANNELS, _LEVELS = ("num_in_ch", "num_out_ch", "img_channel", "num_feat", "num_grow_ch", "width"), ("num_level",)
+_CHANNELS, _LEVELS = (
+    ("num_in_ch", "num_out_ch", "img_channel", "num_feat", "num_grow_ch", "width", "feature_channels"),
+    ("num_level",),
+)
 _COPIES = 5  # of a student's parameters in training: parameters, EMA, gradient, Adam's two moments
 _WORKER_BYTES = 100 << 20  # of an idle decoding process: Python, NumPy, Grain
 

@@ -92,6 +92,19 @@ def test_golden_file_gives_the_reference_output(path: Path) -> None:
     assert model.hparams.get("scale", model.hparams.get("upscale", 1)) == ratio
 
 
+def test_span_is_folded_from_what_was_trained(tmp_path: Path) -> None:
+    """`eval_conv` of a file is what the last validation used; the parts are newer."""
+    model = load_model(GOLDEN / "archs" / "span_x2.pth")
+    state = to_state_dict(model)
+    assert state["block_3.c2_r.conv.1.weight"].shape == (12, 12, 3, 3)
+    stale = {key: value * 0 if ".eval_conv." in key else value for key, value in state.items()}
+    assert_same(load_model(write(tmp_path, zip_file(stale))).params, model.params)
+    for key, value in (("conv_1.sk.weight", np.zeros((6, 4, 1, 1), np.float32)), ("conv_2.conv.2.bias", None)):
+        wrong = {name: each for name, each in (state | {key: value}).items() if each is not None}
+        with pytest.raises(WeightsError, match=r"do not fit span .*unexpected: .*\.sk\."):
+            load_model(write(tmp_path, zip_file(wrong)))
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("path", GOLDEN_FILES, ids=lambda path: path.stem)
 def test_export_and_import_change_no_bit(path: Path, suffix: str, tmp_path: Path) -> None:

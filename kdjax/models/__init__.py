@@ -17,7 +17,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from kdjax.models import custom, dncnn, edsr, msrresnet, nafnet, rrdbnet, srvgg, unet
+from kdjax.models import custom, dncnn, edsr, msrresnet, nafnet, rrdbnet, span, srvgg, unet
 from kdjax.models.model import Apply, Architecture, Model, Network, Params, Shrink, count_params
 from kdjax.names import nearest
 
@@ -42,6 +42,7 @@ MODELS: dict[str, Architecture] = {
     "edsr": edsr.ARCHITECTURE,
     "msrresnet": msrresnet.ARCHITECTURE,
     "nafnet": nafnet.ARCHITECTURE,
+    "span": span.ARCHITECTURE,
     "unet": unet.ARCHITECTURE,
 }
 

@@ -107,6 +107,8 @@ class Files:
       convert: returns the state dict renamed to one of the layouts, and the name of the file's layout; None if it
         already fits one.
       is_extra: whether a key belongs to a tensor that only `convert` reads.
+      expand: returns the state dict that kdjax writes, given hyper-parameters and the parameters under our names, where
+        other programs need more tensors than the network has. `convert` and `infer` have to reverse it.
     """
 
     layouts: tuple[Layout, ...]
@@ -117,6 +119,7 @@ class Files:
     guess: Hparams = dataclasses.field(default_factory=dict)
     convert: Callable[[State], tuple[dict[str, np.ndarray], str] | None] = lambda state: None
     is_extra: Callable[[str], bool] = lambda key: False
+    expand: Callable[[Hparams, dict[str, np.ndarray]], dict[str, np.ndarray]] = lambda hparams, state: state
 
 
 def listed(keys: Collection[Any], limit: int = 20) -> str:

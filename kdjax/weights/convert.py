@@ -102,7 +102,7 @@ def _refuse_contradictions(
 
 
 def to_state_dict(model: Model) -> dict[str, np.ndarray]:
-    """Returns the model's parameters under torch's names and layouts, float32, in the network's order.
+    """Returns the model's parameters as other programs read them: torch's names and layouts, float32, in order.
 
     Raises:
       WeightsError: the parameters do not fit the architecture, or are not finite.
@@ -116,7 +116,8 @@ def to_state_dict(model: Model) -> dict[str, np.ndarray]:
     _check(model.network, "kdjax", tensors, ())
     state = {name: _float32(state[name]) for name in torch_shapes(model.network)}
     _refuse_not_finite([name for name, value in state.items() if not np.isfinite(value).all()])
-    return state
+    files = model.network.architecture.files
+    return files.expand(model.hparams, state) if files else state
 
 
 def _network(architecture: Architecture, hparams: Mapping[str, Any]) -> Network:

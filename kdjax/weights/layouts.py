@@ -23,7 +23,6 @@ UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("MPRNet", (r"shallow_feat1\.0\.weight",)),
     ("Uformer", (r"input_proj\.proj\.0\.weight",)),
     ("RealCUGAN", (r"unet1\.conv1\.conv\.0\.weight",)),
-    ("SPAN", (r"block_1\.c1_r\..*",)),
     ("MDSR, which has one network for several scales", (r"pre_process\.0\.0\.body\.0\.weight", r"head\.0\.weight")),
     ("RCAN", (r"body\.0\.body\.0\.body\.3\.conv_du\.0\.weight",)),
     ("SRResNet of the first ESRGAN (MSRResNet0 of KAIR)", (r"model\.1\.sub\.0\.res\.0\.weight",)),
@@ -87,6 +86,11 @@ def known_part(state: Mapping[str, Tensor]) -> float:
         own = [key for key in some if not (files and files.is_extra(key))]
         parts += [_fit(architecture, layout, own).part for layout in _layouts(architecture, keys)]
     return max(parts)
+
+
+def is_constant(key: str) -> bool:
+    """Whether a layout that does not depend on the file knows a tensor as one that is never trained."""
+    return any(layout.is_constant(key) for known in MODELS.values() if known.files for layout in known.files.layouts)
 
 
 def _layouts(architecture: Architecture, keys: Collection[str]) -> tuple[Layout, ...]:

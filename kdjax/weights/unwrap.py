@@ -16,6 +16,7 @@ from typing import Any
 
 from kdjax.models.reading import WeightsError, listed
 from kdjax.names import brief
+from kdjax.weights.layouts import is_constant
 from kdjax.weights.tensors import Tensor
 
 # Names without a meaning of their own, best first.
@@ -250,11 +251,12 @@ def _unwrapped(key: str) -> str:
 
 def _without_counters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Drops counters of steps and operations: no parameter of a supported network is a single number."""
-    return {
-        key: value
-        for key, value in state.items()
-        if value.ndim and not (value.numel == 1 and "." not in key) and key.rsplit(".", 1)[-1] not in _COUNTERS
-    }
+
+    def is_counter(key: str, value: Tensor) -> bool:
+        is_number = not value.ndim or (value.numel == 1 and "." not in key)
+        return key.rsplit(".", 1)[-1] in _COUNTERS or (is_number and not is_constant(_unwrapped(key)))
+
+    return {key: value for key, value in state.items() if not is_counter(key, value)}
 
 
 def _without_wrapping_modules(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

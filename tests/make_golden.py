@@ -1,0 +1,49 @@
+"""Makes reference files of architectures with spandrel's PyTorch networks: tests/golden/archs/NAME.pth and NAME.npz.
+
+    pip install torch spandrel
+    python tests/make_golden.py
+
+Weights are random, of a size at which every branch counts and rounding errors do not grow. NAME.npz has an image `x`
+and the network's output `y`, (1, h, w, c).
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from spandrel.architectures.SPAN.__arch.span import SPAN
+
+FOLDER = Path(__file__).parent / "golden" / "archs"
+
+
+def randomised(net: torch.nn.Module) -> torch.nn.Module:
+    for parameter in net.parameters():
+        fan_in = parameter[0].numel() if parameter.ndim > 1 else 400
+        parameter.data = 0.7 * torch.randn_like(parameter) / fan_in**0.5
+    return net.eval()
+
+
+def write(name: str, net: torch.nn.Module, state: dict[str, torch.Tensor], size: tuple[int, int]) -> None:
+    image = torch.rand(1, 3, *size)
+    with torch.no_grad():
+        output = net(image)
+    arrays = {key: value.numpy().transpose(0, 2, 3, 1) for key, value in (("x", image), ("y", output))}
+    print(f"{name}: {sum(value.numel() for value in state.values()):,} numbers, outputs to {output.abs().max():.2f}")
+    torch.save(state, FOLDER / f"{name}.pth")
+    np.savez(FOLDER / f"{name}.npz", **arrays)
+
+
+def span() -> None:
+    """As trained, normalised; and folded, with the mark of one that is not."""
+    torch.manual_seed(0)
+    net = randomised(SPAN(num_in_ch=3, num_out_ch=3, feature_channels=6, upscale=2))
+    net.upsampler[0].weight.data /= 100  # its input is 255 times as large as the image
+    write("span_x2", net, net.state_dict(), (17, 23))
+    net = randomised(SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=1, norm=False))
+    net(torch.rand(1, 3, 8, 8))  # folds
+    folded = {key: value for key, value in net.state_dict().items() if ".sk." not in key and ".conv." not in key}
+    write("span_folded_x1", net, folded, (16, 20))
+
+
+if __name__ == "__main__":
+    span()
