@@ -96,13 +96,14 @@ class SPAN(nnx.Module):
         x = (image - jnp.array(RGB_MEAN, image.dtype)) * self.img_range if self.norm else image
         features = {}
         x = features["conv_1"] = self.conv_1(x)
-        for i in range(1, NUM_BLOCKS):
-            x = features[f"block_{i}"] = call(getattr(self, f"block_{i}"), x, remat=self.remat)
+        *blocks, last = [getattr(self, f"block_{i}") for i in range(1, NUM_BLOCKS + 1)]
+        for i, block in enumerate(blocks, 1):
+            x = features[f"block_{i}"] = call(block, x, remat=self.remat)
         # What the last block's first convolution makes is also an output of the trunk. In the authors' code its
         # activation works in place, so it is the activated one.
-        first = self.block_6.begin(x)
-        features["block_6"] = self.block_6.finish(x, first)
-        features["conv_2"] = self.conv_2(features["block_6"])
+        first = last.begin(x)
+        features[f"block_{NUM_BLOCKS}"] = last.finish(x, first)
+        features["conv_2"] = self.conv_2(features[f"block_{NUM_BLOCKS}"])
         x = self.conv_cat(jnp.concatenate([features[name] for name in ("conv_1", "conv_2", "block_1")] + [first], -1))
         for layer in self.upsampler:
             x = layer(x)
@@ -140,8 +141,8 @@ def _fold(state: State) -> tuple[dict[str, np.ndarray], str] | None:
 def _parts(state: State, name: str) -> list[np.ndarray] | None:
     """Returns kernels and biases of sk, conv.0, conv.1 and conv.2, in float64."""
     keys = [f"{name}.{part}.{leaf}" for part in ("sk", "conv.0", "conv.1", "conv.2") for leaf in ("weight", "bias")]
-    tensors = [state.get(key) for key in keys]
-    if any(tensor is None or not tensor.is_float for tensor in tensors) or len(tensors[0].shape) != 4:
+    tensors = [state[key] for key in keys if key in state and state[key].is_float]
+    if len(tensors) < len(keys) or tensors[0].ndim != 4:
         return None
     o, c = tensors[0].shape[:2]
     kernels = [(o, c, 1, 1), (_GAIN * c, c, 1, 1), (_GAIN * o, _GAIN * c, 3, 3), (o, _GAIN * o, 1, 1)]
