@@ -89,8 +89,9 @@ class Program:
             time.sleep(0.01)
 
     def send_signal(self, number: int) -> None:
-        if self.returncode is None:
-            os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may just have ended
+            if self.returncode is None:
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
@@ -105,6 +106,7 @@ class Program:
 
     def close(self) -> None:
         """Kills it and all that it has started, and forgets what it has printed."""
+        self.kill()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.join()

@@ -2,8 +2,8 @@
 
 Names follow the authors' code. There, a convolution is trained as three in a row and one beside them (`Conv3XC`), and
 folded into one, `eval_conv`, when the network is used. Here it is the folded one. Files of either form are read, and
-those that kdjax writes have all parts, so that the authors' programs and spandrel open them: three convolutions that
-fold to the same numbers, bit for bit.
+those that kdjax writes have all parts, which spandrel needs: three convolutions that fold to the same numbers, bit for
+bit.
 
 Features: `conv_1`, `block_1` to `block_6` and `conv_2`, with `feature_channels` channels at the input's height and
 width.
@@ -117,7 +117,7 @@ _CONV3XC = r"conv_[12]|block_[1-6]\.c[123]_r"
 _KEY = rf"(({_CONV3XC})\.eval_conv|conv_cat|upsampler\.0)\.(weight|bias)"
 _TRAINED = re.compile(rf"(?P<name>{_CONV3XC})\.(sk|conv\.[012])\.(weight|bias)")
 _GAIN = 2  # the channels between the three convolutions, as a multiple of those outside
-_NO_NORM = "no_norm"  # traiNNer-redux and neosr write it where the input is not normalised
+_NO_NORM = "no_norm"  # a buffer that marks files whose input is not normalised; spandrel reads it
 
 
 def _fold(state: State) -> tuple[dict[str, np.ndarray], str] | None:
@@ -202,7 +202,7 @@ def _settle(known: Known) -> Settled:
     if not known.hparams["norm"] or "img_range" in known.stated:
         return {}, []
     return {}, [
-        "img_range=255 and the mean colour of DIV2K were assumed, as in every published SPAN, since no tensor shows"
+        "img_range=255 and the mean colour of DIV2K were assumed, as in the authors' code, since no tensor shows"
         f" them; otherwise {how_to_say('img_range', (1,))}"
     ]
 

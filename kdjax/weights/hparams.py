@@ -11,7 +11,7 @@ What shapes cannot tell is taken from published networks, or asked for. Each fil
 | | DnCNN of depth 7 or IRCNN | asked for (`arch`) |
 | edsr | `res_scale` | the published value for published sizes, and noted; else asked for |
 | | `img_range`, the mean colour | in the authors' files; else BasicSR's, and noted |
-| span | `img_range`, the mean colour | 255 and that of DIV2K, as in all published networks, and noted |
+| span | `img_range`, the mean colour | 255 and that of DIV2K, as in the authors' code, and noted |
 | srvggnetcompact, dncnn, edsr | whether 12 or 48 input channels are an un-shuffled image | assumed, and noted |
 | msrresnet, nafnet, unet | nothing | |
 
