@@ -5,10 +5,8 @@ The environment stays as it was found: programs that tests start get that of a u
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,12 +15,10 @@ import jax
 import numpy as np
 import pytest
 
-from kdjax import sharding
+from kdjax import compiled, sharding
 
 if TYPE_CHECKING:
     from selenium import webdriver
-
-_COMPILED = "KDJAX_TESTS_COMPILED"  # a folder: what one process of the tests has compiled, the others read
 
 
 def _start_jax() -> None:
@@ -31,12 +27,8 @@ def _start_jax() -> None:
         jax.config.update("jax_platforms", "cpu")
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", 4)
-    if _COMPILED not in os.environ:
-        os.environ[_COMPILED] = tempfile.mkdtemp(prefix="kdjax-tests-")
-        atexit.register(shutil.rmtree, os.environ[_COMPILED], ignore_errors=True)
-    jax.config.update("jax_compilation_cache_dir", os.environ[_COMPILED])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    # Much of the time of the tests is compiling; optimising less saves a third of it, and another third where XLA still
+    compiled.keep()
+    # Much of the time of a first run is compiling; optimising less saves a third of it, and another third where XLA still
     # has the older way to emit fusions. What is given comes last, and counts. XLA reads the variable once, when the
     # devices are first asked for, and only up to the first word that does not start with "--".
     given = os.environ.get("XLA_FLAGS")
@@ -58,11 +50,22 @@ _start_jax()
 GOLDEN = Path(os.environ.get("KDJAX_GOLDEN", Path(__file__).parent / "golden"))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--one-of-each", action="store_true", help="run each test with the first of its parameters only")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     """The pages of the docs take longest: each worker begins with its share, so that nobody waits for the last of them.
 
     pytest-xdist gives the workers equal parts of the list, and lets those who are done take from the others' ends.
     """
+    if config.getoption("one_of_each"):
+        first = {(item.path, item.originalname): item for item in reversed(items)}
+        kept = [
+            item for item in items if first[item.path, item.originalname] is item or item.get_closest_marker("versions")
+        ]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     pages = [item for item in items if "commands_of_a_page" in item.nodeid]
     others = [item for item in items if "commands_of_a_page" not in item.nodeid]

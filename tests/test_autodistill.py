@@ -7,13 +7,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 
 from kdjax import assets, autodistill, data, shrink
 from kdjax.config import parse
 from kdjax.config_file import load
 from kdjax.models import Model, network
-from kdjax.models.shrinking import check, fit
 from kdjax.weights import load_model, save_model
 
 pytestmark = pytest.mark.once
@@ -27,12 +27,7 @@ def photographs(side: int) -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def teacher() -> Model:
-    """A small denoiser: the embedded one, shrunk."""
-    whole = load_model(assets.TEACHER)
-    clean = np.stack(photographs(48)).astype(np.float32) / 255
-    noisy = clean + np.random.default_rng(0).normal(0, 25 / 255, clean.shape).astype(np.float32)
-    sizes = dict(num_feat=16, num_block=1, num_grow_ch=8)
-    return fit(whole, check(whole, whole.hparams | sizes), jax.numpy.asarray(noisy))
+    return load_model(programs.SMALL_TEACHER)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +73,7 @@ def test_validation_images_are_not_trained_on(folder: Path, tmp_path: Path) -> N
 def test_the_command_goes_to_the_end_and_continues(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shrink, "ways", lambda teacher: [("num_feat", "num_grow_ch")])
+    monkeypatch.setattr(shrink, "ways", lambda teacher: [("num_feat",)])
     whole = load_model(folder / "teacher.pth").network.count_macs(64, 64)
     monkeypatch.setattr(shrink.Clock, "part", lambda clock, model: model.network.count_macs(64, 64) / whole)
     output = tmp_path / "with space"
@@ -97,7 +92,7 @@ def test_the_command_goes_to_the_end_and_continues(
         autodistill.main(flags)
     assert caught.value.code == 143 and calls == ["kdjax.train"] * 2
     before = (output / "config.py").read_text()
-    monkeypatch.setattr(autodistill, "_start", start)
+    monkeypatch.setattr(autodistill, "_start", lambda program, *arguments: programs.run(program, *arguments))
     autodistill.main(flags)
     assert (output / "config.py").read_text() == before and "is there; continuing" in capfd.readouterr().out
     with pytest.raises(SystemExit, match=r"belongs to another command: kdjax distill .*teacher.pth"):
@@ -106,7 +101,7 @@ def test_the_command_goes_to_the_end_and_continues(
     assert config.train.steps == 50 and config.teacher.weights == str(folder / "teacher.pth")
     assert config.data.meta_info == str(output / "train.txt") and config.student.weights == str(output / "start.pth")
     student = load_model(output / "run" / "student.pth")
-    assert 0 < student.hparams["num_feat"] < 16
+    assert 0 < student.hparams["num_feat"] < 8
     results = json.loads((output / "results" / "results.json").read_text())
     assert "student" in json.dumps(results) and (output / "results" / "report.html").exists()
     assert load_model(output / "exported" / "student.pth").network == student.network

@@ -373,7 +373,6 @@ def test_process_makes_8_bit_images_of_the_right_size(scale: int, degrade: Calla
 def test_a_sample_is_the_same_alone_in_any_batch_and_on_any_canvas(degrade: Callable, images: np.ndarray) -> None:
     keys = jax.random.split(jax.random.key(1), len(images))
     batch = np.asarray(degrade(keys, images))
-    np.testing.assert_array_equal(degrade(keys[2:4], images[2:4]), batch[2:4])
     one = jax.jit(make_degrade(preset("realesrgan")))
     assert_almost_equal([one(key, image) for key, image in zip(keys, images, strict=True)], batch)
     assert_almost_equal(side_by_side(keys, images, 1), batch)

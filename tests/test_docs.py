@@ -63,15 +63,15 @@ SHORT = {
     "kdjax.cache": "--samples 8 --config.data.crop=16 --config.data.batch_size=4 --config.data.workers=0",
     "kdjax.show": "--count 2 --config.data.crop=16 --config.data.canvas=32 --config.data.batch_size=2"
     " --config.data.workers=0",
-    "kdjax.compare": "--size 32 --batch 1 --repeats 1",
+    "kdjax.compare": "--size 32 --batch 1 --repeats 1 --limit 1",
     "kdjax.demo": "--port 0",
     "kdjax.shrink": "--crops 2",
     "benchmarks/data.py": "--limit 4 --crop 16 --batch-size 2 --repeats 1",
     "benchmarks/memory.py": "--crop 16 --batch-size 4 --accumulate 1 --steps 1 --students 'SRVGGNetCompact 32x8'",
     "benchmarks/update_shares.py": "--steps 1 --config.data.crop=16 --config.data.batch_size=4 --config.data.workers=0",
-    "benchmarks/step.py": "--crop 16 --batch-size 2 --repeats 1",
+    "benchmarks/step.py": "--crop 16 --batch-size 2 --repeats 1 --parts cached inference",
     "benchmarks/startup.py": "--repeats 1",
-    "benchmarks/degradations.py": "--canvas 48 --crop 16 --batch-size 2 --repeats 1 --step-repeats 0",
+    "benchmarks/degradations.py": "--canvas 32 --crop 16 --batch-size 2 --repeats 1 --step-repeats 0",
 }
 
 

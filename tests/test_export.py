@@ -87,6 +87,7 @@ def test_there_is_a_case_of_every_architecture() -> None:
     assert {arch for arch, _ in CASES.values()} == set(models.MODELS)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("case", CASES)
 def test_every_architecture_in_every_format(case: str, tmp_path: Path) -> None:
     model = make_model(*CASES[case])

@@ -34,6 +34,7 @@ def load_reference(folder: Path, name: str) -> tuple:
     return load_model(folder / "archs" / f"{name}.pth", **told), load_npz(folder / "archs" / f"{name}.npz")
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", REFERENCES)
 def test_output_and_features_equal_the_reference(golden: Path, name: str) -> None:
     model, vectors = load_reference(golden, name)

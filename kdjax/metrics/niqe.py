@@ -11,12 +11,11 @@ other, but not with published ones.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.ndimage import correlate1d
-from scipy.special import gamma
 
 from kdjax.metrics.psnr_ssim import TooSmallError, check, crop, luma
 
@@ -28,9 +27,7 @@ _WINDOW = np.exp(-(np.arange(-3, 4) ** 2) / (2 * (7 / 6) ** 2))
 _WINDOW /= _WINDOW.sum()
 # MATLAB's imresize(image, 0.5): Keys' cubic with a = -0.5, stretched by two for antialiasing, at its eight taps.
 _HALVING = np.array([-3, -9, 29, 111, 111, 29, -9, -3]) / 256
-# The candidate shapes of the generalised Gaussian, and G(2/a)^2 / (G(1/a) G(3/a)) of each.
-_SHAPES = np.arange(0.2, 10.001, 0.001)
-_RATIOS = gamma(2 / _SHAPES) ** 2 / (gamma(1 / _SHAPES) * gamma(3 / _SHAPES))
+_SHAPES = np.arange(0.2, 10.001, 0.001)  # the candidates for the generalised Gaussian
 
 
 class Pristine(NamedTuple):
@@ -116,7 +113,7 @@ def _block_features(plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         features += [shape, (left + right) / 2]
         for shift in ((0, 1), (1, 0), (1, 1), (1, -1)):  # products of neighbours, wrapping around the block edge
             shape, left, right = generalised_gaussian(blocks * np.roll(blocks, shift, axis=(1, 2)))
-            features += [shape, (right - left) * gamma(2 / shape) / gamma(1 / shape), left, right]
+            features += [shape, (right - left) * _gamma(2 / shape) / _gamma(1 / shape), left, right]
     return np.stack(features, axis=1), sharpness
 
 
@@ -134,8 +131,8 @@ def generalised_gaussian(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np
         skew = left / right
         ratio = np.abs(flat).mean(axis=1) ** 2 / square.mean(axis=1)
         ratio = ratio * (skew**3 + 1) * (skew + 1) / (skew**2 + 1) ** 2
-    shape = _SHAPES[np.argmin((_RATIOS - ratio[:, None]) ** 2, axis=1)]
-    to_scale = np.sqrt(gamma(1 / shape) / gamma(3 / shape))
+    shape = _SHAPES[np.argmin((_ratios() - ratio[:, None]) ** 2, axis=1)]
+    to_scale = np.sqrt(_gamma(1 / shape) / _gamma(3 / shape))
     return shape, left * to_scale, right * to_scale
 
 
@@ -157,4 +154,18 @@ def _split(plane: np.ndarray, side: int) -> np.ndarray:
 
 
 def _blur(plane: np.ndarray) -> np.ndarray:
+    from scipy.ndimage import correlate1d
+
     return correlate1d(correlate1d(plane, _WINDOW, axis=0, mode="nearest"), _WINDOW, axis=1, mode="nearest")
+
+
+@functools.cache
+def _ratios() -> np.ndarray:
+    """G(2/a)^2 / (G(1/a) G(3/a)) of each candidate shape a."""
+    return _gamma(2 / _SHAPES) ** 2 / (_gamma(1 / _SHAPES) * _gamma(3 / _SHAPES))
+
+
+def _gamma(x: np.ndarray) -> np.ndarray:
+    from scipy.special import gamma  # SciPy takes half a second to import, and most programs do not need it
+
+    return gamma(x)
