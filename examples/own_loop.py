@@ -2,7 +2,8 @@
 
     python examples/own_loop.py
 
-The teacher is kdjax's denoiser `fast`; the photographs are those in the package. It takes about 15 seconds on two CPU cores and writes `student.pth`.
+The teacher is kdjax's denoiser `fast`; the photographs are those in the package. It takes about 15 seconds on two CPU
+cores and writes `student.pth`.
 """
 
 import functools

@@ -1,16 +1,20 @@
 """Distils a teacher of yours in one command: looks at it, plans, shrinks, trains, evaluates and exports.
 
     python -m kdjax.autodistill teacher.pth --data photographs --output distilled --speedup 4 --hours 2
+    python -m kdjax.autodistill teacher.pth --lq noisy_photographs --output distilled --speedup 4 --hours 2
 
-It finds out which noise the teacher is for, by trying; a teacher that upscales is given what Real-ESRGAN's degradation
-makes of the photographs. The student starts as a smaller version of the teacher, and learns for about the time given.
-What was decided is in OUTPUT/config.py, which `kdjax train` takes, too. Run the same command again to continue.
+With clean photographs it finds out which noise the teacher is for, by trying; a teacher that upscales is given what
+Real-ESRGAN's degradation makes of them. With degraded ones (--lq), the student learns what the teacher makes of those:
+no clean image is needed, and nothing is assumed about how they were degraded. The student starts as a smaller version
+of the teacher, and learns for about the time given. What was decided is in OUTPUT/config.py, which `kdjax train` takes,
+too. Run the same command again to continue.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -21,10 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -43,7 +47,10 @@ _LEAST_LOSS, _MOST_LOSS = 1.5, 5.5  # dB per doubling of the noise
 _TRIED, _TRIED_SIDE = 6, 160  # images for finding the noise, and their side
 _HELD_OUT = 8  # images at most that are kept for validation
 _TIMED_STEPS = 12
+_PARTS = {"data": "train", "val": "val"}  # a section of a config, and the folder of its images
 _BATCH, _CROP = 8, 64
+# The teacher answers crops of degraded images before the training: for this part of its time, and within these numbers.
+_ANSWERED_PART, _LEAST_ANSWERED, _MOST_ANSWERED, _ANSWERED_SIDE = 0.1, 64, 4000, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,11 +107,11 @@ def _range_around(best: float, psnr: Mapping[float, float]) -> tuple[float, floa
     return SIGMAS[low], SIGMAS[high]
 
 
-def split(folder: str, output: Path) -> tuple[list[str], Path]:
-    """Copies some images to output/val, spread over the folder, and lists all others in output/train.txt.
+def split(folder: str, output: Path) -> tuple[list[str], list[str]]:
+    """Sets some images of a folder aside for validation, and lists all others in output/train.txt.
 
     Returns:
-      The paths of the images to train on, and the list.
+      The paths of the images to train on, and those for validation, which are spread over the folder.
 
     Raises:
       DataError: the folder cannot be used, or has fewer than four images.
@@ -113,13 +120,118 @@ def split(folder: str, output: Path) -> tuple[list[str], Path]:
     if len(pairs) < 4:
         raise data.DataError(f"{folder} has {len(pairs)} images; at least 4 are needed, one of them for validation")
     held_out = data.spread(pairs, min(_HELD_OUT, max(1, len(pairs) // 10)))
-    for number, pair in enumerate(held_out):
-        target = output / "val" / f"{number}_{Path(pair.gt).name}"
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(pair.gt, target)
     rest = [pair for pair in pairs if pair not in held_out]
     write_bytes(output / "train.txt", b"".join(os.fsencode(f"{pair.name}\n") for pair in rest))
-    return [pair.gt for pair in rest], output / "train.txt"
+    return [pair.gt for pair in rest], [pair.gt for pair in held_out]
+
+
+def answer(teacher: Model, paths: Sequence[str], folder: Path, seconds: float) -> list[np.ndarray]:
+    """Cuts crops out of degraded images and writes them to folder/lq, and what the teacher makes of them to folder/gt.
+
+    It stops after so many seconds, but not before there are as many crops as images, or `_LEAST_ANSWERED`.
+
+    Returns:
+      The crops, uint8 (h, w, c).
+
+    Raises:
+      DataError: an image cannot be read, or all but a few are too small.
+    """
+    apply, started = teacher.network.make_apply(), time.monotonic()
+    crops: list[np.ndarray] = []
+    for name in ("lq", "gt"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    least = min(len(paths), _LEAST_ANSWERED)
+    endless = _crops(paths, teacher.network.channels)
+    while batch := list(itertools.islice(endless, _BATCH)):
+        answers = dict(validation.restore(apply, teacher.params, [crop / np.float32(255) for crop in batch]))
+        for i, crop in enumerate(batch):
+            data.write_image(folder / "lq" / f"{len(crops):04d}.png", crop)
+            data.write_image(folder / "gt" / f"{len(crops):04d}.png", answers[i])
+            crops.append(crop)
+        if len(crops) >= _MOST_ANSWERED or (len(crops) >= least and time.monotonic() - started > seconds):
+            return crops
+    return crops
+
+
+def _crops(paths: Sequence[str], channels: int) -> Iterator[np.ndarray]:
+    """Yields a crop of each image, in random order, then another one of each, without end."""
+    random = np.random.default_rng(0)
+    order = list(random.permutation(list(paths)))
+    side = min(_ANSWERED_SIDE, *(min(data.read_image(path, channels).shape[:2]) for path in order[:_TRIED]))
+    while order:
+        large = []
+        for path in order:
+            image = data.read_image(path, channels)
+            if min(image.shape[:2]) < side:
+                continue
+            large.append(path)
+            top, left = (int(random.integers(extent - side + 1)) for extent in image.shape[:2])
+            yield image[top : top + side, left : left + side]
+        if len(large) < len(order):
+            print(f"  left out: {len(order) - len(large)} images that are smaller than {side}x{side}", flush=True)
+        order = large
+
+
+class Look(NamedTuple):
+    """What was found out about a task."""
+
+    images: shrink.Images  # to shrink the teacher with
+    words: str
+    config: dict[str, Any]  # what a config says about it, by key
+    evaluation: list[str]  # arguments for `kdjax.evaluate` besides the student, or none
+
+
+def look_at_clean(teacher: Model, options: argparse.Namespace, output: Path, count: int) -> Look:
+    """Finds out what the teacher is for from clean images, some of which are copied to output/val.
+
+    Raises:
+      ValueError: the images cannot be used, or the teacher does neither denoise nor upscale.
+    """
+    folder, scale = locate(options.data, TRAIN_PHOTOGRAPHS), teacher.network.scale
+    paths, held_out = split(folder, output)
+    (output / "val").mkdir(exist_ok=True)
+    for number, path in enumerate(held_out):
+        shutil.copyfile(path, output / "val" / f"{number}_{Path(path).name}")
+    some = paths[:: max(1, len(paths) // _TRIED)][:_TRIED]
+    tried = [data.read_image(path, teacher.network.channels)[:_TRIED_SIDE, :_TRIED_SIDE] for path in some]
+    task = find_task(teacher, tried)
+    config: dict[str, Any] = {
+        "terms": dict(task=dict(criterion="l1", weight=1.0), output=dict(criterion="l1", weight=1.0)),
+        "degrade": task.degrade,
+        "data.gt": str(Path(folder).expanduser().absolute()),
+        "data.meta_info": str(output / "train.txt"),
+        "val.gt": str(output / "val"),
+    }
+    if scale > 1:
+        config["data.canvas"] = _canvas(tried, 2 * _CROP * scale, scale)
+        config["val.degrade"] = task.degrade
+        return Look(degraded_crops(paths, task, teacher, count), task.words, config, [])
+    config["val.sigma"] = task.sigmas[len(task.sigmas) // 2]
+    model = options.teacher if options.teacher in MODELS else str(Path(options.teacher).absolute())
+    measured = [f"teacher={model}", "--data", f"val={output / 'val'}", "--sigma", *(f"{s:g}" for s in task.sigmas)]
+    return Look(degraded_crops(paths, task, teacher, count), task.words, config, measured)
+
+
+def look_at_degraded(teacher: Model, options: argparse.Namespace, output: Path, count: int) -> Look:
+    """Lets the teacher answer crops of degraded images: output/train and output/val, each with the folders lq and gt.
+
+    Raises:
+      ValueError: the images cannot be used.
+    """
+    paths, held_out = split(locate(options.lq, TRAIN_PHOTOGRAPHS), output)
+    crops = answer(teacher, paths, output / "train", _ANSWERED_PART * 3600 * options.hours)
+    kept = answer(teacher, held_out, output / "val", 0.0)
+    side = min(shrink.SIDE, *crops[0].shape[:2])
+    fitted = np.stack([crops[i % len(crops)][:side, :side] for i in range(count)]) / np.float32(255)
+    measured = [crop / np.float32(255) for crop in kept[: shrink.MEASURED]]
+    config = {
+        "terms": dict(task=dict(criterion="l1", weight=1.0)),
+        "data.crop": min(_CROP, side) * teacher.network.scale,
+        **{f"{part}.{kind}": str(output / name / kind) for part, name in _PARTS.items() for kind in ("gt", "lq")},
+    }
+    words = f"learns what the teacher makes of {len(crops)} crops of {crops[0].shape[0]}x{crops[0].shape[1]} pixels"
+    pairs = ["--pairs", "against_teacher", str(output / "val" / "gt"), str(output / "val" / "lq")]
+    return Look(shrink.Images(jax.numpy.asarray(fitted), measured, None), words, config, pairs)
 
 
 def degraded_crops(paths: Sequence[str], task: Task, teacher: Model, count: int) -> shrink.Images:
@@ -174,15 +286,11 @@ def plan(options: argparse.Namespace, output: Path) -> None:
     loaded = load_weights(options.teacher, **given)
     teacher = loaded.model
     print(f"{loaded.path}: {teacher.arch}, {models.count_params(teacher.params):,} parameters", flush=True)
-    folder = locate(options.data, TRAIN_PHOTOGRAPHS)
-    paths, listed = split(folder, output)
-    tried = [
-        _square(data.read_image(path, teacher.network.channels)) for path in paths[:: max(1, len(paths) // _TRIED)]
-    ]
-    task = find_task(teacher, tried[:_TRIED])
-    print(f"  {task.words}", flush=True)
     count = shrink.shrinking.num_images(teacher, shrink.SIDE)
-    images = degraded_crops(paths, task, teacher, min(count, options.crops or count))
+    count = min(count, options.crops or count)
+    look = look_at_degraded if options.lq else look_at_clean
+    images, words, task, measured = look(teacher, options, output, count)
+    print(f"  {words}", flush=True)
     budget = shrink.Budget(latency=1 / options.speedup)
     student, _ = shrink.shrink(teacher, images, budget, tell=lambda line: print(f"  {line}", flush=True))
     save_model(student, output / "start.pth")
@@ -196,25 +304,15 @@ def plan(options: argparse.Namespace, output: Path) -> None:
         "teacher.weights": options.teacher if options.teacher in MODELS else str(Path(options.teacher).absolute()),
         "teacher.key": given.get("key", "auto"),
         "teacher.hparams": hparams | ({"arch": given["arch"]} if given.get("arch") else {}),
-        "terms": dict(task=dict(criterion="l1", weight=1.0), output=dict(criterion="l1", weight=1.0)),
-        "degrade": task.degrade,
-        "data.gt": str(Path(folder).expanduser().absolute()),
-        "data.meta_info": str(listed),
         "data.crop": _CROP * scale,
         "data.batch_size": _BATCH,
         "data.workers": 0,
-        "val.gt": str(output / "val"),
         "val.crop": 256 * min(scale, 2),
         "val.save_images": 2,
         "train.ema_decay": 0.99,
         "train.grad_clip": 0.1,
         "log.diagnose": False,
-    }
-    if scale > 1:
-        values["data.canvas"] = _canvas(tried, 2 * _CROP * scale, scale)
-        values["val.degrade"] = task.degrade
-    elif task.sigmas:
-        values["val.sigma"] = task.sigmas[len(task.sigmas) // 2]
+    } | task
     per_step = _seconds_per_step(values, output)
     steps = max(50, round(options.hours * 3600 / per_step))
     print(f"  {per_step:.2f} s a step: {steps:,} steps in {options.hours:g} hours", flush=True)
@@ -226,19 +324,16 @@ def plan(options: argparse.Namespace, output: Path) -> None:
         "checkpoint.every": every,
         "log.every": max(1, min(100, steps // 20)),
     }
-    about = {"command": _command(options), "teacher": loaded.path, "words": task.words, "sigmas": task.sigmas}
+    about = {"command": _command(options), "words": words, "evaluate": measured}
     write_text(output / "plan.json", json.dumps(about, indent=1))
     write_text(output / "config.py", config_text(_command(options), values))
 
 
 def _command(options: argparse.Namespace) -> str:
     """Returns the command that this folder belongs to."""
-    flags = ("--data", options.data, "--speedup", f"{options.speedup:g}", "--hours", f"{options.hours:g}")
+    images = ("--lq", options.lq) if options.lq else ("--data", options.data)
+    flags = (*images, "--speedup", f"{options.speedup:g}", "--hours", f"{options.hours:g}")
     return shlex.join(["kdjax", "distill", options.teacher, *flags])
-
-
-def _square(image: np.ndarray) -> np.ndarray:
-    return image[:_TRIED_SIDE, :_TRIED_SIDE]
 
 
 def _canvas(images: Sequence[np.ndarray], wanted: int, scale: int) -> int:
@@ -270,7 +365,9 @@ def make_parser() -> commandline.Parser:
     parser = commandline.Parser("kdjax.autodistill", __doc__)
     add = parser.add_argument
     add("teacher", metavar="TEACHER", help=MODEL_HELP)
-    add("--data", required=True, help='folder of clean photographs, or "embedded"')
+    images = parser.add_mutually_exclusive_group(required=True)
+    images.add_argument("--data", help='folder of clean photographs, or "embedded"')
+    images.add_argument("--lq", help="folder of degraded ones, of which no clean version is needed")
     add("--output", type=Path, default=Path("distilled"), help="folder of the result")
     add("--speedup", type=float, default=4.0, help="how many times faster, measured on this device")
     add("--hours", type=float, default=1.0, help="about how long to train")
@@ -310,10 +407,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = json.loads((output / "plan.json").read_text())
     run, student = output / "run", output / "run" / "student.pth"
     _go_on("kdjax.train", "--config", output / "config.py", "--workdir", run)
-    models_of = (f"teacher={about['teacher']}", f"student={student}")
-    if about["sigmas"]:
-        measured = ("--data", f"val={output / 'val'}", "--sigma", *about["sigmas"], "--output", output / "results")
-        _go_on("kdjax.evaluate", "--model", *models_of, *measured)
+    if about["evaluate"]:
+        _go_on("kdjax.evaluate", "--model", f"student={student}", *about["evaluate"], "--output", output / "results")
     has_onnx = find_spec("onnxruntime") and find_spec("onnx")
     formats = () if has_onnx else ("--format", "pth", "safetensors", "stablehlo")
     _go_on("kdjax.export", "--model", student, "--run", run, "--output", output / "exported", *formats)

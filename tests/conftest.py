@@ -28,9 +28,9 @@ def _start_jax() -> None:
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", 4)
     compiled.keep()
-    # Much of the time of a first run is compiling; optimising less saves a third of it, and another third where XLA still
-    # has the older way to emit fusions. What is given comes last, and counts. XLA reads the variable once, when the
-    # devices are first asked for, and only up to the first word that does not start with "--".
+    # Much of the time of a first run is compiling; optimising less saves a third of it, and another third where XLA
+    # still has the older way to emit fusions. What is given comes last, and counts. XLA reads the variable once, when
+    # the devices are first asked for, and only up to the first word that does not start with "--".
     given = os.environ.get("XLA_FLAGS")
     flags = ["--xla_backend_optimization_level=0", "--xla_cpu_multi_thread_eigen=false"]
     if jax.__version_info__ < (0, 11):

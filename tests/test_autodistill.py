@@ -61,13 +61,9 @@ def test_a_teacher_that_upscales_gets_real_esrgans_degradation() -> None:
 
 
 def test_validation_images_are_not_trained_on(folder: Path, tmp_path: Path) -> None:
-    paths, listed = autodistill.split(str(folder / "photos"), tmp_path)
-    held_out = [path.name.split("_", 1)[1] for path in (tmp_path / "val").iterdir()]
-    names = listed.read_text().split()
-    assert (
-        sorted(names + held_out) == sorted(path.name for path in (folder / "photos").iterdir()) and len(held_out) == 1
-    )
-    assert [Path(path).name for path in paths] == names
+    paths, held_out = autodistill.split(str(folder / "photos"), tmp_path)
+    assert sorted(paths + held_out) == sorted(map(str, (folder / "photos").iterdir())) and len(held_out) == 1
+    assert [Path(path).name for path in paths] == (tmp_path / "train.txt").read_text().split()
 
 
 def test_the_command_goes_to_the_end_and_continues(
@@ -108,6 +104,35 @@ def test_the_command_goes_to_the_end_and_continues(
     assert {path.name for path in output.iterdir()} - {"__pycache__"} == {
         "config.py", "plan.json", "train.txt", "val", "start.pth", "run", "results", "exported",
     }  # fmt: skip
+
+
+def test_degraded_images_alone_are_enough(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The student learns the teacher's answers, from a start that is near to them, and is compared with them."""
+    monkeypatch.setattr(shrink, "ways", lambda teacher: [("num_feat",)])
+    monkeypatch.setattr(shrink.Clock, "part", lambda clock, model: model.hparams["num_feat"] / 8)
+    monkeypatch.setattr(autodistill, "_seconds_per_step", lambda values, output: 1.0)
+    monkeypatch.setattr(autodistill, "_start", lambda program, *arguments: programs.run(program, *arguments))
+    output, images = tmp_path / "out", tmp_path / "noisy"
+    images.mkdir()
+    random = np.random.default_rng(0)
+    for i, clean in enumerate(photographs(160)):
+        noisy = np.clip(clean + random.normal(0, 25, clean.shape), 0, 255).astype(np.uint8)
+        data.write_image(images / f"{i}.png", noisy[: 160 if i else 40])  # one that is too small
+    flags = ["--lq", str(images), "--output", str(output), "--hours", "0.001", "--speedup", "2"]
+    autodistill.main([str(folder / "teacher.pth"), *flags])
+    assert "learns what the teacher makes of 64 crops of 128x128 pixels" in (said := capfd.readouterr().out)
+    assert "left out: 1 images that are smaller than 128x128" in said
+    config = parse(load(str(output / "config.py")).to_dict())
+    assert set(config.terms) == {"task"} and config.data.gt == str(output / "train" / "gt")
+    answers = [data.read_image(path) for path in sorted((output / "train" / "gt").iterdir())]
+    crops = [data.read_image(path) for path in sorted((output / "train" / "lq").iterdir())]
+    assert len(crops) == 64 and len({crop.tobytes() for crop in crops}) == 64
+    teacher = load_model(folder / "teacher.pth")
+    np.testing.assert_array_equal(shrink.restored(teacher, [crops[5] / np.float32(255)])[0], answers[5])
+    rows = {row["model"]: row for row in json.loads((output / "results" / "results.json").read_text())["results"]}
+    assert set(rows) == {"input", "student"} and rows["student"]["psnr"] > rows["input"]["psnr"] + 3
 
 
 @pytest.mark.parametrize(
