@@ -125,22 +125,21 @@ def split(folder: str, output: Path) -> tuple[list[str], list[str]]:
     return [pair.gt for pair in rest], [pair.gt for pair in held_out]
 
 
-def answer(teacher: Model, paths: Sequence[str], folder: Path, seconds: float) -> list[np.ndarray]:
+def answer(teacher: Model, paths: Sequence[str], folder: Path, seconds: float, least: int) -> list[np.ndarray]:
     """Cuts crops out of degraded images and writes them to folder/lq, and what the teacher makes of them to folder/gt.
 
-    It stops after so many seconds, but not before there are as many crops as images, or `_LEAST_ANSWERED`.
+    It stops after so many seconds, but not before there are `least` of them.
 
     Returns:
       The crops, uint8 (h, w, c).
 
     Raises:
-      DataError: an image cannot be read, or all but a few are too small.
+      ImageError: an image cannot be read.
     """
     apply, started = teacher.network.make_apply(), time.monotonic()
     crops: list[np.ndarray] = []
     for name in ("lq", "gt"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    least = min(len(paths), _LEAST_ANSWERED)
     endless = _crops(paths, teacher.network.channels)
     while batch := list(itertools.islice(endless, _BATCH)):
         answers = dict(validation.restore(apply, teacher.params, [crop / np.float32(255) for crop in batch]))
@@ -148,16 +147,21 @@ def answer(teacher: Model, paths: Sequence[str], folder: Path, seconds: float) -
             data.write_image(folder / "lq" / f"{len(crops):04d}.png", crop)
             data.write_image(folder / "gt" / f"{len(crops):04d}.png", answers[i])
             crops.append(crop)
-        if len(crops) >= _MOST_ANSWERED or (len(crops) >= least and time.monotonic() - started > seconds):
+        late = time.monotonic() - started > seconds
+        if len(crops) >= (least if late else _MOST_ANSWERED):
             return crops
     return crops
 
 
 def _crops(paths: Sequence[str], channels: int) -> Iterator[np.ndarray]:
-    """Yields a crop of each image, in random order, then another one of each, without end."""
+    """Yields a crop of each image, in random order, then another one of each, without end.
+
+    Crops are as large as half of the images allow; smaller images are left out.
+    """
     random = np.random.default_rng(0)
     order = list(random.permutation(list(paths)))
-    side = min(_ANSWERED_SIDE, *(min(data.read_image(path, channels).shape[:2]) for path in order[:_TRIED]))
+    sides = [min(data.read_image(path, channels).shape[:2]) for path in order[:_TRIED]]
+    side = min(_ANSWERED_SIDE, statistics.median_low(sides))
     while order:
         large = []
         for path in order:
@@ -219,8 +223,8 @@ def look_at_degraded(teacher: Model, options: argparse.Namespace, output: Path, 
       ValueError: the images cannot be used.
     """
     paths, held_out = split(locate(options.lq, TRAIN_PHOTOGRAPHS), output)
-    crops = answer(teacher, paths, output / "train", _ANSWERED_PART * 3600 * options.hours)
-    kept = answer(teacher, held_out, output / "val", 0.0)
+    crops = answer(teacher, paths, output / "train", _ANSWERED_PART * 3600 * options.hours, _LEAST_ANSWERED)
+    kept = answer(teacher, held_out, output / "val", 0.0, 2 * _HELD_OUT)
     side = min(shrink.SIDE, *crops[0].shape[:2])
     fitted = np.stack([crops[i % len(crops)][:side, :side] for i in range(count)]) / np.float32(255)
     measured = [crop / np.float32(255) for crop in kept[: shrink.MEASURED]]
