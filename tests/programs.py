@@ -2,7 +2,7 @@
 
 Three of the four seconds of a short program go into importing JAX, Flax, Orbax and Grain. Here, a program is forked
 from a process that has imported them (multiprocessing's fork server), with its own arguments, folder, environment,
-streams and session. It imports kdjax itself. A real shell starts the commands of the docs, in test_docs.py.
+streams and session. It imports kdjax itself. A real shell starts the commands of README.md, in test_docs.py.
 """
 
 from __future__ import annotations
@@ -42,20 +42,21 @@ class Program:
 
     Args:
       limits: by number, such as `resource.RLIMIT_FSIZE`.
-      variables: added to the environment of this process.
+      environment: by default that of this process.
+      variables: added to the environment.
     """
 
     def __init__(
         self, module: str, *arguments: object, cwd: Path = ROOT, limits: Mapping[int, int] | None = None,
-        **variables: str,
+        environment: Mapping[str, str] = os.environ, **variables: str,
     ) -> None:  # fmt: skip
         self.arguments = [module, *map(str, arguments)]
         self._folder = Path(tempfile.mkdtemp(prefix="kdjax-program-"))
         for name in ("stdout", "stderr"):  # files: a program never waits for a reader
             (self._folder / name).touch()
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | variables
+        variables = {**environment, "PYTHONUNBUFFERED": "1", **variables}
         self._process = _context.Process(
-            target=_become, args=(self.arguments, str(cwd), environment, limits or {}, str(self._folder))
+            target=_become, args=(self.arguments, str(cwd), variables, limits or {}, str(self._folder))
         )
         self._process.start()
 

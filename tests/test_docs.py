@@ -1,8 +1,9 @@
 """Every command line of README.md and docs/ runs, as written, in the environment of a user.
 
 Each page is tried from top to bottom in a folder that holds what its text says is there: a clone's configs, tools and
-benchmarks, photographs, a teacher, a student. Long commands are cut short by flags that are appended to them. In the
-source of a page a comment before a block says what else holds for it:
+benchmarks, photographs, a teacher, a student. Long commands are cut short by flags that are appended to them. A shell
+runs README.md, and what needs one; other programs are forked (see programs.py). In the source of a page a comment
+before a block says what else holds for it:
 
     <!-- not run: REASON -->      only parsed: REASON, or: needs torch (which `pytest -m torch` runs)
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import programs
 import pytest
 import yaml
 from PIL import Image
@@ -209,6 +211,17 @@ def run_block(folder: Path, script: str, *, seconds: int = 500) -> str:
     return output
 
 
+def run_line(folder: Path, line: str, *, in_a_shell: bool) -> None:
+    """Runs one command."""
+    words = shlex.split(line)
+    if in_a_shell or words[:2] != ["python", "-m"] or set(line) & set("*?$|;&<>`\n"):
+        run_block(folder, line)
+        return
+    result = programs.run(*words[2:], cwd=folder, environment=environment(folder))
+    output = f"{line}\n{result.stdout}{result.stderr}"
+    assert result.returncode == 0 and "Traceback" not in output, output
+
+
 def run_page(page: Path, folder: Path, mark: str = "") -> int:
     """Runs the blocks of a page that have this mark, in their order; returns how many lines that were."""
     count = 0
@@ -218,7 +231,10 @@ def run_page(page: Path, folder: Path, mark: str = "") -> int:
         lines = [shortened(line) for line in commands(block.text) if not line.startswith("pip install ")]
         loops = any(line.startswith("for ") for line in lines)
         for script in ["\n".join(lines)] if loops else lines:
-            run_demo(folder, script) if "kdjax.demo" in script else run_block(folder, script)
+            if "kdjax.demo" in script:
+                run_demo(folder, script)
+            else:
+                run_line(folder, script, in_a_shell=loops or page.stem == "README")
             count += 1
     return count
 
