@@ -47,7 +47,8 @@ _LEAST_LOSS, _MOST_LOSS = 1.5, 5.5  # dB per doubling of the noise
 _TRIED, _TRIED_SIDE = 6, 160  # images for finding the noise, and their side
 _HELD_OUT = 8  # images at most that are kept for validation
 _TIMED_STEPS = 12
-_PARTS = {"data": "train", "val": "val"}  # a section of a config, and the folder of its images
+# What a plan that was not finished leaves in the folder of the result, and the next one replaces.
+_UNFINISHED = {"train.txt", "val", "answered", "start.pth", "plan.json"}
 _BATCH, _CROP = 8, 64
 # The teacher answers crops of degraded images before the training: for this part of its time, and within these numbers.
 _ANSWERED_PART, _LEAST_ANSWERED, _MOST_ANSWERED, _ANSWERED_SIDE = 0.1, 64, 4000, 128
@@ -189,7 +190,7 @@ def look_at_clean(teacher: Model, options: argparse.Namespace, output: Path, cou
     """Finds out what the teacher is for from clean images, some of which are copied to output/val.
 
     Raises:
-      ValueError: the images cannot be used, or the teacher does neither denoise nor upscale.
+      ValueError: the images cannot be used, or the teacher neither denoises nor upscales.
     """
     folder, scale = locate(options.data, TRAIN_PHOTOGRAPHS), teacher.network.scale
     paths, held_out = split(folder, output)
@@ -217,24 +218,29 @@ def look_at_clean(teacher: Model, options: argparse.Namespace, output: Path, cou
 
 
 def look_at_degraded(teacher: Model, options: argparse.Namespace, output: Path, count: int) -> Look:
-    """Lets the teacher answer crops of degraded images: output/train and output/val, each with the folders lq and gt.
+    """Lets the teacher answer crops of degraded images, in output/answered/train and val, with folders lq and gt each.
 
     Raises:
       ValueError: the images cannot be used.
     """
     paths, held_out = split(locate(options.lq, TRAIN_PHOTOGRAPHS), output)
-    crops = answer(teacher, paths, output / "train", _ANSWERED_PART * 3600 * options.hours, _LEAST_ANSWERED)
-    kept = answer(teacher, held_out, output / "val", 0.0, 2 * _HELD_OUT)
+    shutil.rmtree(output / "answered", ignore_errors=True)
+    train, val = output / "answered" / "train", output / "answered" / "val"
+    crops = answer(teacher, paths, train, _ANSWERED_PART * 3600 * options.hours, _LEAST_ANSWERED)
+    kept = answer(teacher, held_out, val, 0.0, 2 * _HELD_OUT)
     side = min(shrink.SIDE, *crops[0].shape[:2])
     fitted = np.stack([crops[i % len(crops)][:side, :side] for i in range(count)]) / np.float32(255)
     measured = [crop / np.float32(255) for crop in kept[: shrink.MEASURED]]
     config = {
         "terms": dict(task=dict(criterion="l1", weight=1.0)),
         "data.crop": min(_CROP, side) * teacher.network.scale,
-        **{f"{part}.{kind}": str(output / name / kind) for part, name in _PARTS.items() for kind in ("gt", "lq")},
+        "data.gt": str(train / "gt"),
+        "data.lq": str(train / "lq"),
+        "val.gt": str(val / "gt"),
+        "val.lq": str(val / "lq"),
     }
     words = f"learns what the teacher makes of {len(crops)} crops of {crops[0].shape[0]}x{crops[0].shape[1]} pixels"
-    pairs = ["--pairs", "against_teacher", str(output / "val" / "gt"), str(output / "val" / "lq")]
+    pairs = ["--pairs", "against_teacher", str(val / "gt"), str(val / "lq")]
     return Look(shrink.Images(jax.numpy.asarray(fitted), measured, None), words, config, pairs)
 
 
@@ -347,7 +353,7 @@ def _canvas(images: Sequence[np.ndarray], wanted: int, scale: int) -> int:
 def _seconds_per_step(values: Mapping[str, Any], output: Path) -> float:
     """Trains for a few steps in a folder that is removed again, which also fills the cache of compiled programs."""
     changes = {"train.steps": _TIMED_STEPS, "val.every": 10**6, "val.limit": 1, "val.crop": 32 * 4, "log.every": 1}
-    with tempfile.TemporaryDirectory(dir=output) as folder:
+    with tempfile.TemporaryDirectory(prefix=".timing-", dir=output) as folder:
         timed = Path(folder) / "config.py"
         write_text(timed, config_text("kdjax distill, to measure", {**values, **changes}))
         result = _start(
@@ -400,7 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
         print(f"{output / 'config.py'} is there; continuing")
     else:
-        if output.exists() and any(output.iterdir()) and not (output / "train.txt").exists():
+        present = {path.name for path in output.glob("[!.]*")}
+        if present and ("train.txt" not in present or not present <= _UNFINISHED):
             commandline.fail(f"--output={options.output} holds other files; give a folder that is new or empty")
         try:
             output.mkdir(parents=True, exist_ok=True)

@@ -75,6 +75,8 @@ def test_the_command_goes_to_the_end_and_continues(
     output = tmp_path / "with space"
     flags = [str(folder / "teacher.pth"), "--data", str(folder / "photos"), "--output", str(output)]
     flags += ["--hours", "0.0001", "--speedup", "2", "--crops", "2"]
+    (output / ".timing-1").mkdir(parents=True)  # as a plan that was killed leaves it
+    (output / "train.txt").write_text("0.png")
     start, calls = autodistill._start, []
 
     def killed(program: str, *arguments: object, **how: object) -> subprocess.CompletedProcess:
@@ -101,7 +103,7 @@ def test_the_command_goes_to_the_end_and_continues(
     results = json.loads((output / "results" / "results.json").read_text())
     assert "student" in json.dumps(results) and (output / "results" / "report.html").exists()
     assert load_model(output / "exported" / "student.pth").network == student.network
-    assert {path.name for path in output.iterdir()} - {"__pycache__"} == {
+    assert {path.name for path in output.iterdir()} - {"__pycache__", ".timing-1"} == {
         "config.py", "plan.json", "train.txt", "val", "start.pth", "run", "results", "exported",
     }  # fmt: skip
 
@@ -126,9 +128,9 @@ def test_degraded_images_alone_are_enough(
     assert "learns what the teacher makes of 24 crops of 128x128 pixels" in (said := capfd.readouterr().out)
     assert "left out: 1 images that are smaller than 128x128" in said
     config = parse(load(str(output / "config.py")).to_dict())
-    assert set(config.terms) == {"task"} and config.data.gt == str(output / "train" / "gt")
-    answers = [data.read_image(path) for path in sorted((output / "train" / "gt").iterdir())]
-    crops = [data.read_image(path) for path in sorted((output / "train" / "lq").iterdir())]
+    assert set(config.terms) == {"task"} and config.data.gt == str(output / "answered" / "train" / "gt")
+    answers = [data.read_image(path) for path in sorted((output / "answered" / "train" / "gt").iterdir())]
+    crops = [data.read_image(path) for path in sorted((output / "answered" / "train" / "lq").iterdir())]
     assert len(crops) == 24 and len({crop.tobytes() for crop in crops}) == 24
     teacher = load_model(folder / "teacher.pth")
     np.testing.assert_array_equal(shrink.restored(teacher, [crops[5] / np.float32(255)])[0], answers[5])
@@ -179,7 +181,15 @@ def test_no_name_of_a_file_becomes_code(tmp_path: Path) -> None:
 
 
 def test_foreign_files_are_left_alone(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="holds other files"):
-        autodistill.main([str(folder / "teacher.pth"), "--data", str(folder / "photos"), "--output", str(tmp_path)])
-    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    for names in (
+        ["mine.txt"],
+        ["mine.txt", "train.txt"],
+        ["val"],
+    ):  # the last ones as those of a data set may be called
+        output = tmp_path / "".join(names)
+        output.mkdir()
+        for name in names:
+            (output / name).write_text("mine")
+        with pytest.raises(SystemExit, match="holds other files"):
+            autodistill.main([str(folder / "teacher.pth"), "--data", str(folder / "photos"), "--output", str(output)])
+        assert {path.name: path.read_text() for path in output.iterdir()} == dict.fromkeys(names, "mine")
