@@ -224,11 +224,15 @@ def test_the_best_channels_predict_the_others() -> None:
     assert rest.max() < 1e-3
 
 
+@pytest.mark.parametrize("ranks", [(0, 3, 0, 2, 0), (0, 0, 0, 0, 0)])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_low_ranks_are_read_back(tmp_path: Path, teachers: dict[str, Model], suffix: str) -> None:
-    student = shrunk(teachers["dncnn"], {"ranks": (0, 3, 0, 2, 0)})
+def test_low_ranks_are_read_back(
+    tmp_path: Path, teachers: dict[str, Model], suffix: str, ranks: tuple[int, ...]
+) -> None:
+    """Also with all of them full, as a budget of a short stack may want it."""
+    student = shrunk(teachers["dncnn"], {"ranks": ranks})
     save_model(student, tmp_path / f"student{suffix}")
-    loaded = load_weights(tmp_path / f"student{suffix}").model
+    loaded = load_weights(tmp_path / f"student{suffix}", ranks=ranks).model
     assert loaded.network == student.network
     jax.tree.map(np.testing.assert_array_equal, loaded.params, student.params)
 

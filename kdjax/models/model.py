@@ -120,8 +120,11 @@ class Architecture:
         least = 0 if name == "num_upsample" or default == 0 else 1e-9
         if isinstance(value, int | float) and not isinstance(value, bool) and not least <= value < math.inf:
             raise ValueError(f"{self.name}: {name}={brief(value)} must be positive and finite")
-        if isinstance(value, tuple) and not all(type(count) is int and count >= 0 for count in value):
-            raise ValueError(f"{self.name}: {name}={brief(value)} must be whole numbers")
+        if isinstance(value, tuple):
+            if not all(type(count) is int and count >= 0 for count in value):
+                raise ValueError(f"{self.name}: {name}={brief(value)} must be whole numbers")
+            if default == () and not any(value):  # DnCNN's ranks; a file cannot tell zeros from none
+                return ()
         return value
 
 
