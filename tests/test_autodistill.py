@@ -181,11 +181,7 @@ def test_no_name_of_a_file_becomes_code(tmp_path: Path) -> None:
 
 
 def test_foreign_files_are_left_alone(folder: Path, tmp_path: Path) -> None:
-    for names in (
-        ["mine.txt"],
-        ["mine.txt", "train.txt"],
-        ["val"],
-    ):  # the last ones as those of a data set may be called
+    for names in (["mine.txt"], ["mine.txt", "train.txt"], ["val"]):  # a data set may have the last two
         output = tmp_path / "".join(names)
         output.mkdir()
         for name in names:

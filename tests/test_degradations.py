@@ -360,11 +360,12 @@ def test_process_makes_8_bit_images_of_the_right_size(scale: int, degrade: Calla
 
 
 @pytest.mark.once
-def test_a_sample_is_the_same_alone_side_by_side_and_on_any_canvas(
+def test_a_sample_is_the_same_alone_in_any_batch_and_on_any_canvas(
     degrade: Callable, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = jax.random.split(jax.random.key(1), len(images))
     batch = np.asarray(degrade(keys, images))
+    np.testing.assert_array_equal(degrade(keys[2:4], images[2:4]), batch[2:4])
     assert_almost_equal(side_by_side(keys, images, 1), batch)
     for name in ("_FIRST_CANVASES", "_SECOND_CANVASES"):
         monkeypatch.setattr(realesrgan, name, (0.6, 1.0))
