@@ -63,7 +63,7 @@ def _dispatch() -> None:
             sys.argv = [f"kdjax {name}", *arguments]  # the name shown in its help
             module = PROGRAMS[name]
             program = importlib.import_module(f"{module}.__main__" if _is_package(module) else module)
-            commandline.keep_compiled()
+            commandline.after_imports()
             program.main()
         case [name, *_]:
             print(usage(), file=sys.stderr)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import logging
 import os
@@ -38,7 +39,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     with contextlib.suppress(OSError, AttributeError):  # there may be no standard streams at all
         sys.stdout, sys.stderr = _Printable(1, line_buffering=True), _Printable(2, line_buffering=True)
     logging.getLogger("jax").setLevel(logging.WARNING)  # at INFO it lists the accelerators it did not find
-    keep_compiled()
+    after_imports()
     code = 0
     try:
         main()
@@ -55,8 +56,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     sys.exit(code)
 
 
-def keep_compiled() -> None:
-    """Turns on JAX's compilation cache, if the program uses JAX."""
+def after_imports() -> None:
+    """Turns on JAX's compilation cache, if the program uses JAX; the garbage collector skips what was imported.
+
+    The collector would search the modules again and again while networks are traced: an eighth of a training's start.
+    """
+    gc.freeze()
     if "jax" in sys.modules:
         from kdjax import compiled
 

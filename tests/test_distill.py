@@ -348,17 +348,19 @@ def test_a_weight_given_as_a_share_keeps_the_term_at_it(tiny: Tiny, devices: int
     batch = {"gt": tiny.gt, "index": np.arange(8, dtype=np.int32)}
     frozen = distill.make_frozen(recipe.terms, teacher)
 
-    def norm_of(name: str) -> float:
-        only = dataclasses.replace(recipe, terms=tuple(term for term in recipe.terms if term.name == name))
+    @jax.jit
+    def norms(student: dict) -> dict[str, jax.Array]:
         scene = distill.observe([recipe], [jnp.int32(0)], frozen, batch, jax.random.key(7))
 
-        def value(student: dict) -> jax.Array:
-            params = states[0].params | {"student": student}
-            return distill.term_values(only, jnp.int32(0), frozen, params, scene)[name]
+        def value(student: dict, name: str) -> jax.Array:
+            only = dataclasses.replace(recipe, terms=tuple(term for term in recipe.terms if term.name == name))
+            return distill.term_values(only, jnp.int32(0), frozen, states[0].params | {"student": student}, scene)[name]
 
-        return float(optax.tree.norm(jax.grad(value)(states[0].params["student"])))
+        return {name: optax.tree.norm(jax.grad(value)(student, name)) for name in specs}
 
-    weighted = {name: float(metrics[f"weight/{name}"]) * norm_of(name) for name in specs}
+    weighted = {
+        name: float(metrics[f"weight/{name}"] * norm) for name, norm in norms(states[0].params["student"]).items()
+    }
     total = sum(weighted.values())
     assert weighted["hint"] / total == pytest.approx(0.2, rel=1e-3)
     assert weighted["fft"] / total == pytest.approx(0.3, rel=1e-3)
@@ -377,9 +379,8 @@ def test_a_term_updates_what_adam_makes_of_its_gradient(tiny: Tiny) -> None:
     values_of = functools.partial(distill.term_values, recipe, jnp.int32(0), frozen)
     updates = jax.jit(lambda state: distill.term_updates(values_of, state, scene, 1))
     start = distill.init_state(recipe, tiny.student.params)
-    gradient = jax.grad(lambda student: values_of({"student": student, "adapters": {}}, scene)["output"])(
-        tiny.student.params
-    )
+    value = lambda student: values_of({"student": student, "adapters": {}}, scene)["output"]  # noqa: E731
+    gradient = jax.jit(jax.grad(value))(tiny.student.params)
     assert_trees_close(updates(start)["output"], gradient, 1e-6)
     later = dataclasses.replace(start, step=jnp.int32(5))
     square = {"student": jax.tree.map(lambda leaf: jnp.linspace(1e-4, 4e-4, leaf.size).reshape(leaf.shape), gradient)}
