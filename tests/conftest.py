@@ -29,7 +29,8 @@ def _start_jax() -> None:
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", 4)
     compiled.keep()
-    gc.set_threshold(100_000)  # by default, a tenth of the time goes into searching JAX's millions of objects for garbage
+    # By default, a tenth of the time goes into searching the millions of objects of JAX's traces for garbage.
+    gc.set_threshold(100_000)
     # Much of the time of a first run is compiling; optimising less saves a third of it, and another third where XLA
     # still has the older way to emit fusions. What is given comes last, and counts. XLA reads the variable once, when
     # the devices are first asked for, and only up to the first word that does not start with "--".

@@ -249,8 +249,8 @@ def test_a_shrunk_network_can_be_shrunk_again(teachers: dict[str, Model]) -> Non
 def test_the_number_of_images_follows_from_their_size() -> None:
     small = network("dncnn", FULL["dncnn"]).init(jax.random.key(0))
     assert num_images(small, 100) == 10 and num_images(small, 1000) == 1
-    large = network("rrdbnet", dict(num_block=23)).init(jax.random.key(0))
-    assert 1 <= num_images(large, 32) < 50
+    large = network("rrdbnet", dict(num_block=6)).init(jax.random.key(0))
+    assert 1 <= num_images(large, 32) < 80  # what it computes from 97 images would take more than its memory
 
 
 @pytest.mark.once

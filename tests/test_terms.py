@@ -46,7 +46,7 @@ class Networks:
         teacher = dict(scale=1, num_feat=8, num_block=1, num_grow_ch=4)
         self.student = models.network("dncnn", dict(num_feat=6, depth=3)).init(jax.random.key(0))
         self.teacher = models.network("rrdbnet", teacher).init(jax.random.key(1))
-        self.teacher_apply = self.teacher.network.make_apply()
+        self.teacher_apply = jax.jit(self.teacher.network.make_apply())
         self.gt = jax.random.uniform(jax.random.key(2), (4, 16, 16, 3))
         self.lq = self.gt + 0.1 * jax.random.normal(jax.random.key(3), self.gt.shape)
 
@@ -85,7 +85,7 @@ def setting() -> Setting:
 @pytest.fixture(scope="module")
 def passes() -> tuple[Forward, Forward]:
     """What student and teacher make of the batch."""
-    student = Forward(*networks().student_apply(networks().student.params, networks().lq))
+    student = Forward(*jax.jit(networks().student_apply)(networks().student.params, networks().lq))
     return student, networks().ask(networks().lq)
 
 
@@ -111,7 +111,7 @@ def test_gradient(name: str, passes: tuple) -> None:
     """Along random directions the gradient is what finite differences say, for the student and the adapters."""
     student, teacher = passes
     value, adapters = value_of(name), built(name).adapters
-    grads = jax.grad(value, argnums=(0, 2))(student, teacher, adapters)
+    grads = jax.jit(jax.grad(value, argnums=(0, 2)))(student, teacher, adapters)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
     total = float(np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(grads))))
     assert total > 0
@@ -207,9 +207,10 @@ def test_perfect_features_cost_less_than_wrong_ones(name: str, passes: tuple) ->
     if not term.loss.adapters:
         adapters = {}
 
-    def value(features: jax.Array) -> float:
+    @jax.jit
+    def value(features: jax.Array) -> jax.Array:
         student = Forward(networks().gt, {"same": features})
-        return float(term.loss.value(networks().context(student, teacher), adapters, {}))
+        return term.loss.value(networks().context(student, teacher), adapters, {})
 
     perfect = value(enlarged)
     disturbed = value(enlarged + 0.3 * jax.random.normal(jax.random.key(8), enlarged.shape))
@@ -230,7 +231,7 @@ def test_gate_imitates_only_where_the_teacher_is_nearer_to_the_clean_image(passe
     student, teacher = passes
     near = teacher._replace(output=jnp.where(jnp.arange(16)[:, None, None] < 8, networks().gt, 5.0))
     value = value_of("gated output")
-    grad = jax.grad(value)(student, near, {}).output
+    grad = jax.jit(jax.grad(value))(student, near, {}).output
     assert bool((grad[:, :8] != 0).all()) and not bool((grad[:, 8:] != 0).any())
 
 
@@ -241,13 +242,14 @@ def test_unlabelled_samples_have_no_clean_image(name: str, passes: tuple) -> Non
     labelled = jnp.array([2.0, 0, 2, 0])[:, None, None, None]
     loss = built(name)
 
+    @jax.jit
     def value(gt: jax.Array, output: jax.Array) -> jax.Array:
         context = networks().context(student._replace(output=output), teacher, labelled)._replace(gt=gt)
         return loss.value(context, {}, {})
 
     other = networks().gt.at[1].set(0.3).at[3].set(7.0)
     np.testing.assert_array_equal(value(networks().gt, student.output), value(other, student.output))
-    grad = jax.grad(value, argnums=1)(networks().gt, student.output)
+    grad = jax.jit(jax.grad(value, argnums=1))(networks().gt, student.output)
     used = [bool((grad[i] != 0).any()) for i in range(4)]
     assert used[1::2] == ([False, False] if name == "task" else [True, True])
     if name == "task":  # the mean is over the labelled samples alone
@@ -256,15 +258,17 @@ def test_unlabelled_samples_have_no_clean_image(name: str, passes: tuple) -> Non
 
 
 def test_terms_do_not_depend_on_the_order_of_samples(passes: tuple) -> None:
-    student, teacher = passes
     order = jnp.array([2, 0, 3, 1])
-    for name in SPECS:
-        context = networks().context(student, teacher)
+
+    @jax.jit
+    def values(order: jax.Array) -> dict[str, jax.Array]:
+        context = networks().context(*passes)
         moved = Context(*jax.tree.map(lambda x: x[order], context[:4]), None, networks().ask, context.keys[order])
-        loss = built(name)
-        np.testing.assert_allclose(
-            loss.value(moved, loss.adapters, {}), loss.value(context, loss.adapters, {}), rtol=1e-4, err_msg=name
-        )
+        return {name: built(name).value(moved, built(name).adapters, {}) for name in SPECS}
+
+    expected = values(jnp.arange(4))
+    for name, value in values(order).items():
+        np.testing.assert_allclose(value, expected[name], rtol=1e-4, err_msg=name)
 
 
 def test_adapters_do_not_depend_on_other_terms(setting: Setting) -> None:
