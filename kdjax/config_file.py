@@ -72,7 +72,8 @@ def set_key(config: ConfigDict, path: str, text: str | bool, kind_of: Callable[[
     Args:
       path: "train.lr.value".
       text: True or False for a flag without a value.
-      kind_of: maps a key's path to its type, or to None if any type is allowed; see `kdjax.config.kind_of`.
+      kind_of: maps a key's path to its type, or to None if any type is allowed; see `kdjax.config.kind_of`. Where a
+        number may also be a range or a schedule, who uses it checks it.
 
     Raises:
       ConfigFileError: the text is not a valid value of the key's type.
@@ -87,9 +88,12 @@ def set_key(config: ConfigDict, path: str, text: str | bool, kind_of: Callable[[
         node = _get(node, group)
     before = _get(node, name)
     kind = kind_of(path)
-    if kind is None and before is not _MISSING and not isinstance(before, ConfigDict):
+    if kind is None and isinstance(before, str | bool):
         kind = type(before)
-    _put(node, name, _read(text, kind, path))
+    value = _read(text, kind, path)
+    if isinstance(before, float) and type(value) is int:
+        value = float(value)
+    _put(node, name, value)
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:

@@ -15,6 +15,7 @@ must be finite in it. Update counts are 32-bit.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -100,13 +101,18 @@ def make_schedule(spec: float | Mapping[str, Any]) -> Schedule:
     options = dict(spec)
     name = options.pop("name", None)
     build = pick(SCHEDULES, name, "schedule")
+    known = inspect.signature(build).parameters
     for key, value in options.items():
+        if key not in (*known, "warmup"):
+            raise ValueError(
+                f"schedule {name!r} has no {key!r} (it has: {', '.join(known)}, warmup); to replace a schedule of"
+                f" another kind, give all of it, such as dict(name={name!r}, value=1e-3, ...)"
+            )
         _check(f"schedule {name!r}: ", key, value)
+    if needed := [key for key, one in known.items() if one.default is one.empty and key not in options]:
+        raise ValueError(f"schedule {name!r} needs {' and '.join(needed)}, got {brief(dict(spec))}")
     warmup = options.pop("warmup", 0)
-    try:
-        schedule = build(**options)
-    except TypeError as error:  # an unexpected or missing argument
-        raise ValueError(f"schedule {brief(dict(spec))}: {error}") from None
+    schedule = build(**options)
     if not warmup:
         return schedule
     return lambda count: schedule(count) * jnp.minimum(1.0, (count + 1) / warmup)

@@ -15,6 +15,7 @@ import kdjax
 from kdjax import assets, commandline
 from kdjax.__main__ import PROGRAMS
 from kdjax.config import Config, ConfigError, keys, parse
+from kdjax.degradations import make_degrade
 
 pytestmark = pytest.mark.once
 
@@ -161,6 +162,14 @@ def test_groups_schedules_and_new_terms_are_set_by_flags() -> None:
     assert values["terms"]["fft"] == {"weight": 0.1} and values["terms"]["output"]["gate"] is True
     assert values["teacher"]["hparams"] == {"act_type": "relu"} and values["data"]["lq"] == "1"
     assert values["terms"]["hint"]["pairs"] == (("body.9", "body.1", 1.0),) and values["degrade"] == {}
+    # A number becomes a range, a share or a schedule, and these a number again.
+    other = ("degrade.name=awgn_blind", "degrade.sigma=(0, 30)", "terms.output.weight=dict(share=0.3)")
+    values = read(*file, *(f"--config.{flag}" for flag in other))
+    assert values["degrade"] == {"name": "awgn_blind", "sigma": (0, 30)}
+    assert values["terms"]["output"]["weight"] == {"share": 0.3}
+    assert read(*file, f"--config.{other[2]}", "--config.terms.output.weight=2")["terms"]["output"]["weight"] == 2
+    with pytest.raises(ValueError, match="sigma='much' must be a number"):
+        make_degrade(read(*file, "--config.degrade.sigma=much")["degrade"])
 
 
 def test_references_follow_flags_and_files_import_their_neighbours(

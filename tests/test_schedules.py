@@ -43,7 +43,8 @@ def test_warmup_reaches_the_full_value() -> None:
     [
         (dict(name="multistop", value=1.0), "did you mean 'multistep'"),
         (dict(value=1.0), "unknown schedule None"),
-        (dict(name="cosine", value=1.0), "steps"),
+        (dict(name="cosine", value=1.0), "'cosine' needs steps, got"),
+        (dict(name="cosine", value=1.0, steps=9, gamma=0.5), "has no 'gamma' .it has: value, steps, final, warmup"),
         (dict(name="cosine", value=1.0, steps=0), "steps=0 must be a whole number from 1"),
         (dict(name="multistep", value=1.0, milestones=(1,), gama=0.5), "gama"),
         (dict(name="linear", value=1.0, steps=-1), "steps=-1 must be a whole number from 1"),
