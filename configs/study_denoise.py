@@ -4,8 +4,8 @@
         --config.base.teacher.weights=cdncnn_sigma25.pth --config.base.data.gt=FOLDER --config.base.val.gt=FOLDER
 
 The feature pairs are from DnCNN to DnCNN, so the teacher must be one (KAIR's CDnCNN is). `:quick` does the same in a
-few minutes with the embedded RRDBNet teacher and photographs; `:debug` takes as long, to compile every method, and only
-checks that everything runs.
+few minutes with the embedded RRDBNet teacher and photographs; `:debug` only checks that everything runs, which still
+takes minutes the first time: every method is compiled.
 """
 
 from denoise import cosine

@@ -56,6 +56,7 @@ def test_bfloat16_images_are_compared_in_float32_and_equal_ones_have_a_finite_gr
         ("charbonier", {}, "did you mean 'charbonnier'"),
         ("l1", {"eps": 1e-3}, "no option 'eps'"),
         ("charbonnier", {"eps": 0.0}, "must be positive"),
+        ("charbonnier", {"eps": "x"}, "eps='x' must be positive, a number"),
     ],
 )
 def test_bad_criteria_are_refused(name: str, options: dict, message: str) -> None:

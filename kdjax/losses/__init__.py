@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kdjax import sharding
-from kdjax.names import pick
+from kdjax.names import brief, pick
 
 Criterion = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -69,8 +69,8 @@ def make_criterion(name: str, **options: float) -> Criterion:
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"criterion {name!r} has no option {option!r} (it has: {', '.join(known) or 'none'})")
-        if not value > 0:
-            raise ValueError(f"criterion {name!r}: {option}={value} must be positive")
+        if type(value) not in (int, float) or not value > 0:
+            raise ValueError(f"criterion {name!r}: {option}={brief(value)} must be positive, a number")
     return functools.partial(criterion, **options)
 
 

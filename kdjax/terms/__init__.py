@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from kdjax.names import nearest, pick
+from kdjax.names import brief, nearest, pick
 from kdjax.schedules import constant, is_zero, make_schedule, reaches_zero
 from kdjax.terms import features, images
 from kdjax.terms.term import Context, Forward, Loss, Setting, Term
@@ -80,8 +80,8 @@ def make_terms(specs: Mapping[str, Mapping[str, Any]], setting: Setting) -> tupl
         key = jax.random.fold_in(setting.key, zlib.crc32(name.encode()) % 2**31)  # independent of the other terms
         try:
             loss = _entry(name, spec)[0](setting._replace(key=key), **options)
-        except TypeError as error:  # an unknown or missing option
-            raise ValueError(f"loss term {name!r}: {error}") from None
+        except TypeError as error:  # an unknown or missing option, or text for a number
+            raise ValueError(f"loss term {name!r}: {error}; its options are {brief(options)}") from None
         except ValueError as error:
             raise ValueError(f"loss term {name!r}: {error}") from None
         weight = spec["weight"]
