@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -35,7 +36,7 @@ import numpy as np
 
 from kdjax import commandline, cost, data, metrics, models, shrink, validation
 from kdjax.assets import MODEL_HELP, MODELS, TRAIN_PHOTOGRAPHS, locate
-from kdjax.data.sources import one_line
+from kdjax.data.sources import existing, one_line
 from kdjax.degradations import make_degrade
 from kdjax.files import write_bytes, write_text
 from kdjax.models import Model
@@ -112,7 +113,7 @@ def split(folder: str, output: Path) -> tuple[list[str], list[str]]:
     """Sets some images of a folder aside for validation, and lists all others in output/train.txt.
 
     Returns:
-      The paths of the images to train on, and those for validation, which are spread over the folder.
+      The paths of the images to train on, and those for validation, which are spread over the folder and can be read.
 
     Raises:
       DataError: the folder cannot be used, or has fewer than four images.
@@ -120,10 +121,40 @@ def split(folder: str, output: Path) -> tuple[list[str], list[str]]:
     pairs = data.find_pairs(gt=folder, what="training")
     if len(pairs) < 4:
         raise data.DataError(f"{folder} has {len(pairs)} images; at least 4 are needed, one of them for validation")
-    held_out = data.spread(pairs, min(_HELD_OUT, max(1, len(pairs) // 10)))
-    rest = [pair for pair in pairs if pair not in held_out]
+    chosen = data.spread(pairs, min(_HELD_OUT, max(1, len(pairs) // 10)))
+    rest = [pair for pair in pairs if pair not in chosen]
+    while not (held_out := [pair for pair in chosen if _read(pair.gt) is not None]):
+        if len(rest) < 2:
+            raise data.DataError(f"{folder}: too few of its {len(pairs)} images can be read")
+        chosen = [rest.pop()]
     write_bytes(output / "train.txt", b"".join(os.fsencode(f"{pair.name}\n") for pair in rest))
     return [pair.gt for pair in rest], [pair.gt for pair in held_out]
+
+
+def _read(path: str, channels: int = 3) -> np.ndarray | None:
+    """Returns an image, or tells why it is left out: one damaged file does not end the plan, nor the training."""
+    try:
+        return data.read_image(path, channels)
+    except data.ImageError as error:
+        _tell_once(f"  left out: {error}")
+        return None
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    print(line, flush=True)
+
+
+def _readable(paths: Sequence[str], channels: int, most: int) -> list[np.ndarray]:
+    """Returns the first images that can be read, so many at most.
+
+    Raises:
+      DataError: none can.
+    """
+    images = (image for path in paths if (image := _read(path, channels)) is not None)
+    if found := list(itertools.islice(images, most)):
+        return found
+    raise data.DataError(f"none of {len(paths)} images can be read")
 
 
 def answer(teacher: Model, paths: Sequence[str], folder: Path, seconds: float, least: int) -> list[np.ndarray]:
@@ -161,20 +192,22 @@ def _crops(paths: Sequence[str], channels: int) -> Iterator[np.ndarray]:
     """
     random = np.random.default_rng(0)
     order = list(random.permutation(list(paths)))
-    sides = [min(data.read_image(path, channels).shape[:2]) for path in order[:_TRIED]]
+    sides = [min(image.shape[:2]) for image in _readable(order, channels, _TRIED)]
     side = min(_ANSWERED_SIDE, statistics.median_low(sides))
     while order:
-        large = []
+        used, small = [], 0
         for path in order:
-            image = data.read_image(path, channels)
-            if min(image.shape[:2]) < side:
+            if (image := _read(path, channels)) is None:
                 continue
-            large.append(path)
+            if min(image.shape[:2]) < side:
+                small += 1
+                continue
+            used.append(path)
             top, left = (int(random.integers(extent - side + 1)) for extent in image.shape[:2])
             yield image[top : top + side, left : left + side]
-        if len(large) < len(order):
-            print(f"  left out: {len(order) - len(large)} images that are smaller than {side}x{side}", flush=True)
-        order = large
+        if small:
+            print(f"  left out: {small} images that are smaller than {side}x{side}", flush=True)
+        order = used
 
 
 class Look(NamedTuple):
@@ -192,13 +225,15 @@ def look_at_clean(teacher: Model, options: argparse.Namespace, output: Path, cou
     Raises:
       ValueError: the images cannot be used, or the teacher neither denoises nor upscales.
     """
-    folder, scale = locate(options.data, TRAIN_PHOTOGRAPHS), teacher.network.scale
+    folder = existing(locate(options.data, TRAIN_PHOTOGRAPHS), "--data")
+    scale = teacher.network.scale
     paths, held_out = split(folder, output)
     (output / "val").mkdir(exist_ok=True)
     for number, path in enumerate(held_out):
         shutil.copyfile(path, output / "val" / f"{number}_{Path(path).name}")
-    some = paths[:: max(1, len(paths) // _TRIED)][:_TRIED]
-    tried = [data.read_image(path, teacher.network.channels)[:_TRIED_SIDE, :_TRIED_SIDE] for path in some]
+    some = paths[:: max(1, len(paths) // _TRIED)]
+    images = _readable(some, teacher.network.channels, _TRIED)
+    tried = [image[:_TRIED_SIDE, :_TRIED_SIDE] for image in images]
     task = find_task(teacher, tried)
     config: dict[str, Any] = {
         "terms": dict(task=dict(criterion="l1", weight=1.0), output=dict(criterion="l1", weight=1.0)),
@@ -223,7 +258,7 @@ def look_at_degraded(teacher: Model, options: argparse.Namespace, output: Path, 
     Raises:
       ValueError: the images cannot be used.
     """
-    paths, held_out = split(locate(options.lq, TRAIN_PHOTOGRAPHS), output)
+    paths, held_out = split(existing(options.lq, "--lq"), output)
     shutil.rmtree(output / "answered", ignore_errors=True)
     train, val = output / "answered" / "train", output / "answered" / "val"
     crops = answer(teacher, paths, train, _ANSWERED_PART * 3600 * options.hours, _LEAST_ANSWERED)
@@ -250,7 +285,7 @@ def degraded_crops(paths: Sequence[str], task: Task, teacher: Model, count: int)
     random = np.random.default_rng(0)
     degrade = jax.jit(make_degrade(task.degrade, scale=scale))
     side = shrink.SIDE * scale
-    images = [data.read_image(path, channels) for path in random.permutation(list(paths))[:64]]
+    images = _readable(list(random.permutation(list(paths))), channels, 64)
     images = [image for image in images if min(image.shape[:2]) >= 2 * side] or images
     side = min(side, *(min(image.shape[:2]) // scale * scale for image in images))
 

@@ -40,7 +40,7 @@ from kdjax.signals import Stopped, StopSignals
 from kdjax.tiles import Told, restore_image
 from kdjax.weights import load_weights, weights_options
 
-_FORMATS = ("png", "jpg", "webp", "tif", "bmp", "ppm")
+_FORMATS = ("png", "jpg", "jpeg", "webp", "tif", "tiff", "bmp", "ppm")
 _SUFFIXES = (*data.IMAGE_SUFFIXES, *videos.VIDEO_SUFFIXES)  # what to look for in folders
 _LISTED = 8  # maximum number of suffixes listed in a message
 

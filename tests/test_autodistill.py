@@ -1,5 +1,6 @@
 """One command from a teacher to an exported student: what it finds out, what it writes, and what it refuses."""
 
+import itertools
 import json
 import signal
 import subprocess
@@ -64,6 +65,26 @@ def test_validation_images_are_not_trained_on(folder: Path, tmp_path: Path) -> N
     paths, held_out = autodistill.split(str(folder / "photos"), tmp_path)
     assert sorted(paths + held_out) == sorted(map(str, (folder / "photos").iterdir())) and len(held_out) == 1
     assert [Path(path).name for path in paths] == (tmp_path / "train.txt").read_text().split()
+
+
+def test_damaged_images_are_left_out(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images, output = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    output.mkdir()
+    for i, image in enumerate(photographs(64)):
+        data.write_image(images / f"{i}.png", image)
+    _, (validated,) = autodistill.split(str(images), output)
+    damaged = Path(validated), images / "4.png"
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[:200])
+    paths, held_out = autodistill.split(str(images), output)
+    assert len(held_out) == 1 and held_out[0] not in {*paths, *map(str, damaged)}
+    crops = list(itertools.islice(autodistill._crops(paths, 3), 9))
+    assert all(crop.shape == (64, 64, 3) for crop in crops)
+    said = capfd.readouterr().out
+    assert [said.count(f"left out: {path}: ") for path in damaged] == [1, 1] and "smaller" not in said
+    with pytest.raises(data.DataError, match="none of 1 images can be read"):
+        next(autodistill._crops([str(images / "4.png")], 3))
 
 
 def test_the_command_goes_to_the_end_and_continues(
@@ -143,7 +164,7 @@ def test_degraded_images_alone_are_enough(
     [
         ("random.pth", (), "does not make noisy images better, at any level of Gaussian noise", 1),
         ("nowhere.pth", (), "nowhere.pth: does not exist", 1),
-        ("teacher.pth", ("--data", "nowhere"), "does not exist", 1),
+        ("teacher.pth", ("--data", "nowhere"), "--data: 'nowhere' does not exist", 1),
         ("teacher.pth", ("--speedup", "1"), "--speedup 1 must be more than 1", 2),
         ("teacher.pth", ("--hours", "0"), "--hours 0 must be more than 0", 2),
         ("teacher.pth", ("--crops", "-1"), "--crops -1 must be 0 or more", 2),

@@ -55,13 +55,20 @@ def test_bfloat16_images_are_compared_in_float32_and_equal_ones_have_a_finite_gr
     [
         ("charbonier", {}, "did you mean 'charbonnier'"),
         ("l1", {"eps": 1e-3}, "no option 'eps'"),
-        ("charbonnier", {"eps": 0.0}, "must be positive"),
-        ("charbonnier", {"eps": "x"}, "eps='x' must be positive, a number"),
+        ("charbonnier", {"eps": 0.0}, "must be a positive number"),
+        ("charbonnier", {"eps": True}, "must be a positive number"),
+        ("charbonnier", {"eps": "x"}, "eps='x' must be a positive number"),
     ],
 )
 def test_bad_criteria_are_refused(name: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_criterion(name, **options)
+
+
+def test_an_option_may_be_a_number_of_numpys() -> None:
+    a, b = jnp.array([0.5]), jnp.array([0.2])
+    ours, plain = (make_criterion("charbonnier", eps=eps)(a, b) for eps in (np.float32(0.25), 0.25))
+    np.testing.assert_array_equal(ours, plain)
 
 
 # ---- losses of features, softened targets and other bases --------------------------------------------------------

@@ -165,6 +165,8 @@ def test_folders_files_and_patterns(tmp_path: Path) -> None:
     touch(tmp_path, "e.jpeg", "scan")
     jobs = plan([str(tmp_path / name) for name in ("e.jpeg", "scan")], Path("out"), format="jpg")
     assert targets(jobs, tmp_path) == {"e.jpeg": "out/e.jpeg", "scan": "out/scan.jpg"}
+    jobs = plan([str(tmp_path / name) for name in ("e.jpeg", "scan", "sub/c.tif")], Path("out"), format="tiff")
+    assert targets(jobs, tmp_path) == {"e.jpeg": "out/e.tiff", "scan": "out/scan.tiff", "sub/c.tif": "out/c.tif"}
 
 
 def test_results_beside_the_inputs_are_no_inputs(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 
 import jax
@@ -69,8 +70,8 @@ def make_criterion(name: str, **options: float) -> Criterion:
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"criterion {name!r} has no option {option!r} (it has: {', '.join(known) or 'none'})")
-        if type(value) not in (int, float) or not value > 0:
-            raise ValueError(f"criterion {name!r}: {option}={brief(value)} must be positive, a number")
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not value > 0:
+            raise ValueError(f"criterion {name!r}: {option}={brief(value)} must be a positive number")
     return functools.partial(criterion, **options)
 
 
