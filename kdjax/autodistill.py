@@ -36,6 +36,7 @@ import numpy as np
 
 from kdjax import commandline, cost, data, metrics, models, shrink, validation
 from kdjax.assets import MODEL_HELP, MODELS, TRAIN_PHOTOGRAPHS, locate
+from kdjax.data.cache import CACHE
 from kdjax.data.sources import existing, one_line
 from kdjax.degradations import make_degrade
 from kdjax.files import write_bytes, write_text
@@ -53,6 +54,8 @@ _UNFINISHED = {"train.txt", "val", "answered", "start.pth", "plan.json"}
 _BATCH, _CROP = 8, 64
 # The teacher answers crops of degraded images before the training: for this part of its time, and within these numbers.
 _ANSWERED_PART, _LEAST_ANSWERED, _MOST_ANSWERED, _ANSWERED_SIDE = 0.1, 64, 4000, 128
+# Samples of clean images that it answers before the training, if there are then so many times as many steps.
+_LEAST_CACHED, _MOST_CACHED, _LEAST_GAIN = 4096, 40_000, 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,8 +361,21 @@ def plan(options: argparse.Namespace, output: Path) -> None:
         "train.grad_clip": 0.1,
         "log.diagnose": False,
     } | task
+    seconds, cached = 3600 * options.hours, 0
     per_step = _seconds_per_step(values, output)
-    steps = max(50, round(options.hours * 3600 / per_step))
+    if "output" in values["terms"]:
+        alone = _seconds_per_step({**values, "terms": dict(task=values["terms"]["task"])}, output)
+        room = shutil.disk_usage(output).free // 10 // (6 * teacher.network.channels * values["data.crop"] ** 2)
+        if cached := min(samples_to_cache(seconds, per_step, alone), room):
+            values["teacher.cache"] = str(output / "answers")
+            seconds -= cached / _BATCH * (per_step - alone)
+            print(
+                f"  {cached:,} answers of the teacher are written down first: a step takes {alone:.2f} s without it,"
+                f" {per_step:.2f} s with it",
+                flush=True,
+            )
+            per_step = alone
+    steps = max(50, round(seconds / per_step))
     print(f"  {per_step:.2f} s a step: {steps:,} steps in {options.hours:g} hours", flush=True)
     every = max(1, steps // 10)
     values |= {
@@ -369,9 +385,26 @@ def plan(options: argparse.Namespace, output: Path) -> None:
         "checkpoint.every": every,
         "log.every": max(1, min(100, steps // 20)),
     }
-    about = {"command": _command(options), "words": words, "evaluate": measured}
+    about = {"command": _command(options), "words": words, "evaluate": measured, "cache": cached}
     write_text(output / "plan.json", json.dumps(about, indent=1))
     write_text(output / "config.py", config_text(_command(options), values))
+
+
+def samples_to_cache(seconds: float, with_teacher: float, without: float) -> int:
+    """Returns how many samples the teacher should answer before the training; 0 if it had better answer in every step.
+
+    Writing answers down pays where it allows for more steps, and where there are enough of them: the student sees the
+    same crops with the same noise again and again.
+
+    Args:
+      seconds: for answers and training together.
+      with_teacher, without: seconds of a step with the teacher in it, and without.
+    """
+    in_turns = seconds / with_teacher
+    batches = math.floor(_ANSWERED_PART * seconds / max(with_teacher - without, 1e-9))
+    beforehand = (1 - _ANSWERED_PART) * seconds / without
+    pays = beforehand > _LEAST_GAIN * in_turns and batches * _BATCH >= _LEAST_CACHED
+    return min(batches * _BATCH, _MOST_CACHED) if pays else 0
 
 
 def _command(options: argparse.Namespace) -> str:
@@ -452,6 +485,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commandline.fail(str(error))
     about = json.loads((output / "plan.json").read_text())
     run, student = output / "run", output / "run" / "student.pth"
+    if about.get("cache") and not (output / "answers" / CACHE.index).exists():
+        written = "--output", output / "answers", "--samples", about["cache"]
+        _go_on("kdjax.cache", "--config", output / "config.py", *written)
     _go_on("kdjax.train", "--config", output / "config.py", "--workdir", run)
     if about["evaluate"]:
         _go_on("kdjax.evaluate", "--model", f"student={student}", *about["evaluate"], "--output", output / "results")

@@ -93,6 +93,7 @@ def test_the_command_goes_to_the_end_and_continues(
     monkeypatch.setattr(shrink, "ways", lambda teacher: [("num_feat",)])
     whole = load_model(folder / "teacher.pth").network.count_macs(64, 64)
     monkeypatch.setattr(shrink.Clock, "part", lambda clock, model: model.network.count_macs(64, 64) / whole)
+    monkeypatch.setattr(autodistill, "samples_to_cache", lambda seconds, with_teacher, without: 16)
     output = tmp_path / "with space"
     flags = [str(folder / "teacher.pth"), "--data", str(folder / "photos"), "--output", str(output)]
     flags += ["--hours", "0.0001", "--speedup", "2", "--crops", "2"]
@@ -102,22 +103,30 @@ def test_the_command_goes_to_the_end_and_continues(
 
     def killed(program: str, *arguments: object, **how: object) -> subprocess.CompletedProcess:
         calls.append(program)
-        if len(calls) == 2:  # the training itself, after the one that is timed
+        if len(calls) == 1:
+            return start(program, *arguments, **how)
+        if len(calls) == 4:
             return subprocess.CompletedProcess([], -signal.SIGTERM)
-        return start(program, *arguments, **how)
+        return programs.run(program, *arguments)
 
     monkeypatch.setattr(autodistill, "_start", killed)
     with pytest.raises(SystemExit) as caught:
         autodistill.main(flags)
-    assert caught.value.code == 143 and calls == ["kdjax.train"] * 2
+    timed, answers, training = ["kdjax.train"] * 2, ["kdjax.cache"], ["kdjax.train"]
+    assert caught.value.code == 143 and calls == timed + answers + training
     before = (output / "config.py").read_text()
-    monkeypatch.setattr(autodistill, "_start", lambda program, *arguments: programs.run(program, *arguments))
+    calls.clear()
+    monkeypatch.setattr(
+        autodistill, "_start", lambda program, *arguments: calls.append(program) or programs.run(program, *arguments)
+    )
     autodistill.main(flags)
+    assert calls == ["kdjax.train", "kdjax.evaluate", "kdjax.export"]
     assert (output / "config.py").read_text() == before and "is there; continuing" in capfd.readouterr().out
     with pytest.raises(SystemExit, match=r"belongs to another command: kdjax distill .*teacher.pth"):
         autodistill.main([str(folder / "random.pth"), *flags[1:]])
     config = parse(load(str(output / "config.py")).to_dict())
     assert config.train.steps == 50 and config.teacher.weights == str(folder / "teacher.pth")
+    assert config.teacher.cache == str(output / "answers")
     assert config.data.meta_info == str(output / "train.txt") and config.student.weights == str(output / "start.pth")
     student = load_model(output / "run" / "student.pth")
     assert 0 < student.hparams["num_feat"] < 8
@@ -125,7 +134,7 @@ def test_the_command_goes_to_the_end_and_continues(
     assert "student" in json.dumps(results) and (output / "results" / "report.html").exists()
     assert load_model(output / "exported" / "student.pth").network == student.network
     assert {path.name for path in output.iterdir()} - {"__pycache__", ".timing-1"} == {
-        "config.py", "plan.json", "train.txt", "val", "start.pth", "run", "results", "exported",
+        "config.py", "plan.json", "train.txt", "val", "start.pth", "answers", "run", "results", "exported",
     }  # fmt: skip
 
 
@@ -199,6 +208,15 @@ def test_no_name_of_a_file_becomes_code(tmp_path: Path) -> None:
     (tmp_path / "config.py").write_text(text, encoding="utf-8")
     assert load(str(tmp_path / "config.py")).teacher.weights == name
     assert not Path("made").exists() and text.splitlines()[1].startswith("# Train with it")
+
+
+def test_the_teacher_answers_beforehand_where_that_allows_for_more_steps() -> None:
+    hour = 3600.0
+    assert autodistill.samples_to_cache(hour, 0.15, 0.05) == 8 * 3600
+    assert autodistill.samples_to_cache(hour, 0.055, 0.05) == 0  # the teacher costs next to nothing
+    assert autodistill.samples_to_cache(hour / 60, 0.15, 0.05) == 0  # too few samples
+    assert autodistill.samples_to_cache(100 * hour, 0.15, 0.05) == autodistill._MOST_CACHED
+    assert autodistill.samples_to_cache(hour, 0.05, 0.051) == 0  # measured, so it may come out like this
 
 
 def test_foreign_files_are_left_alone(folder: Path, tmp_path: Path) -> None:
