@@ -26,6 +26,9 @@ def get_config(variant: str = "") -> ConfigDict:
     else:
         base.student.arch = "dncnn"
         base.student.hparams = dict(num_feat=36, depth=12)
+    rival = dict(arch="unet", hparams=dict(num_feat=64, num_level=1, num_conv=5, num_conv_up=4, unshuffle=2))
+    if variant:
+        rival["hparams"].update(num_feat=16, num_conv=2, num_conv_up=1)
     base.terms = dict(task=dict(criterion="l1", weight=1.0))
     if variant != "debug":
         base.data.update(crop=48, batch_size=4, workers=0)
@@ -52,5 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
         shrunk=shrunk,
         shrunk_distilled=dict(**shrunk, terms=dict(output=output)),
         scratch_equal_compute=dict(compute_of="shrunk_distilled"),
+        shrunk_equal_compute=dict(**shrunk, compute_of="shrunk_distilled"),
+        rival=dict(student=rival, train=dict(lr=dict(value=1.5e-3)), compute_of="shrunk_distilled"),
     )
     return study

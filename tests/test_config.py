@@ -39,7 +39,7 @@ METHODS = {
     "perceptual": "perceptual",
     "shrink": "output",
 }
-STUDIES = ("study_denoise", "study_few_labels", "study_lr", "study_start")
+STUDIES = ("study_denoise", "study_few_labels", "study_lr", "study_noisy_only", "study_start")
 RECIPES = ("denoise", "teacher", "realworld", "fast", *METHODS)
 
 

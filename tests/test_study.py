@@ -235,8 +235,19 @@ def test_bad_studies_are_refused(change: dict, message: str) -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_shipped_studies_are_valid(name: str, variant: str) -> None:
     values = load(name, variant).copy_and_resolve_references().to_dict()
-    values["columns"].pop("scratch_equal_compute", None)  # which costs a look at both networks
+    for column in values["columns"].values():
+        column.pop("compute_of", None)  # which costs a look at both networks
     study.parse(values)
+
+
+def test_a_student_of_another_architecture_has_its_own_sizes() -> None:
+    """In that column the base's sizes, which have other names, are gone; in others, a column changes some of them."""
+    values = load("study_start", "debug").copy_and_resolve_references().to_dict()
+    changes = {"scratch": {}, "wide": {"student": {"hparams": {"num_feat": 8}}}}
+    changes["rival"] = {"student": {"arch": "unet", "hparams": {"num_feat": 4}}}
+    runs = study.parse(values | {"columns": changes}).runs
+    sizes = {column: runs[column, 0].student.hparams for column in changes}
+    assert sizes["rival"] == {"num_feat": 4} and sizes["wide"] == {**sizes["scratch"], "num_feat": 8}
 
 
 def result(column: str, seed: int, psnr: float, **more: object) -> dict:

@@ -20,6 +20,7 @@ PAIRS = (("model.1", "body.0", 1.0), ("model.1", "conv_body", 0.5))
 # One of each, as configs write them. The student's features are at full resolution, the teacher's at a quarter.
 SPECS: dict[str, dict] = {
     "task": dict(criterion="charbonnier"),
+    "recorrupted": dict(sigma=25.0),
     "output": dict(criterion="l1"),
     "gated output": dict(kind="output", criterion="mse", gate=True),
     "feature": dict(pairs=PAIRS),
@@ -160,6 +161,7 @@ def test_it_can_be_wrong(name: str, passes: tuple) -> None:
     value, loss = value_of(name), built(name)
     wanted = {
         "task": lambda: student._replace(output=networks().gt),
+        "recorrupted": lambda: student._replace(output=recorrupted_target()),
         "label_consistency": lambda: student._replace(output=consistent_target()),
     }
     if loss.adapters or name in ("attention", "affinity", "feature of equals"):
@@ -172,6 +174,30 @@ def test_it_can_be_wrong(name: str, passes: tuple) -> None:
         lambda x: x + 0.05 * jax.random.normal(jax.random.key(7), x.shape), good.features))  # fmt: skip
     low, high = (float(value(forward, teacher, loss.adapters)) for forward in (good, worse))
     assert low < 1e-5 < high
+
+
+def recorrupted_target() -> jax.Array:
+    """A second noisy image for each one, by NumPy."""
+    gt, lq = (np.asarray(x, np.float64) for x in (networks().gt, networks().lq))
+    added = lq - gt
+    factors = [(25 / 255) ** 2 / np.mean(noise**2) for noise in added]
+    return jnp.asarray(np.stack([y - k * noise for y, k, noise in zip(gt, factors, added, strict=True)]), jnp.float32)
+
+
+def test_recorrupted_images_have_noise_that_has_nothing_to_do_with_the_students_input() -> None:
+    """Its mean is the clean image: the target of a supervised student, but for noise of its own."""
+    clean = jnp.full((1, 256, 256, 3), 0.5)
+    keys = jax.random.split(jax.random.key(0), 2)
+    noise, added = (
+        sigma / 255 * jax.random.normal(key, clean.shape) for sigma, key in zip((25, 40), keys, strict=True)
+    )
+    context = networks().context(None, None)._replace(gt=clean + noise, lq=clean + noise + added)
+    loss = built("recorrupted")
+    half = jax.grad(lambda y: clean.size / 2 * loss.value(context._replace(student=Forward(y, {})), {}, {}))
+    target = clean - half(clean)
+    theirs, ours = np.asarray(target - clean).ravel(), np.asarray(noise + added).ravel()
+    assert abs(np.corrcoef(theirs, ours)[0, 1]) < 0.01 and abs(theirs.mean()) < 1e-3
+    assert np.corrcoef(np.asarray(noise).ravel(), ours)[0, 1] > 0.5  # unlike the noise of gt itself
 
 
 def consistent_target() -> jax.Array:
@@ -324,6 +350,8 @@ PAIR = (("model.1", "body.0", 1.0),)
         ({"attention": dict(pairs=PAIR, mode="seed", weight=1.0)}, "'seed'"),
         ({"soft_target": dict(space="spatial", pairs=PAIR, weight=1.0)}, "'soft_target'.*6.*8"),
         ({"soft_target": dict(space="rgb", temperature=0.0, weight=1.0)}, "temperature=0.0 must be positive"),
+        ({"recorrupted": dict(sigma=0, weight=1.0)}, "sigma=0 must be positive"),
+        ({"recorrupted": dict(weight=1.0)}, "missing 1 required keyword-only argument: 'sigma'"),
         ({"soft_target": dict(space="hsv", weight=1.0)}, "unknown space of soft_target 'hsv'"),
         ({"wavelet": dict(levels=0, weight=1.0)}, "'wavelet'.*levels"),
         ({"wavelet": dict(bands=(1.0, 1.0), weight=1.0)}, "'wavelet'.*bands"),

@@ -32,6 +32,7 @@ __all__ = ["TERMS", "Context", "Forward", "Loss", "Setting", "Term", "make_terms
 # name -> (builds the loss from the setting and the term's options, whether it needs the teacher)
 TERMS: dict[str, tuple[Callable[..., Loss], bool]] = {
     "task": (images.task, False),
+    "recorrupted": (images.recorrupted, False),
     "output": (images.output, True),
     "feature": (features.feature, True),
     "hint": (functools.partial(features.feature, adapter="always"), True),

@@ -25,6 +25,30 @@ def task(setting: Setting, *, criterion: str, **options: float) -> Loss:
     return Loss(lambda context, *_: _mean(compare(context.student.output, context.gt), context.labelled))
 
 
+def recorrupted(setting: Setting, *, sigma: float, criterion: str = "mse", **options: float) -> Loss:
+    """Learns to denoise from noisy images alone, without a teacher (R2R, Pang et al., CVPR 2021).
+
+    gt is a noisy image, whose noise is white and Gaussian with standard deviation `sigma` (0..255 scale), and the
+    degradation adds more such noise, n. The student's image is compared with gt - k n. With k = sigma^2 / mean(n^2),
+    the noise of that is independent of the noise of lq, as in a second photograph: on average, it is the clean image.
+
+    Raises:
+      ValueError: if `sigma` is not positive, or the networks change the image size.
+    """
+    if not sigma > 0:
+        raise ValueError(f"sigma={sigma} must be positive")
+    if setting.student.output.shape != setting.lq:
+        raise ValueError("recorrupted compares the student's image with the noisy one, so it needs scale 1")
+    compare = losses.make_criterion(criterion, **options)
+
+    def value(context: Context, *_: object) -> jax.Array:
+        added = context.lq - context.gt
+        k = (sigma / 255) ** 2 / jnp.maximum(jnp.mean(jnp.square(added), (1, 2, 3), keepdims=True), 1e-8)
+        return _mean(compare(context.student.output, context.gt - k * added), context.labelled)
+
+    return Loss(value)
+
+
 def output(setting: Setting, *, criterion: str, gate: bool = False, **options: float) -> Loss:
     """Compares the student's image with the teacher's.
 

@@ -155,8 +155,13 @@ def _stretch(config: Config, factor: float) -> Config:
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `base` with the `changes` merged in, group by group."""
+    """Returns `base` with the `changes` merged in, group by group.
+
+    The sizes of a student of another architecture replace those of the base's, since they have other names.
+    """
     merged = dict(base)
+    if changes.get("arch", base.get("arch")) != base.get("arch"):
+        merged["hparams"] = {}
     for key, value in changes.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = _merge(merged[key], value) if both else value
