@@ -40,7 +40,7 @@ METHODS = {
     "shrink": "output",
 }
 STUDIES = ("study_denoise", "study_few_labels", "study_lr", "study_noisy_only", "study_start")
-RECIPES = ("denoise", "teacher", "realworld", "fast", *METHODS)
+RECIPES = ("denoise", "teacher", "realworld", "fast", "upscale", *METHODS)
 
 
 @pytest.mark.parametrize("variant", ["", "quick", "debug"])
@@ -267,13 +267,7 @@ def test_changes_between_two_configs_are_told_by_key() -> None:
 
 def test_every_config_is_tried() -> None:
     elsewhere = {"basicsr", *STUDIES}  # see test_basicsr.py and test_study.py
-    assert {path.stem for path in CONFIGS.glob("*.py")} == {
-        "denoise",
-        "teacher",
-        "realworld",
-        "fast",
-        *METHODS,
-    } | elsewhere
+    assert {path.stem for path in CONFIGS.glob("*.py")} == {*RECIPES} | elsewhere
 
 
 def reference() -> list[str]:
