@@ -3,9 +3,11 @@
     python -m kdjax.study --config configs/study_start.py \\
         --config.base.teacher.weights=cdncnn_sigma25.pth --config.base.data.gt=FOLDER --config.base.val.gt=FOLDER
 
-The student has 36 of 64 channels and 12 of 20 layers of KAIR's CDnCNN, which is about four times faster. Each start has
-a learning rate of its own: random weights want a high one, which would undo what shrinking has found. `:quick` and
-`:debug` shrink the embedded RRDBNet, in minutes and in seconds.
+The student has 36 of 64 channels and 12 of 20 layers of KAIR's CDnCNN, a sixth of its multiply-accumulates. Each start
+has a learning rate of its own: random weights want a high one, which would undo what shrinking has found. Columns of
+equal compute train longer, for as many multiply-accumulates as `shrunk_distilled` with its teacher takes. `rival` is a
+U-Net from random weights, which costs about as much and is faster. `:quick` and `:debug` shrink the embedded RRDBNet,
+in minutes and in seconds.
 """
 
 from denoise import cosine
