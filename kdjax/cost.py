@@ -38,7 +38,7 @@ log = logging.getLogger("kdjax")
 # before.
 _MOST_CHANNELS, _MOST_BLOCKS, _MOST_LEVELS = 1024, 256, 16
 _CHANNELS, _LEVELS = (
-    ("num_in_ch", "num_out_ch", "img_channel", "num_feat", "num_grow_ch", "width", "feature_channels"),
+    ("num_in_ch", "num_out_ch", "img_channel", "num_feat", "num_grow_ch", "width", "feature_channels", "ranks"),
     ("num_level",),
 )
 _COPIES = 5  # of a student's parameters in training: parameters, EMA, gradient, Adam's two moments
@@ -344,10 +344,9 @@ def check_network_fits(network: models.Network) -> None:
     for name, value in network.hparams.items() if network.architecture.is_checked else ():
         most = _MOST_CHANNELS if name in _CHANNELS else _MOST_LEVELS if name in _LEVELS else _MOST_BLOCKS
         numbers = value if isinstance(value, tuple) else (value,)
-        if len(numbers) > _MOST_LEVELS:
-            raise ConfigError(
-                f"config.student.hparams.{name} has {len(numbers):,} numbers; {_MOST_LEVELS} is the limit"
-            )
+        longest = _MOST_BLOCKS + 2 if name == "ranks" else _MOST_LEVELS  # one for every convolution of a stack
+        if len(numbers) > longest:
+            raise ConfigError(f"config.student.hparams.{name} has {len(numbers):,} numbers; {longest} is the limit")
         if any(type(number) is int and number > most for number in numbers):
             raise ConfigError(f"config.student.hparams.{name}={brief(value)} must be at most {most}")
     shown = f"config.student.hparams={brief(network.hparams, 200)}"

@@ -34,6 +34,7 @@ SIDE = 64  # of the crops that layers are fitted to, pixels of lq
 MEASURED, _MEASURED_SIDE = 8, 128  # images kept for measuring, and the side of their centre crops
 _LATENCY_SIDE = 128  # of the image whose time is measured
 _REPEATS = 5
+_WIDTHS = ("num_feat", "num_grow_ch")
 _TRIAL = 4  # trials are fitted to this part of the images
 
 
@@ -175,11 +176,16 @@ def shrink(
 
 
 def ways(teacher: Model) -> Iterator[tuple[str, ...]]:
-    """Yields the sets of sizes that can be made smaller together."""
+    """Yields the sets of sizes that can be made smaller together.
+
+    Not ranks with a width: both make the same convolutions narrower, and together they were always far behind.
+    """
     structure = shrinking.structure_of(teacher)
     sizes = structure.sizes
     for count in range(len(sizes) if structure.is_joint else 1, len(sizes) + 1):
-        yield from itertools.combinations(sizes, count)
+        for way in itertools.combinations(sizes, count):
+            if "ranks" not in way or not {*_WIDTHS} & {*way}:
+                yield way
 
 
 def scaled(teacher: Model, trace: Trace, sizes: Sequence[str], part: float) -> dict[str, Any]:
@@ -196,7 +202,7 @@ def scaled(teacher: Model, trace: Trace, sizes: Sequence[str], part: float) -> d
         least = {"depth": 2}.get(name, 1)
         if isinstance(full, tuple):
             hparams[name] = tuple(min(count, max(1, round(part * count))) for count in full)
-        elif name in ("num_feat", "num_grow_ch"):
+        elif name in _WIDTHS:
             hparams[name] = min(full, max(4, 4 * round(part * full / 4)))
         else:
             hparams[name] = min(full, max(least, round(part * full)))

@@ -10,6 +10,8 @@ import pytest
 from flax import traverse_util
 
 from kdjax import shrink
+from kdjax.config import ConfigError
+from kdjax.cost import check_network_fits
 from kdjax.data import write_image
 from kdjax.models import MODELS, Model, network, regression, shrinking
 from kdjax.models.shrinking import check, fit, num_images
@@ -24,12 +26,22 @@ FULL = {
     "nafnet": dict(width=4, middle_blk_num=2, enc_blk_nums=(1, 3), dec_blk_nums=(2, 1)),
 }
 SMALLER = {
-    "rrdbnet": [dict(num_feat=5), dict(num_grow_ch=3), dict(num_block=2), dict(num_feat=6, num_block=2, num_grow_ch=4)],
-    "srvggnetcompact": [dict(num_feat=5), dict(num_conv=2)],
+    "rrdbnet": [
+        dict(num_feat=5),
+        dict(num_grow_ch=3),
+        dict(num_block=2),
+        dict(num_feat=6, num_block=2, num_grow_ch=4, ranks=(3, 0, 3, 3, 4) * 2 + (3, 3, 0, 3, 0)),
+    ],
+    "srvggnetcompact": [dict(num_feat=5), dict(num_conv=2, ranks=(0, 3, 4, 0))],
     "dncnn": [dict(num_feat=5), dict(depth=3), dict(ranks=(0, 3, 4, 3, 0)), dict(num_feat=6, ranks=(0, 3, 0, 3, 0))],
     "edsr": [dict(num_block=2)],
     "msrresnet": [dict(num_block=2)],
     "nafnet": [dict(enc_blk_nums=(1, 2)), dict(enc_blk_nums=(1, 1), middle_blk_num=1, dec_blk_nums=(1, 1))],
+}
+LOW_RANKS = {
+    "dncnn": ((0, 3, 0, 2, 0), (0, 0, 0, 0, 0)),
+    "srvggnetcompact": ((0, 3, 4, 2, 2),),
+    "rrdbnet": ((0, 3, 0, 2, 5) * 3,),
 }
 FULL_DNCNN = {"num_in_ch": 3, "num_feat": 8, "depth": 5, "unshuffle": 1, "ranks": ()}
 CASES = [(arch, sizes) for arch, several in SMALLER.items() for sizes in several]
@@ -224,17 +236,44 @@ def test_the_best_channels_predict_the_others() -> None:
     assert rest.max() < 1e-3
 
 
-@pytest.mark.parametrize("ranks", [(0, 3, 0, 2, 0), (0, 0, 0, 0, 0)])
+@pytest.mark.parametrize(("arch", "ranks"), [(arch, ranks) for arch, several in LOW_RANKS.items() for ranks in several])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_low_ranks_are_read_back(
-    tmp_path: Path, teachers: dict[str, Model], suffix: str, ranks: tuple[int, ...]
+    tmp_path: Path, teachers: dict[str, Model], suffix: str, arch: str, ranks: tuple[int, ...]
 ) -> None:
     """Also with all of them full, as a budget of a short stack may want it."""
-    student = shrunk(teachers["dncnn"], {"ranks": ranks})
+    student = shrunk(teachers[arch], {"ranks": ranks})
     save_model(student, tmp_path / f"student{suffix}")
     loaded = load_weights(tmp_path / f"student{suffix}", ranks=ranks).model
     assert loaded.network == student.network
     jax.tree.map(np.testing.assert_array_equal, loaded.params, student.params)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("arch", LOW_RANKS)
+def test_ranks_cost_what_was_asked_for_and_more_where_they_explain_more(arch: str) -> None:
+    teacher = network(arch, FULL[arch] | {"num_feat": 16}).init(jax.random.key(0))
+    trace = shrinking.trace(teacher, IMAGES)
+    full = teacher.network.count_macs(16, 16)
+    costs = []
+    for part in (0.3, 0.6, 0.9):
+        ranks = shrinking.spread_ranks(teacher, trace, teacher.hparams, part)
+        costs.append(network(arch, teacher.hparams | {"ranks": ranks}).count_macs(16, 16) / full)
+    assert costs == sorted(costs) and costs[0] < costs[1] <= 1
+    structure = shrinking.structure_of(teacher)
+    last = ranks[-1] if structure.stack else ranks[structure.ranked.index(structure.writer)]
+    assert last == 0 and (not structure.stack or ranks[0] == 0)
+    idle = edited(teacher, lambda path, leaf: leaf * 0 if path.endswith(("model.4.kernel", "body.4.kernel")) else leaf)
+    if structure.stack:  # the layer in which nothing varies gets no more than the least
+        ranks = shrinking.spread_ranks(idle, shrinking.trace(idle, IMAGES), teacher.hparams, 0.7)
+        assert ranks[2] == 4 < max(rank or 16 for rank in ranks[1:-1])
+
+
+@pytest.mark.once
+def test_a_student_can_have_as_many_ranks_as_layers() -> None:
+    check_network_fits(network("dncnn", dict(num_feat=8, depth=20, ranks=(0, *[4] * 18, 0))))
+    with pytest.raises(ConfigError, match="ranks=.* must be at most 1024"):
+        check_network_fits(network("dncnn", dict(num_feat=8, depth=3, ranks=(0, 2000, 0))))
 
 
 def test_a_shrunk_network_can_be_shrunk_again(teachers: dict[str, Model]) -> None:
@@ -260,6 +299,9 @@ def test_the_number_of_images_follows_from_their_size() -> None:
         ("dncnn", {"num_feat": 9}, "cannot be larger: num_feat=9, the teacher has 8"),
         ("dncnn", {"num_in_ch": 1}, "differ from its teacher in num_feat, depth, ranks only: num_in_ch=1 is not 3"),
         ("dncnn", {"ranks": (1, 2)}, "ranks=.* has 2 numbers; DnCNN of depth 5 needs as many"),
+        ("dncnn", {"ranks": (0, 9, 0, 0, 0)}, "rank 9 of a convolution with 8 outputs; it can be at most 8"),
+        ("srvggnetcompact", {"ranks": (1, 2)}, "has 2 numbers; SRVGGNetCompact with num_conv=3 needs 5, or none"),
+        ("rrdbnet", {"ranks": (1, 2)}, "has 2 numbers; a block of RRDBNet needs 15, or none"),
         ("nafnet", {"enc_blk_nums": (2, 1)}, r"cannot be larger: enc_blk_nums=\(2, 1\), the teacher has \(1, 3\)"),
         ("nafnet", {"enc_blk_nums": (1, 0)}, r"of the 3 blocks of encoders\.1, at least one must stay"),
         ("unet", {}, "unknown architecture to shrink 'unet'"),

@@ -58,9 +58,14 @@ class LowRankConv(nnx.Module):
     """A 3x3 convolution to `rank` channels, without bias, and a 1x1 convolution to num_out ones.
 
     As torch's `nn.Sequential(Conv2d(num_in, rank, 3, bias=False), Conv2d(rank, num_out, 1))`.
+
+    Raises:
+      ValueError: the rank is larger than the number of output channels.
     """
 
     def __init__(self, num_in: int, num_out: int, rank: int, *, rngs: nnx.Rngs) -> None:
+        if rank > num_out:
+            raise ValueError(f"rank {rank} of a convolution with {num_out} outputs; it can be at most {num_out}")
         setattr(self, "0", conv(num_in, rank, 3, bias=False, rngs=rngs))
         setattr(self, "1", conv(rank, num_out, 1, rngs=rngs))
 

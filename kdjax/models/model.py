@@ -28,9 +28,10 @@ class Shrink:
     Attributes:
       sizes: the hyper-parameters that may be smaller.
       is_joint: they are reduced together, in place of each alone and in every combination.
-      stack: the list of a plain stack: convolution, activation, ..., convolution.
+      stack: the list of a plain stack: convolution, activation, ..., convolution; each has a number in `ranks`.
       blocks: a pattern for the lists of blocks along a residual stream, each of which adds something to its input.
       writer: within a block, the path of the last convolution, whose outputs are added.
+      ranked: within a block, the paths of the convolutions that have a number in `ranks`, the same in every block.
       trunk: a pattern for the paths of all convolutions whose outputs are added to the residual stream.
     """
 
@@ -39,6 +40,7 @@ class Shrink:
     stack: str = ""
     blocks: str = ""
     writer: str = ""
+    ranked: tuple[str, ...] = ()
     trunk: str = ""
 
 

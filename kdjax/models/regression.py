@@ -138,8 +138,8 @@ def _second_moments(array: jax.Array) -> np.ndarray:
 
 
 def explained(outputs: jax.Array) -> np.ndarray:
-    """Returns the variances of (b, h, w, o) along its principal axes, largest first."""
+    """Returns the variances of (b, h, w, o) along its principal axes, largest first; those within rounding are 0."""
     mean = np.asarray(outputs).mean((0, 1, 2), np.float64)
-    size = outputs.size // outputs.shape[-1]
-    covariance = _second_moments(outputs) / size - np.outer(mean, mean)
-    return np.maximum(np.linalg.eigvalsh(covariance)[::-1], 0)
+    moments = _second_moments(outputs) * outputs.shape[-1] / outputs.size
+    variances = np.linalg.eigvalsh(moments - np.outer(mean, mean))[::-1]
+    return np.where(variances > 1e-6 * np.trace(moments), variances, 0)

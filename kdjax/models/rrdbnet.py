@@ -2,7 +2,9 @@
 
 Names, concatenation order, residual scales and initialisation follow BasicSR's `rrdbnet_arch.py`. BasicSR's network
 always ends in two x2 upsamplings and reaches scale 2 and 1 by un-shuffling its input 2x and 4x. The first ESRGAN
-release instead has log2(scale) upsamplings, or one by 3, and no un-shuffling. `num_upsample` covers both.
+release instead has log2(scale) upsamplings, or one by 3, and no un-shuffling. `num_upsample` covers both. `ranks` is
+our addition: in a convolution of rank r, a 3x3 convolution writes r channels, and a 1x1 convolution makes its outputs
+of them. Every block has the same 15 ranks, in the order of its convolutions.
 
 Features: `conv_first`, `body.N` (each RRDB), `conv_body` (before `conv_first` is added), all with num_feat channels at
 1/unshuffle of the input's height and width.
@@ -34,9 +36,13 @@ from kdjax.models.reading import (
     count,
     how_to_say,
     note_unshuffling,
+    num_low_rank,
+    ranks,
     rename_by,
     size,
 )
+
+_CONVOLUTIONS = tuple(f"rdb{i}.conv{k}" for i in (1, 2, 3) for k in range(1, 6))  # of a block
 
 
 def _lrelu(x: jax.Array) -> jax.Array:
@@ -46,10 +52,10 @@ def _lrelu(x: jax.Array) -> jax.Array:
 class ResidualDenseBlock(nnx.Module):
     """Five convolutions, each reading all earlier outputs; 0.2 x the last is added to the input."""
 
-    def __init__(self, num_feat: int, num_grow_ch: int, *, rngs: nnx.Rngs) -> None:
-        for i in range(1, 6):
-            num_out = num_grow_ch if i < 5 else num_feat
-            conv = conv3x3(num_feat + (i - 1) * num_grow_ch, num_out, rngs=rngs, init="residual", narrow=True)
+    def __init__(self, num_feat: int, num_grow_ch: int, ranks: tuple[int, ...], *, rngs: nnx.Rngs) -> None:
+        for i, rank in enumerate(ranks, start=1):
+            num_in, num_out = num_feat + (i - 1) * num_grow_ch, num_grow_ch if i < 5 else num_feat
+            conv = conv3x3(num_in, num_out, rngs=rngs, init="residual", narrow=True, rank=rank)
             setattr(self, f"conv{i}", conv)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -63,10 +69,10 @@ class ResidualDenseBlock(nnx.Module):
 class RRDB(nnx.Module):
     """Three dense blocks; 0.2 x their result is added to the input."""
 
-    def __init__(self, num_feat: int, num_grow_ch: int, *, rngs: nnx.Rngs) -> None:
-        self.rdb1 = ResidualDenseBlock(num_feat, num_grow_ch, rngs=rngs)
-        self.rdb2 = ResidualDenseBlock(num_feat, num_grow_ch, rngs=rngs)
-        self.rdb3 = ResidualDenseBlock(num_feat, num_grow_ch, rngs=rngs)
+    def __init__(self, num_feat: int, num_grow_ch: int, ranks: tuple[int, ...], *, rngs: nnx.Rngs) -> None:
+        self.rdb1 = ResidualDenseBlock(num_feat, num_grow_ch, ranks[:5], rngs=rngs)
+        self.rdb2 = ResidualDenseBlock(num_feat, num_grow_ch, ranks[5:10], rngs=rngs)
+        self.rdb3 = ResidualDenseBlock(num_feat, num_grow_ch, ranks[10:], rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
@@ -76,7 +82,8 @@ class RRDBNet(nnx.Module):
     """(b, h, w, num_in_ch) -> (b, h*scale, w*scale, num_out_ch) and features, for any h and w.
 
     Raises:
-      ValueError: 2**num_upsample is not a multiple of `scale`, and it is not scale 3 with one upsampling.
+      ValueError: 2**num_upsample is not a multiple of `scale`, and it is not scale 3 with one upsampling; or `ranks` is
+        neither empty nor 15 numbers.
     """
 
     def __init__(
@@ -88,6 +95,7 @@ class RRDBNet(nnx.Module):
         num_block: int = 23,
         num_grow_ch: int = 32,
         num_upsample: int = 2,
+        ranks: tuple[int, ...] = (),
         *,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -100,10 +108,13 @@ class RRDBNet(nnx.Module):
                 f" scale={scale} does not divide that; use scale 1, 2 or 4 with num_upsample=2, or scale 3 with"
                 " num_upsample=1"
             )
+        if ranks and len(ranks) != len(_CONVOLUTIONS):
+            raise ValueError(f"ranks={ranks} has {len(ranks)} numbers; a block of RRDBNet needs 15, or none")
+        ranks = ranks or (0,) * len(_CONVOLUTIONS)
         self.scale, self.remat = scale, remat
         self.unshuffle = self.multiple = enlargement // scale
         self.conv_first = conv3x3(num_in_ch * self.unshuffle**2, num_feat, rngs=rngs)
-        self.body = nnx.List([RRDB(num_feat, num_grow_ch, rngs=rngs) for _ in range(num_block)])
+        self.body = nnx.List([RRDB(num_feat, num_grow_ch, ranks, rngs=rngs) for _ in range(num_block)])
         self.conv_body = conv3x3(num_feat, num_feat, rngs=rngs)
         for i in range(num_upsample):
             setattr(self, f"conv_up{i + 1}", conv3x3(num_feat, num_feat, rngs=rngs))
@@ -152,6 +163,7 @@ _LAYOUTS = (
             (r"(?P<name>conv_first|conv_body|conv_hr|conv_last)", r"\g<name>"),
             (r"conv_up<K>", "conv_up<K>"),
             (r"body\.<N>\.rdb<J>\.conv<K>", "body.<N>.rdb<J>.conv<K>"),
+            (r"body\.<N>\.rdb<J>\.conv<K>\.(?P<part>[01])", r"body.<N>.rdb<J>.conv<K>.\g<part>"),
         ),
     ),
     Layout(
@@ -208,8 +220,11 @@ def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
         "scale": enlargement // unshuffle,
         "num_feat": size(shapes, 0, "conv_first.weight", "conv_body.weight", "conv_hr.weight", default=64),
         "num_block": max(1, count(shapes, r"body\.([0-9]+)\..*")),
-        "num_grow_ch": size(shapes, 0, "body.0.rdb1.conv1.weight", "body.0.rdb2.conv1.weight", default=32),
+        "num_grow_ch": size(
+            shapes, 0, "body.0.rdb1.conv1.weight", "body.0.rdb1.conv1.1.weight", "body.0.rdb2.conv1.weight", default=32
+        ),
         "num_upsample": num_upsample,
+        "ranks": ranks(shapes, [f"body.0.{name}" for name in _CONVOLUTIONS]),
     }
 
 
@@ -234,14 +249,17 @@ ARCHITECTURE = Architecture(
         layouts=_LAYOUTS,
         layouts_of=_old_esrgan,
         infer=_infer,
-        num_tensors=lambda hparams: 30 * hparams["num_block"] + 2 * hparams["num_upsample"] + 8,
+        num_tensors=lambda hparams: (
+            (30 + num_low_rank(hparams)) * hparams["num_block"] + 2 * hparams["num_upsample"] + 8
+        ),
         settle=_settle,
     ),
     order=("conv_first", "body", "conv_body", "conv_up", "conv_hr", "conv_last"),
     shrink=Shrink(
-        ("num_feat", "num_block", "num_grow_ch"),
+        ("num_feat", "num_block", "num_grow_ch", "ranks"),
         blocks="body",
         writer="rdb3.conv5",
+        ranked=_CONVOLUTIONS,
         trunk=r"conv_first|conv_body|body\.[0-9]+\.rdb[123]\.conv5",
     ),
 )

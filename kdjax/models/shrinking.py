@@ -14,16 +14,16 @@ distances stay.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict
 
 from kdjax.models import MODELS, Model, Network, network, regression
 from kdjax.models.layers import Conv, LowRankConv, PReLU, Run, intercept
@@ -388,29 +388,55 @@ def _counts(paths: Iterable[str], blocks: str) -> dict[str, int]:
     return dict(Counter(name for name, _ in filter(None, (_block(path, blocks) for path in paths))))
 
 
+class _Ranked(NamedTuple):
+    """A convolution that can have a rank: its cost with one rank and in full, and what part each rank explains."""
+
+    step: int
+    full: int
+    spectrum: np.ndarray
+
+
 def spread_ranks(teacher: Model, known: Trace, hparams: Mapping[str, Any], part: float) -> tuple[int, ...]:
-    """Returns ranks for the convolutions of a stack with these hyper-parameters that cost about `part` of full ones.
+    """Returns ranks for the convolutions of a network with these hyper-parameters, which cost `part` of full ones.
 
-    The first and the last convolution stay full. The others get ranks in steps of 4, where a step explains most of what
-    the teacher's convolution computes.
+    The first and the last convolution of a stack stay full, and so does the last one of a block. The others get ranks
+    in steps of 4, where a step explains most of what the teacher's convolutions compute, for what it costs.
     """
-    count, num_feat, stack = hparams["depth"], hparams["num_feat"], structure_of(teacher).stack
-    theirs = teacher.hparams["depth"]
-    sources = [round(i * (theirs - 1) / (count - 1)) for i in range(count)]
-    spectra = [regression.explained(known.outputs[f"{stack}.{2 * i}"])[:num_feat] for i in sources[1:-1]]
-    as_costly = 9 * num_feat / 10  # the rank at which the two convolutions cost as much as the full one
-    most = 4 * math.ceil(as_costly / 4)
-    ranks = [4] * len(spectra)
-    left = max(0.0, part * as_costly * len(spectra) - sum(ranks))
+    convolutions = _ranked(teacher, known, hparams)
+    layers = {i: layer for i, layer in enumerate(convolutions) if layer}
+    ranks = dict.fromkeys(layers, 4)
+    left = sum(part * layer.full - 4 * layer.step for layer in layers.values())
 
-    def gain(layer: int) -> float:
-        spectrum, rank = spectra[layer], ranks[layer]
-        return float(spectrum[rank : rank + 4].sum() / spectrum.sum()) if rank < most and spectrum.sum() else -1.0
+    def gain(i: int) -> float:
+        layer, rank = layers[i], ranks[i]
+        return float(layer.spectrum[rank : rank + 4].sum()) / layer.step if rank * layer.step < layer.full else 0.0
 
-    while left >= 4 and ranks:
-        best = max(range(len(ranks)), key=gain)
-        if gain(best) < 0:
-            break
+    while layers and gain(best := max(layers, key=gain)) > 0 and left >= 4 * layers[best].step:
         ranks[best] += 4
-        left -= 4
-    return (0, *(rank if rank < as_costly else 0 for rank in ranks), 0)
+        left -= 4 * layers[best].step
+    worth = {i: rank for i, rank in ranks.items() if rank * layers[i].step < layers[i].full}
+    return tuple(worth.get(i, 0) for i in range(len(convolutions)))
+
+
+def _ranked(teacher: Model, known: Trace, hparams: Mapping[str, Any]) -> list[_Ranked | None]:
+    """Returns the convolutions in the order of `ranks`; None for those that stay full."""
+    structure, params = structure_of(teacher), network(teacher.arch, {**hparams, "ranks": ()}).abstract_params
+    shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep=".").items()}
+    if structure.stack:
+        ours = [path for i in range(len(shapes)) if f"{(path := f'{structure.stack}.{2 * i}')}.kernel" in shapes]
+        last = max(number for path in known.outputs if (number := _number(path, structure.stack)) is not None) // 2
+        sources = [[f"{structure.stack}.{2 * round(i * last / (len(ours) - 1))}"] for i in range(len(ours))]
+        stay = {ours[0], ours[-1]}
+    else:
+        ours = [f"{structure.blocks}.0.{name}" for name in structure.ranked]
+        blocks = range(_counts(known.outputs, structure.blocks)[structure.blocks])
+        sources = [[f"{structure.blocks}.{block}.{name}" for block in blocks] for name in structure.ranked]
+        stay = {f"{structure.blocks}.0.{structure.writer}"}
+
+    def layer(path: str, sources: Sequence[str]) -> _Ranked:
+        *_, num_in, num_out = shapes[f"{path}.kernel"]
+        spectra = [regression.explained(known.outputs[source])[:num_out] for source in sources]
+        explained = np.mean([spectrum / max(spectrum.sum(), 1e-30) for spectrum in spectra], axis=0)
+        return _Ranked(9 * num_in + num_out, 9 * num_in * num_out, explained)
+
+    return [None if path in stay else layer(path, of) for path, of in zip(ours, sources, strict=True)]
