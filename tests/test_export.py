@@ -36,6 +36,7 @@ CASES = {
     "srvggnetcompact": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2, unshuffle=2)),
     "srvggnetcompact-leaky": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=1, act_type="leakyrelu")),
     "dncnn-grey": ("dncnn", dict(num_in_ch=1, num_feat=4, depth=3)),
+    "rrdbnet-ranks": ("rrdbnet", dict(scale=2, num_feat=4, num_block=1, num_grow_ch=4, ranks=(0, 2, 3, 2, 1) * 3)),
     "edsr": ("edsr", dict(num_feat=4, num_block=1, upscale=3, res_scale=0.1)),
     "msrresnet": ("msrresnet", dict(num_feat=4, num_block=1, upscale=2)),
     "nafnet": ("nafnet", dict(width=4, enc_blk_nums=(1,), dec_blk_nums=(1,))),

@@ -21,8 +21,8 @@ FULL = {
     "rrdbnet": dict(scale=1, num_feat=8, num_block=3, num_grow_ch=6),
     "srvggnetcompact": dict(num_feat=8, num_conv=3, upscale=1),
     "dncnn": dict(num_feat=8, depth=5),
-    "edsr": dict(num_feat=8, num_block=3, upscale=1),
-    "msrresnet": dict(num_feat=8, num_block=3, upscale=1),
+    "edsr": dict(num_feat=8, num_block=3, upscale=2),
+    "msrresnet": dict(num_feat=8, num_block=3, upscale=2),
     "nafnet": dict(width=4, middle_blk_num=2, enc_blk_nums=(1, 3), dec_blk_nums=(2, 1)),
 }
 SMALLER = {
@@ -34,8 +34,8 @@ SMALLER = {
     ],
     "srvggnetcompact": [dict(num_feat=5), dict(num_conv=2, ranks=(0, 3, 4, 0))],
     "dncnn": [dict(num_feat=5), dict(depth=3), dict(ranks=(0, 3, 4, 3, 0)), dict(num_feat=6, ranks=(0, 3, 0, 3, 0))],
-    "edsr": [dict(num_block=2)],
-    "msrresnet": [dict(num_block=2)],
+    "edsr": [dict(num_block=2), dict(num_feat=6, num_block=2)],
+    "msrresnet": [dict(num_block=2), dict(num_feat=6, num_block=2)],
     "nafnet": [dict(enc_blk_nums=(1, 2)), dict(enc_blk_nums=(1, 1), middle_blk_num=1, dec_blk_nums=(1, 1))],
 }
 LOW_RANKS = {
@@ -152,6 +152,22 @@ def test_blocks_that_do_nothing_are_left_out_without_loss() -> None:
     idle = ("encoders.1.0.beta", "encoders.1.0.gamma", "encoders.1.2.beta", "encoders.1.2.gamma")
     whole = edited(lively("nafnet"), lambda path, leaf: leaf * 0 if path in idle else leaf)
     assert distance(shrunk(whole, {"enc_blk_nums": (1, 1)}), whole) < 1e-5
+
+
+@pytest.mark.parametrize("arch", ["edsr", "msrresnet"])
+def test_channels_that_do_nothing_are_not_missed(arch: str) -> None:
+    """Of the stream, within blocks, and through the pixel shuffle, where a channel is one of four."""
+
+    def silence(path: str, leaf: np.ndarray) -> np.ndarray:
+        count = leaf.shape[-1] // 8  # 1, or 4 before the shuffle; 0 in the last convolution
+        for channel in (2, 5):
+            leaf[..., channel * count : (channel + 1) * count] = 0
+        return leaf
+
+    whole = edited(lively(arch), silence)
+    student = shrunk(whole, {"num_feat": 6})
+    assert distance(student, whole) < 1e-3 * float(jnp.std(whole(IMAGES)[0]))
+    assert distance(shrunk(whole, {"num_feat": 5}), whole) > 10 * distance(student, whole)
 
 
 def test_ranks_that_suffice_lose_nothing() -> None:
@@ -272,7 +288,7 @@ def test_ranks_cost_what_was_asked_for_and_more_where_they_explain_more(arch: st
 @pytest.mark.once
 def test_a_student_can_have_as_many_ranks_as_layers() -> None:
     check_network_fits(network("dncnn", dict(num_feat=8, depth=20, ranks=(0, *[4] * 18, 0))))
-    with pytest.raises(ConfigError, match="ranks=.* must be at most 1024"):
+    with pytest.raises(ConfigError, match=r"ranks=.* must be at most 1024"):
         check_network_fits(network("dncnn", dict(num_feat=8, depth=3, ranks=(0, 2000, 0))))
 
 

@@ -245,5 +245,11 @@ ARCHITECTURE = Architecture(
         settle=_settle,
     ),
     order=("conv_first", "body", "conv_after_body", "upsample", "conv_last"),
-    shrink=Shrink(("num_block",), blocks="body", writer="conv2"),
+    shrink=Shrink(
+        ("num_feat", "num_block"),
+        blocks="body",
+        writer="conv2",
+        trunk=r"conv_first|conv_after_body|body\.[0-9]+\.conv2",
+        shuffled=r"upsample\.[0-9]+",
+    ),
 )

@@ -33,6 +33,8 @@ class Shrink:
       writer: within a block, the path of the last convolution, whose outputs are added.
       ranked: within a block, the paths of the convolutions that have a number in `ranks`, the same in every block.
       trunk: a pattern for the paths of all convolutions whose outputs are added to the residual stream.
+      is_linear: nothing but convolutions reads or makes the stream, so that its channels can be rotated.
+      shuffled: a pattern for the paths of convolutions whose outputs a pixel shuffle makes a larger image of.
     """
 
     sizes: tuple[str, ...]
@@ -42,6 +44,8 @@ class Shrink:
     writer: str = ""
     ranked: tuple[str, ...] = ()
     trunk: str = ""
+    is_linear: bool = True
+    shuffled: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -120,5 +120,12 @@ ARCHITECTURE = Architecture(
         num_tensors=lambda hparams: 4 * hparams["num_block"] + 2 * num_steps(hparams["upscale"]) + 6,
     ),
     order=("conv_first", "body", "upconv", "conv_hr", "conv_last"),
-    shrink=Shrink(("num_block",), blocks="body", writer="conv2"),
+    shrink=Shrink(
+        ("num_feat", "num_block"),
+        blocks="body",
+        writer="conv2",
+        trunk=r"conv_first|body\.[0-9]+\.conv2",
+        is_linear=False,  # conv_first has an activation
+        shuffled=r"upconv[0-9]+",
+    ),
 )

@@ -5,9 +5,9 @@ least squares: its inputs are what the student has computed so far, its targets 
 same images. So a layer makes up for what earlier ones have lost.
 
 Three things can be smaller. *Ranks*: a convolution becomes two (`LowRankConv`). *Width*: of inner channels, those are
-kept from which the others are best predicted, and the layers that read them are fitted to do so; the residual stream,
-which is linear, keeps its leading principal axes. *Depth*: of residual blocks those are dropped that the output misses
-least, and the last convolution of the block before takes over what they add; of a plain stack, layers at equal
+kept from which the others are best predicted, and the layers that read them are fitted to do so; a residual stream
+keeps its leading principal axes, where it is linear. *Depth*: of residual blocks those are dropped that the output
+misses least, and the last convolution of the block before takes over what they add; of a plain stack, layers at equal
 distances stay.
 """
 
@@ -333,17 +333,37 @@ class _Fitting:
             return target
         if is_trunk:
             if self._trunk is None:
-                stream = [y for name, y in self._teacher.outputs.items() if self._writes_stream(name)]
-                self._trunk = regression.principal_axes(stream, count)
+                self._trunk = self._axes_of_trunk(count)
             return target @ self._trunk
+        if re.fullmatch(self._structure.shuffled, path):
+            return target[..., _best_shuffled(target, count, self._modules[path].kernel.shape[2])]
         self._channels = regression.best_channels(jax.nn.relu(target), count)
         return target[..., self._channels]
+
+    def _axes_of_trunk(self, count: int) -> np.ndarray:
+        """Returns (c, count): the student's channels of the residual stream in terms of the teacher's."""
+        stream = [y for name, y in self._teacher.outputs.items() if self._writes_stream(name)]
+        if self._structure.is_linear:
+            return regression.principal_axes(stream, count)
+        blocks = [y for name, y in self._teacher.outputs.items() if _block(name, self._structure.blocks)]
+        return np.eye(blocks[0].shape[-1], dtype=np.float32)[
+            :, regression.best_channels(jnp.concatenate(blocks), count)
+        ]
 
     def _writes_stream(self, name: str) -> bool:
         """Whether an output of the teacher is the stream itself, or outside of blocks is added to it."""
         if within := _within(name, self._structure.blocks):
             return not within[2]
         return bool(re.fullmatch(self._structure.trunk, name))
+
+
+def _best_shuffled(outputs: jax.Array, count: int, num_feat: int) -> np.ndarray:
+    """Returns which of a convolution's channels to keep, so that `num_feat` channels are left after a pixel shuffle."""
+    each = count // num_feat  # neighbours that a pixel becomes; a channel's are next to each other
+    batch, height, width, channels = outputs.shape
+    image = outputs.reshape(batch, height, width, channels // each, each).swapaxes(3, 4)
+    kept = regression.best_channels(image.reshape(batch, height, width * each, -1), num_feat)
+    return (kept[:, None] * each + np.arange(each)).ravel()
 
 
 def _num_outputs(layer: Conv | LowRankConv) -> int:
