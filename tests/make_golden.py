@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from spandrel.architectures.PLKSR.__arch.RealPLKSR import RealPLKSR
 from spandrel.architectures.SPAN.__arch.span import SPAN
 
 FOLDER = Path(__file__).parent / "golden" / "archs"
@@ -45,5 +46,15 @@ def span() -> None:
     write("span_folded_x1", net, folded, (16, 20))
 
 
+def realplksr() -> None:
+    """Normalised by groups, and by pixels."""
+    torch.manual_seed(0)
+    net = randomised(RealPLKSR(dim=12, n_blocks=2, upscaling_factor=2, kernel_size=7))
+    write("realplksr_x2", net, net.state_dict(), (17, 23))
+    net = randomised(RealPLKSR(dim=8, n_blocks=2, upscaling_factor=1, kernel_size=5, use_ea=False, layer_norm=True))
+    write("realplksr_layers_x1", net, net.state_dict(), (16, 20))
+
+
 if __name__ == "__main__":
     span()
+    realplksr()

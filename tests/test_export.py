@@ -43,6 +43,8 @@ CASES = {
     "unet": ("unet", dict(num_feat=4, num_level=2, num_conv=1)),
     "span": ("span", dict(feature_channels=4, upscale=2)),
     "span-grey": ("span", dict(num_in_ch=1, num_out_ch=1, feature_channels=4, upscale=1, norm=False)),
+    "realplksr": ("realplksr", dict(dim=8, n_blocks=1, upscale=2, kernel_size=5)),
+    "realplksr-layers": ("realplksr", dict(dim=8, n_blocks=1, upscale=1, kernel_size=5, use_ea=False, layer_norm=True)),
     "unet-unshuffled": ("unet", dict(num_feat=4, num_level=1, num_conv=2, num_conv_up=1, unshuffle=2)),
 }
 
@@ -379,6 +381,7 @@ SPANDREL = {
     "RealESRGAN Compact": [("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=upscale)) for upscale in (1, 2)],
     "DnCNN": [("dncnn", dict(num_feat=4, depth=17)), ("dncnn", dict(num_in_ch=1, num_feat=4, depth=20))],
     "NAFNet": [CASES["nafnet"]],
+    "PLKSR": [CASES["realplksr"], CASES["realplksr-layers"]],
     "SPAN": [CASES["span"], ("span", dict(feature_channels=4, upscale=1, norm=False))],
 }
 

@@ -183,6 +183,20 @@ def test_every_rrdbnet_layout(layout: str, num_upsample: int, tmp_path: Path) ->
     assert_same(model.params, loaded.model.params)
 
 
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        ({"to_img.offset.weight": (32, 12, 1, 1), "to_img.init_pos": (1, 32, 1, 1)}, "RealPLKSR with DySample"),
+        ({"feats.1.channe_mixer.0.weight": (8, 4, 3, 3)}, "PLKSR, the one that is not RealPLKSR"),
+    ],
+)
+def test_relatives_of_realplksr_are_refused_by_name(extra: dict, name: str, tmp_path: Path) -> None:
+    state = state_dict(random_model("realplksr", dict(dim=4, n_blocks=1, upscale=2)))
+    state |= {key: np.zeros(shape, np.float32) for key, shape in extra.items()}
+    with pytest.raises(WeightsError, match=f"it looks like {name}, which is not supported"):
+        load_model(write(tmp_path, zip_file(state)))
+
+
 def test_esrgan_plus_is_refused_by_name(rrdbnet: Model, tmp_path: Path) -> None:
     state = {old_esrgan_key(key, 2, 2): value for key, value in state_dict(rrdbnet).items()}
     state["model.1.sub.0.RDB1.conv1x1.weight"] = np.zeros((2, 4, 1, 1), np.float32)

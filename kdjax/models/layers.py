@@ -100,6 +100,9 @@ TORCH_KERNEL_INIT = _compiled_quickly(nnx.initializers.variance_scaling(1 / 3, "
 RELU_KERNEL_INIT = _compiled_quickly(nnx.initializers.variance_scaling(2, "fan_in", "normal"))
 
 
+SMALL_KERNEL_INIT = _compiled_quickly(nnx.initializers.normal(0.02))
+
+
 def residual_kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
     """BasicSR's `default_init_weights(scale=0.1)`: 0.1 x Kaiming normal (gain sqrt 2), for residual branches."""
     return _normal(key, shape, dtype) * jnp.sqrt(jnp.array(0.02 / math.prod(shape[:-1]), dtype))
@@ -147,9 +150,20 @@ def _narrow(x: jax.Array, kernel: jax.Array, *_: object, **__: object) -> jax.Ar
 
 
 def conv(
-    num_in: int, num_out: int, size: int, *, rngs: nnx.Rngs, stride: int = 1, groups: int = 1, bias: bool = True
+    num_in: int,
+    num_out: int,
+    size: int,
+    *,
+    rngs: nnx.Rngs,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = True,
+    init: str = "torch",
 ) -> Conv:
-    """Returns a `size` x `size` convolution with torch's initialisation, zero-padded to keep the size at stride 1."""
+    """Returns a `size` x `size` convolution, zero-padded to keep the size at stride 1.
+
+    `init` is "torch" (torch's default) or "small" (normal, 0.02, with torch's bias).
+    """
     return Conv(
         num_in,
         num_out,
@@ -159,7 +173,7 @@ def conv(
         feature_group_count=groups,
         use_bias=bias,
         conv_general_dilated=_same if stride == groups == 1 and size % 2 else jax.lax.conv_general_dilated,
-        kernel_init=TORCH_KERNEL_INIT,
+        kernel_init={"torch": TORCH_KERNEL_INIT, "small": SMALL_KERNEL_INIT}[init],
         bias_init=torch_bias_init(size * size * num_in // groups),
         rngs=rngs,
     )
@@ -179,6 +193,19 @@ class PReLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return _run(self, x, lambda x: prelu(x, self.weight[...].astype(x.dtype)))
+
+
+class LayerNorm2d(nnx.Module):
+    """Normalises the channels of each pixel, in float32: the residual stream overflows lower precisions."""
+
+    def __init__(self, num_channels: int) -> None:
+        self.weight, self.bias = nnx.Param(jnp.ones(num_channels)), nnx.Param(jnp.zeros(num_channels))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        centred = y - y.mean(-1, keepdims=True)
+        y = centred / jnp.sqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + 1e-6)
+        return (y * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class Activation(nnx.Module):

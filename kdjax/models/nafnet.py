@@ -16,22 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax import ops
-from kdjax.models.layers import call, conv
+from kdjax.models.layers import LayerNorm2d, call, conv
 from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import Files, Hparams, Layout, Shapes, count, levels, same_if, size
-
-
-class LayerNorm2d(nnx.Module):
-    """Normalises the channels of each pixel, in float32: the residual stream overflows lower precisions."""
-
-    def __init__(self, num_channels: int) -> None:
-        self.weight, self.bias = nnx.Param(jnp.ones(num_channels)), nnx.Param(jnp.zeros(num_channels))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = x.astype(jnp.float32)
-        centred = y - y.mean(-1, keepdims=True)
-        y = centred / jnp.sqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + 1e-6)
-        return (y * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def _gate(x: jax.Array) -> jax.Array:
