@@ -12,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from spandrel.architectures.PLKSR.__arch.RealPLKSR import RealPLKSR
+from spandrel.architectures.RCAN.__arch.rcan_arch import RCAN
 from spandrel.architectures.SPAN.__arch.span import SPAN
 
 FOLDER = Path(__file__).parent / "golden" / "archs"
 
 
 def randomised(net: torch.nn.Module) -> torch.nn.Module:
-    for parameter in net.parameters():
+    for name, parameter in net.named_parameters():
+        if "_mean." in name:  # RCAN's shifts of colours
+            continue
         fan_in = parameter[0].numel() if parameter.ndim > 1 else 400
         parameter.data = 0.7 * torch.randn_like(parameter) / fan_in**0.5
     return net.eval()
@@ -27,7 +30,7 @@ def randomised(net: torch.nn.Module) -> torch.nn.Module:
 def write(name: str, net: torch.nn.Module, state: dict[str, torch.Tensor], size: tuple[int, int]) -> None:
     image = torch.rand(1, 3, *size)
     with torch.no_grad():
-        output = net(image)
+        output = net(image.clone())  # spandrel's RCAN changes its input
     arrays = {key: value.numpy().transpose(0, 2, 3, 1) for key, value in (("x", image), ("y", output))}
     print(f"{name}: {sum(value.numel() for value in state.values()):,} numbers, outputs to {output.abs().max():.2f}")
     torch.save(state, FOLDER / f"{name}.pth")
@@ -55,6 +58,16 @@ def realplksr() -> None:
     write("realplksr_layers_x1", net, net.state_dict(), (16, 20))
 
 
+def rcan() -> None:
+    """In the authors' layout: normalised, and not."""
+    torch.manual_seed(0)
+    net = randomised(RCAN(scale=2, n_resgroups=2, n_resblocks=2, n_feats=8, reduction=4))
+    write("rcan_x2", net, net.state_dict(), (17, 23))
+    net = randomised(RCAN(scale=3, n_resgroups=1, n_resblocks=2, n_feats=8, reduction=2, norm=False))
+    write("rcan_x3", net, net.state_dict(), (16, 20))
+
+
 if __name__ == "__main__":
     span()
     realplksr()
+    rcan()

@@ -43,6 +43,7 @@ CASES = {
     "unet": ("unet", dict(num_feat=4, num_level=2, num_conv=1)),
     "span": ("span", dict(feature_channels=4, upscale=2)),
     "span-grey": ("span", dict(num_in_ch=1, num_out_ch=1, feature_channels=4, upscale=1, norm=False)),
+    "rcan": ("rcan", dict(num_feat=8, num_group=2, num_block=2, squeeze_factor=4, upscale=2)),
     "realplksr": ("realplksr", dict(dim=8, n_blocks=1, upscale=2, kernel_size=5)),
     "realplksr-layers": ("realplksr", dict(dim=8, n_blocks=1, upscale=1, kernel_size=5, use_ea=False, layer_norm=True)),
     "unet-unshuffled": ("unet", dict(num_feat=4, num_level=1, num_conv=2, num_conv_up=1, unshuffle=2)),
@@ -382,6 +383,7 @@ SPANDREL = {
     "DnCNN": [("dncnn", dict(num_feat=4, depth=17)), ("dncnn", dict(num_in_ch=1, num_feat=4, depth=20))],
     "NAFNet": [CASES["nafnet"]],
     "PLKSR": [CASES["realplksr"], CASES["realplksr-layers"]],
+    "RCAN": [CASES["rcan"], ("rcan", dict(num_feat=4, num_group=1, num_block=1, squeeze_factor=2, norm=False))],
     "SPAN": [CASES["span"], ("span", dict(feature_channels=4, upscale=1, norm=False))],
 }
 
@@ -399,6 +401,6 @@ def test_spandrel_recognises_the_files(name: str, tmp_path: Path) -> None:
             found = spandrel.ModelLoader().load_from_file(str(path))
             assert (found.architecture.name, found.scale) == (name, model.network.scale)
             with torch.no_grad():
-                output = found.model.eval()(torch.from_numpy(image.transpose(0, 3, 1, 2))).numpy()
+                output = found.model.eval()(torch.tensor(image.transpose(0, 3, 1, 2))).numpy()
             largest = max(1.0, np.abs(output).max())
             np.testing.assert_allclose(output.transpose(0, 2, 3, 1), model(image)[0], atol=1e-5 * largest)

@@ -21,6 +21,7 @@ TINY = {
     "nafnet": dict(width=4, enc_blk_nums=(1, 1), dec_blk_nums=(1, 1)),
     "unet": dict(num_feat=4, num_level=2, num_conv=1),
     "span": dict(feature_channels=6, upscale=1),
+    "rcan": dict(num_feat=8, num_group=2, num_block=2, squeeze_factor=4, upscale=1),
     "realplksr": dict(dim=8, n_blocks=2, upscale=1, kernel_size=5),
 }
 # The same at a half of the height and width.
@@ -63,6 +64,7 @@ def test_output_and_features_equal_the_reference(golden: Path, name: str) -> Non
         ("MSRResNet", dict(upscale=4), 1_517_571),
         ("SPAN", dict(feature_channels=52), 498_208),  # 498K in the paper
         ("SPAN", dict(upscale=2), 410_700),  # 411K
+        ("RCAN", {}, 15_592_355),  # 15.59 M
         ("RealPLKSR", {}, 7_389_680),  # 7.39 M, and 7.37 M below, as spandrel's
         ("RealPLKSR", dict(upscale=2, layer_norm=True), 7_368_908),
     ],
@@ -144,6 +146,7 @@ def test_feature_names_are_module_paths() -> None:
         "nafnet": ["decoders.0", "decoders.1", "encoders.0", "encoders.1", "intro", "middle_blks"],
         "unet": ["decoder.0", "decoder.1", "encoder.0", "encoder.1", "encoder.2"],
         "span": [*(f"block_{i}" for i in range(1, 7)), "conv_1", "conv_2"],
+        "rcan": ["body.0", "body.1", "conv_after_body", "conv_first"],
         "realplksr": ["feats.0", "feats.1", "feats.2", "feats.4"],
     }
 
@@ -220,6 +223,8 @@ def test_a_plain_stack_starts_with_activations_of_equal_size_and_near_its_input(
         ("msrresnet", dict(upscale=8), "1, 2, 3 or 4"),
         ("nafnet", dict(enc_blk_nums=(1, 1)), "as many levels up as down"),
         ("span", dict(num_in_ch=1), "norm=True is for 3 channels"),
+        ("rcan", dict(num_feat=8), "squeeze_factor=16 of num_feat=8 channels leaves none"),
+        ("rcan", dict(upscale=5), "neither 3 nor a power of 2"),
         ("realplksr", dict(kernel_size=4), "kernel_size=4 must be odd"),
         ("realplksr", dict(dim=6), "dim=6 is no multiple of norm_groups=4"),
         ("realplksr", dict(dim=4, split_ratio=0.1), "split_ratio=0.1 of dim=4 channels has no large kernel"),

@@ -23,6 +23,7 @@ FULL = {
     "dncnn": dict(num_feat=8, depth=5),
     "edsr": dict(num_feat=8, num_block=3, upscale=2),
     "msrresnet": dict(num_feat=8, num_block=3, upscale=2),
+    "rcan": dict(num_feat=8, num_group=3, num_block=1, squeeze_factor=4, upscale=2, norm=False),
     "nafnet": dict(width=4, middle_blk_num=2, enc_blk_nums=(1, 3), dec_blk_nums=(2, 1)),
 }
 SMALLER = {
@@ -36,6 +37,7 @@ SMALLER = {
     "dncnn": [dict(num_feat=5), dict(depth=3), dict(ranks=(0, 3, 4, 3, 0)), dict(num_feat=6, ranks=(0, 3, 0, 3, 0))],
     "edsr": [dict(num_block=2), dict(num_feat=6, num_block=2)],
     "msrresnet": [dict(num_block=2), dict(num_feat=6, num_block=2)],
+    "rcan": [dict(num_group=2)],
     "nafnet": [dict(enc_blk_nums=(1, 2)), dict(enc_blk_nums=(1, 1), middle_blk_num=1, dec_blk_nums=(1, 1))],
 }
 LOW_RANKS = {

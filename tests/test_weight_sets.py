@@ -404,7 +404,10 @@ def test_dncnn_without_batch_norm_under_another_name(tmp_path: Path) -> None:
     ("name", "keys"),
     [
         ("MDSR", ["head.0.weight", "pre_process.0.0.body.0.weight", "body.0.body.0.weight", "tail.0.weight"]),
-        ("RCAN", ["head.0.weight", "body.0.body.0.body.0.weight", "body.0.body.0.body.3.conv_du.0.weight"]),
+        (
+            "RCAN with an un-shuffled",
+            ["head.1.weight", "body.0.body.0.body.0.weight", "body.0.body.0.body.3.conv_du.0.weight"],
+        ),
         ("SRResNet", ["model.0.weight", "model.1.sub.0.res.0.weight", "model.1.sub.0.res.2.weight"]),
         ("weight normalisation", ["head.0.weight_g", "head.0.weight_v", "body.0.body.0.weight_g"]),
     ],

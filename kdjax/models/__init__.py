@@ -17,7 +17,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from kdjax.models import custom, dncnn, edsr, msrresnet, nafnet, realplksr, rrdbnet, span, srvgg, unet
+from kdjax.models import custom, dncnn, edsr, msrresnet, nafnet, rcan, realplksr, rrdbnet, span, srvgg, unet
 from kdjax.models.model import Apply, Architecture, Model, Network, Params, Shrink, count_params
 from kdjax.names import nearest
 
@@ -41,6 +41,7 @@ MODELS: dict[str, Architecture] = {
     "dncnn": dncnn.ARCHITECTURE,
     "edsr": edsr.ARCHITECTURE,
     "msrresnet": msrresnet.ARCHITECTURE,
+    "rcan": rcan.ARCHITECTURE,
     "nafnet": nafnet.ARCHITECTURE,
     "span": span.ARCHITECTURE,
     "realplksr": realplksr.ARCHITECTURE,

@@ -124,7 +124,7 @@ def upsampling_steps(upscale: int) -> tuple[int, ...]:
 _AUTHORS = "EDSR-PyTorch"
 
 
-def _img_range(constants: State) -> dict[str, Any]:
+def img_range_of(constants: State) -> dict[str, Any]:
     """Reads `img_range` from the mean shifts in the authors' files, x -> x -+ img_range * mean.
 
     Raises:
@@ -173,7 +173,7 @@ _LAYOUTS = (
             (r"tail\.1", "conv_last"),
         ),
         is_constant=lambda key: re.fullmatch(r"(sub|add)_mean\.(weight|bias)", key) is not None,
-        told=_img_range,
+        told=img_range_of,
     ),
     Layout(
         "MMEditing",

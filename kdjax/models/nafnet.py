@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax import ops
-from kdjax.models.layers import LayerNorm2d, call, conv
+from kdjax.models.layers import LayerNorm2d, MeanOverImage, call, conv
 from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import Files, Hparams, Layout, Shapes, count, levels, same_if, size
 
@@ -35,7 +35,7 @@ class NAFBlock(nnx.Module):
         self.conv1 = conv(c, 2 * c, 1, rngs=rngs)
         self.conv2 = conv(2 * c, 2 * c, 3, rngs=rngs, groups=2 * c)
         self.conv3 = conv(c, c, 1, rngs=rngs)
-        self.sca = nnx.List([_MeanOverImage(), conv(c, c, 1, rngs=rngs)])
+        self.sca = nnx.List([MeanOverImage(), conv(c, c, 1, rngs=rngs)])
         self.conv4 = conv(c, 2 * c, 1, rngs=rngs)
         self.conv5 = conv(c, c, 1, rngs=rngs)
         self.norm1, self.norm2 = LayerNorm2d(c), LayerNorm2d(c)
@@ -47,11 +47,6 @@ class NAFBlock(nnx.Module):
         x = x + y * self.beta[...].reshape(-1).astype(x.dtype)
         y = self.conv5(_gate(self.conv4(self.norm2(x))))
         return x + y * self.gamma[...].reshape(-1).astype(x.dtype)
-
-
-class _MeanOverImage(nnx.Module):
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x.mean((1, 2), keepdims=True)
 
 
 class NAFNet(nnx.Module):

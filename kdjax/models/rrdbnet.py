@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kdjax import ops
-from kdjax.models.layers import call, conv3x3, is_intercepted
+from kdjax.models.layers import conv3x3, run_blocks
 from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import (
     MAX_UPSAMPLE,
@@ -126,7 +126,7 @@ class RRDBNet(nnx.Module):
         x = ops.pixel_unshuffle(ops.pad_to_multiple(image, self.unshuffle), self.unshuffle)
         features = {}
         x = first = features["conv_first"] = self.conv_first(x)
-        x, blocks = self._run_body(x)
+        x, blocks = run_blocks(self.body, x, remat=self.remat)
         features |= {f"body.{i}": block for i, block in enumerate(blocks)}
         features["conv_body"] = self.conv_body(x)
         x = first + features["conv_body"]
@@ -134,23 +134,6 @@ class RRDBNet(nnx.Module):
             x = _lrelu(getattr(self, f"conv_up{i}")(ops.upsample_nearest(x, factor)))
         x = self.conv_last(_lrelu(self.conv_hr(x)))
         return x[:, : height * self.scale, : width * self.scale], features
-
-    def _run_body(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the last block's output, and the outputs of all blocks: (num_block, b, h, w, num_feat).
-
-        Uses a loop: unrolled, 23 blocks of 15 convolutions take ten times as long to compile.
-        """
-        if is_intercepted():
-            blocks = [x := call(block, x, remat=False) for block in self.body]
-            return x, jnp.stack(blocks)
-        graphdef, _ = nnx.split(self.body[0])
-        params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(nnx.state(block) for block in self.body))
-
-        def step(x: jax.Array, params: nnx.State) -> tuple[jax.Array, jax.Array]:
-            x = call(nnx.merge(graphdef, params), x, remat=self.remat)
-            return x, x
-
-        return jax.lax.scan(step, x, params)
 
 
 # ---- its files -------------------------------------------------------------------------------------------------
