@@ -398,7 +398,7 @@ def spandrel(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         parts = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional")
         for name in parts:
             monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-        sys.modules[parts[-1]].__dict__.update(InterpolationMode=None, rotate=None)
+        sys.modules[parts[-1]].__dict__.update(InterpolationMode=None, rotate=None, normalize=None)
     return pytest.importorskip("spandrel")
 
 
