@@ -38,6 +38,7 @@ CASES = {
     "srvggnetcompact": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2, unshuffle=2)),
     "srvggnetcompact-leaky": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=1, act_type="leakyrelu")),
     "dncnn-grey": ("dncnn", dict(num_in_ch=1, num_feat=4, depth=3)),
+    "rrdbnet-plus": ("rrdbnet", dict(num_feat=4, num_block=1, num_upsample=1, scale=2, plus=True)),
     "rrdbnet-ranks": ("rrdbnet", dict(scale=2, num_feat=4, num_block=1, num_grow_ch=4, ranks=(0, 2, 3, 2, 1) * 3)),
     "edsr": ("edsr", dict(num_feat=4, num_block=1, upscale=3, res_scale=0.1)),
     "msrresnet": ("msrresnet", dict(num_feat=4, num_block=1, upscale=2)),
@@ -380,7 +381,8 @@ def test_the_card_tells_what_the_run_says(run_folder: Path, tmp_path: Path) -> N
 # What spandrel 0.4.2 recognises, and under which name: RRDBNet with 32 growth channels, Compact with PReLU, DnCNN of 17
 # or 20 convolutions, the last two without `unshuffle`; no EDSR or MSRResNet of BasicSR.
 SPANDREL = {
-    "ESRGAN": [("rrdbnet", dict(num_feat=4, num_block=1, scale=scale)) for scale in (1, 2, 4)],
+    "ESRGAN": [("rrdbnet", dict(num_feat=4, num_block=1, scale=scale)) for scale in (1, 2, 4)]
+    + [CASES["rrdbnet-plus"]],
     "RealESRGAN Compact": [("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=upscale)) for upscale in (1, 2)],
     "DnCNN": [("dncnn", dict(num_feat=4, depth=17)), ("dncnn", dict(num_in_ch=1, num_feat=4, depth=20))],
     "NAFNet": [CASES["nafnet"]],

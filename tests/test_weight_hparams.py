@@ -170,6 +170,7 @@ def test_values_fit_the_types_of_the_architecture(tmp_path: Path) -> None:
     ("arch", "hparams"),
     [
         ("rrdbnet", dict(num_block=2, num_upsample=3, scale=8)),
+        ("rrdbnet", dict(num_block=2, plus=True, ranks=(0, 2, 3) * 5)),
         ("srvggnetcompact", dict(num_conv=3)),
         ("srvggnetcompact", dict(num_conv=3, act_type="relu")),
         ("dncnn", dict(depth=5)),

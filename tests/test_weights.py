@@ -197,11 +197,17 @@ def test_relatives_of_realplksr_are_refused_by_name(extra: dict, name: str, tmp_
         load_model(write(tmp_path, zip_file(state)))
 
 
-def test_esrgan_plus_is_refused_by_name(rrdbnet: Model, tmp_path: Path) -> None:
+def test_esrgan_plus_is_told_by_its_1x1_convolutions(rrdbnet: Model, tmp_path: Path) -> None:
     state = {old_esrgan_key(key, 2, 2): value for key, value in state_dict(rrdbnet).items()}
-    state["model.1.sub.0.RDB1.conv1x1.weight"] = np.zeros((2, 4, 1, 1), np.float32)
-    with pytest.raises(WeightsError, match=r"ESRGAN\+.*not supported"):
-        load_weights(write(tmp_path, zip_file(state)))
+    idle = {
+        f"model.1.sub.{i}.RDB{j}.conv1x1.weight": np.zeros((2, 4, 1, 1), np.float32) for i in (0, 1) for j in (1, 2, 3)
+    }
+    model = load_model(write(tmp_path, zip_file(state | idle)))
+    assert model.hparams["plus"] and list(to_state_dict(model)) != list(state_dict(rrdbnet))
+    assert {*to_state_dict(model)} == {*state, *idle}  # written in the layout that other programs know
+    state["model.1.sub.0.RDB1.conv1x1.weight"] = idle["model.1.sub.0.RDB1.conv1x1.weight"]
+    with pytest.raises(WeightsError, match=r"do not fit rrdbnet .*5 missing: body.0.rdb2.conv1x1.weight"):
+        load_model(write(tmp_path, zip_file(state)))
 
 
 def dncnn_with_batch_norm(rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -2,7 +2,8 @@
 
 Names, concatenation order, residual scales and initialisation follow BasicSR's `rrdbnet_arch.py`. BasicSR's network
 always ends in two x2 upsamplings and reaches scale 2 and 1 by un-shuffling its input 2x and 4x. The first ESRGAN
-release instead has log2(scale) upsamplings, or one by 3, and no un-shuffling. `num_upsample` covers both. `ranks` is
+release instead has log2(scale) upsamplings, or one by 3, and no un-shuffling. `num_upsample` covers both. `plus` is
+ESRGAN+ (Rakotonirina & Rasoanaivo, 2020, arXiv:2001.08073), with more shortcuts within a dense block. `ranks` is
 our addition: in a convolution of rank r, a 3x3 convolution writes r channels, and a 1x1 convolution makes its outputs
 of them. Every block has the same 15 ranks, in the order of its convolutions.
 
@@ -19,10 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kdjax import ops
-from kdjax.models.layers import conv3x3, run_blocks
+from kdjax.models.layers import conv, conv3x3, run_blocks
 from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import (
     MAX_UPSAMPLE,
@@ -50,29 +52,38 @@ def _lrelu(x: jax.Array) -> jax.Array:
 
 
 class ResidualDenseBlock(nnx.Module):
-    """Five convolutions, each reading all earlier outputs; 0.2 x the last is added to the input."""
+    """Five convolutions, each reading all earlier outputs; 0.2 x the last is added to the input.
 
-    def __init__(self, num_feat: int, num_grow_ch: int, ranks: tuple[int, ...], *, rngs: nnx.Rngs) -> None:
+    With `plus`, the second output gets a 1x1 convolution of the input, and the fourth gets the second.
+    """
+
+    def __init__(self, num_feat: int, num_grow_ch: int, ranks: tuple[int, ...], plus: bool, *, rngs: nnx.Rngs) -> None:
+        self.conv1x1 = conv(num_feat, num_grow_ch, 1, bias=False, rngs=rngs) if plus else None
         for i, rank in enumerate(ranks, start=1):
             num_in, num_out = num_feat + (i - 1) * num_grow_ch, num_grow_ch if i < 5 else num_feat
-            conv = conv3x3(num_in, num_out, rngs=rngs, init="residual", narrow=True, rank=rank)
-            setattr(self, f"conv{i}", conv)
+            layer = conv3x3(num_in, num_out, rngs=rngs, init="residual", narrow=True, rank=rank)
+            setattr(self, f"conv{i}", layer)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         *growing, last = (getattr(self, f"conv{i}") for i in range(1, 6))
-        dense = x
-        for conv in growing:
-            dense = jnp.concatenate([dense, _lrelu(conv(dense))], axis=-1)
-        return x + 0.2 * last(dense)
+        outputs = [x]
+        for i, conv in enumerate(growing, start=1):
+            y = _lrelu(conv(jnp.concatenate(outputs, axis=-1)))
+            if self.conv1x1 and i == 2:
+                y = y + self.conv1x1(x)
+            if self.conv1x1 and i == 4:
+                y = y + outputs[2]
+            outputs.append(y)
+        return x + 0.2 * last(jnp.concatenate(outputs, axis=-1))
 
 
 class RRDB(nnx.Module):
     """Three dense blocks; 0.2 x their result is added to the input."""
 
-    def __init__(self, num_feat: int, num_grow_ch: int, ranks: tuple[int, ...], *, rngs: nnx.Rngs) -> None:
-        self.rdb1 = ResidualDenseBlock(num_feat, num_grow_ch, ranks[:5], rngs=rngs)
-        self.rdb2 = ResidualDenseBlock(num_feat, num_grow_ch, ranks[5:10], rngs=rngs)
-        self.rdb3 = ResidualDenseBlock(num_feat, num_grow_ch, ranks[10:], rngs=rngs)
+    def __init__(self, num_feat: int, num_grow_ch: int, ranks: tuple[int, ...], plus: bool, *, rngs: nnx.Rngs) -> None:
+        self.rdb1 = ResidualDenseBlock(num_feat, num_grow_ch, ranks[:5], plus, rngs=rngs)
+        self.rdb2 = ResidualDenseBlock(num_feat, num_grow_ch, ranks[5:10], plus, rngs=rngs)
+        self.rdb3 = ResidualDenseBlock(num_feat, num_grow_ch, ranks[10:], plus, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return x + 0.2 * self.rdb3(self.rdb2(self.rdb1(x)))
@@ -96,6 +107,7 @@ class RRDBNet(nnx.Module):
         num_grow_ch: int = 32,
         num_upsample: int = 2,
         ranks: tuple[int, ...] = (),
+        plus: bool = False,
         *,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -114,7 +126,7 @@ class RRDBNet(nnx.Module):
         self.scale, self.remat = scale, remat
         self.unshuffle = self.multiple = enlargement // scale
         self.conv_first = conv3x3(num_in_ch * self.unshuffle**2, num_feat, rngs=rngs)
-        self.body = nnx.List([RRDB(num_feat, num_grow_ch, ranks, rngs=rngs) for _ in range(num_block)])
+        self.body = nnx.List([RRDB(num_feat, num_grow_ch, ranks, plus, rngs=rngs) for _ in range(num_block)])
         self.conv_body = conv3x3(num_feat, num_feat, rngs=rngs)
         for i in range(num_upsample):
             setattr(self, f"conv_up{i + 1}", conv3x3(num_feat, num_feat, rngs=rngs))
@@ -146,6 +158,7 @@ _LAYOUTS = (
             (r"(?P<name>conv_first|conv_body|conv_hr|conv_last)", r"\g<name>"),
             (r"conv_up<K>", "conv_up<K>"),
             (r"body\.<N>\.rdb<J>\.conv<K>", "body.<N>.rdb<J>.conv<K>"),
+            (r"body\.<N>\.rdb<J>\.conv1x1", "body.<N>.rdb<J>.conv1x1"),
             (r"body\.<N>\.rdb<J>\.conv<K>\.(?P<part>[01])", r"body.<N>.rdb<J>.conv<K>.\g<part>"),
         ),
     ),
@@ -174,6 +187,7 @@ def _old_esrgan(keys: Collection[str]) -> tuple[Layout, ...]:
             rename_by(
                 (r"model\.0", "conv_first"),
                 (r"model\.1\.sub\.<N>\.RDB<J>\.conv<K>\.0", "body.<N>.rdb<J>.conv<K>"),
+                (r"model\.1\.sub\.<N>\.RDB<J>\.conv1x1", "body.<N>.rdb<J>.conv1x1"),
                 (r"model\.1\.sub\.<N>", "conv_body"),
                 *((rf"model\.{3 * k}", f"conv_up{k}") for k in range(1, last // 3 + 1)),
                 (rf"model\.{last + 2}", "conv_hr"),
@@ -181,6 +195,23 @@ def _old_esrgan(keys: Collection[str]) -> tuple[Layout, ...]:
             ),
         ),
     )
+
+
+def _expand(hparams: Hparams, state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns an ESRGAN+ in the layout of the first ESRGAN release, in which other programs know it."""
+    if not hparams["plus"]:
+        return state
+    num_block, num_upsample = hparams["num_block"], hparams["num_upsample"]
+    rename = rename_by(
+        ("conv_first", "model.0"),
+        (r"body\.<N>\.rdb<J>\.conv<K>", "model.1.sub.<N>.RDB<J>.conv<K>.0"),
+        (r"body\.<N>\.rdb<J>\.conv1x1", "model.1.sub.<N>.RDB<J>.conv1x1"),
+        ("conv_body", f"model.1.sub.{num_block}"),
+        *((f"conv_up{k}", f"model.{3 * k}") for k in range(1, num_upsample + 1)),
+        ("conv_hr", f"model.{3 * num_upsample + 2}"),
+        ("conv_last", f"model.{3 * num_upsample + 4}"),
+    )
+    return {rename(key) or key: value for key, value in state.items()}
 
 
 def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
@@ -208,6 +239,7 @@ def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
         ),
         "num_upsample": num_upsample,
         "ranks": ranks(shapes, [f"body.0.{name}" for name in _CONVOLUTIONS]),
+        "plus": any(key.endswith(".conv1x1.weight") for key in shapes),
     }
 
 
@@ -233,9 +265,10 @@ ARCHITECTURE = Architecture(
         layouts_of=_old_esrgan,
         infer=_infer,
         num_tensors=lambda hparams: (
-            (30 + num_low_rank(hparams)) * hparams["num_block"] + 2 * hparams["num_upsample"] + 8
+            (30 + 3 * hparams["plus"] + num_low_rank(hparams)) * hparams["num_block"] + 2 * hparams["num_upsample"] + 8
         ),
         settle=_settle,
+        expand=_expand,
     ),
     order=("conv_first", "body", "conv_body", "conv_up", "conv_hr", "conv_last"),
     shrink=Shrink(

@@ -12,7 +12,6 @@ from kdjax.weights.tensors import Tensor
 
 # Networks kdjax does not have, by keys that only they have: name, patterns that must all occur.
 UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("ESRGAN+ (RRDBNet with 1x1 convolutions)", (r".*\.conv1x1\.weight",)),
     ("a discriminator (net_d instead of net_g?)", (r"conv0\.weight", r"conv1\.weight_orig")),
     ("a discriminator (net_d instead of net_g?)", (r"conv0_0\.weight", r"linear1\.weight")),
     ("HAT", (r"layers\.0\.residual_group\.blocks\.0\.conv_block\..*",)),
