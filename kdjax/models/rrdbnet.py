@@ -67,8 +67,8 @@ class ResidualDenseBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         *growing, last = (getattr(self, f"conv{i}") for i in range(1, 6))
         outputs = [x]
-        for i, conv in enumerate(growing, start=1):
-            y = _lrelu(conv(jnp.concatenate(outputs, axis=-1)))
+        for i, layer in enumerate(growing, start=1):
+            y = _lrelu(layer(jnp.concatenate(outputs, axis=-1)))
             if self.conv1x1 and i == 2:
                 y = y + self.conv1x1(x)
             if self.conv1x1 and i == 4:
