@@ -32,6 +32,7 @@ NETWORKS = {
     "RCAN": ("rcan", dict(upscale=2)),
     "SPAN": ("span", {}),
     "RealPLKSR": ("realplksr", {}),
+    "MoSR": ("mosr", {}),
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from spandrel.architectures.MoSR.__arch.mosr_arch import MoSR
 from spandrel.architectures.PLKSR.__arch.RealPLKSR import RealPLKSR
 from spandrel.architectures.RCAN.__arch.rcan_arch import RCAN
 from spandrel.architectures.SPAN.__arch.span import SPAN
@@ -58,6 +59,15 @@ def realplksr() -> None:
     write("realplksr_layers_x1", net, net.state_dict(), (16, 20))
 
 
+def mosr() -> None:
+    """Enlarged by a pixel shuffle, and by the mean of eight."""
+    torch.manual_seed(0)
+    net = randomised(MoSR(dim=8, n_block=2, upscale=2, kernel_size=5, conv_ratio=0.5))
+    write("mosr_x2", net, net.state_dict(), (17, 23))
+    net = randomised(MoSR(dim=6, n_block=1, upscale=3, upsampler="gps"))
+    write("mosr_gps_x3", net, net.state_dict(), (16, 20))
+
+
 def rcan() -> None:
     """In the authors' layout: normalised, and not."""
     torch.manual_seed(0)
@@ -71,3 +81,4 @@ if __name__ == "__main__":
     span()
     realplksr()
     rcan()
+    mosr()

@@ -9,7 +9,8 @@ import pytest
 from conftest import GOLDEN, load_npz
 
 from kdjax import macs
-from kdjax.models import count_params, network, realplksr
+from kdjax.models import count_params, network
+from kdjax.models.layers import mish
 from kdjax.weights import load_model
 
 TINY = {
@@ -22,6 +23,7 @@ TINY = {
     "unet": dict(num_feat=4, num_level=2, num_conv=1),
     "span": dict(feature_channels=6, upscale=1),
     "rcan": dict(num_feat=8, num_group=2, num_block=2, squeeze_factor=4, upscale=1),
+    "mosr": dict(dim=8, n_block=2, upscale=1, kernel_size=3),
     "realplksr": dict(dim=8, n_blocks=2, upscale=1, kernel_size=5),
 }
 # The same at a half of the height and width.
@@ -147,6 +149,7 @@ def test_feature_names_are_module_paths() -> None:
         "unet": ["decoder.0", "decoder.1", "encoder.0", "encoder.1", "encoder.2"],
         "span": [*(f"block_{i}" for i in range(1, 7)), "conv_1", "conv_2"],
         "rcan": ["body.0", "body.1", "conv_after_body", "conv_first"],
+        "mosr": [*(f"gblocks.{i}" for i in (0, 1, 2, 3, 5, 7)), "shortcut"],
         "realplksr": ["feats.0", "feats.1", "feats.2", "feats.4"],
     }
 
@@ -196,7 +199,7 @@ def test_initialisation_is_torchs() -> None:
 
 def test_mish_is_the_one_of_jax() -> None:
     x = jnp.concatenate([jnp.linspace(-30, 30, 201), jnp.array([-1e4, 0, 1e4])])
-    ours, theirs = (jax.vmap(jax.value_and_grad(f))(x) for f in (realplksr.mish, jax.nn.mish))
+    ours, theirs = (jax.vmap(jax.value_and_grad(f))(x) for f in (mish, jax.nn.mish))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), ours, theirs)
 
 
@@ -225,6 +228,9 @@ def test_a_plain_stack_starts_with_activations_of_equal_size_and_near_its_input(
         ("span", dict(num_in_ch=1), "norm=True is for 3 channels"),
         ("rcan", dict(num_feat=8), "squeeze_factor=16 of num_feat=8 channels leaves none"),
         ("rcan", dict(upscale=5), "neither 3 nor a power of 2"),
+        ("mosr", dict(upsampler="dys"), "upsampler='dys' is unknown; choose ps or gps"),
+        ("mosr", dict(kernel_size=4), "kernel_size=4 must be odd"),
+        ("mosr", dict(conv_ratio=2.0), "the kernel would read 128 of 96 channels"),
         ("realplksr", dict(kernel_size=4), "kernel_size=4 must be odd"),
         ("realplksr", dict(dim=6), "dim=6 is no multiple of norm_groups=4"),
         ("realplksr", dict(dim=4, split_ratio=0.1), "split_ratio=0.1 of dim=4 channels has no large kernel"),

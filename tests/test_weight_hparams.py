@@ -180,6 +180,8 @@ def test_values_fit_the_types_of_the_architecture(tmp_path: Path) -> None:
         ("nafnet", dict(enc_blk_nums=(1, 2), dec_blk_nums=(0, 1), middle_blk_num=2)),
         ("span", dict(feature_channels=4)),
         ("realplksr", dict(dim=4, n_blocks=3)),
+        ("mosr", dict(dim=4, n_block=3)),
+        ("mosr", dict(dim=4, n_block=2, upsampler="gps", upscale=2)),
         ("rcan", dict(num_feat=4, num_group=2, num_block=3, squeeze_factor=2, upscale=3)),
         ("realplksr", dict(dim=4, n_blocks=2, use_ea=False, layer_norm=True)),
         ("unet", dict(num_level=2, num_conv=3)),

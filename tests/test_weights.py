@@ -190,7 +190,7 @@ def test_every_rrdbnet_layout(layout: str, num_upsample: int, tmp_path: Path) ->
         ({"feats.1.channe_mixer.0.weight": (8, 4, 3, 3)}, "PLKSR, the one that is not RealPLKSR"),
     ],
 )
-def test_relatives_of_realplksr_are_refused_by_name(extra: dict, name: str, tmp_path: Path) -> None:
+def test_relatives_with_dysample_are_refused_by_name(extra: dict, name: str, tmp_path: Path) -> None:
     state = state_dict(random_model("realplksr", dict(dim=4, n_blocks=1, upscale=2)))
     state |= {key: np.zeros(shape, np.float32) for key, shape in extra.items()}
     with pytest.raises(WeightsError, match=f"it looks like {name}, which is not supported"):

@@ -17,7 +17,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from kdjax.models import custom, dncnn, edsr, msrresnet, nafnet, rcan, realplksr, rrdbnet, span, srvgg, unet
+from kdjax.models import custom, dncnn, edsr, mosr, msrresnet, nafnet, rcan, realplksr, rrdbnet, span, srvgg, unet
 from kdjax.models.model import Apply, Architecture, Model, Network, Params, Shrink, count_params
 from kdjax.names import nearest
 
@@ -45,6 +45,7 @@ MODELS: dict[str, Architecture] = {
     "nafnet": nafnet.ARCHITECTURE,
     "span": span.ARCHITECTURE,
     "realplksr": realplksr.ARCHITECTURE,
+    "mosr": mosr.ARCHITECTURE,
     "unet": unet.ARCHITECTURE,
 }
 

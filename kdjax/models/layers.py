@@ -185,6 +185,13 @@ def prelu(x: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.where(x >= 0, x, weight * x)
 
 
+def mish(x: jax.Array) -> jax.Array:
+    """x tanh(log(1 + e^x)) (Misra, 2019, arXiv:1908.08681), as a quotient of polynomials of e^x."""
+    e = jnp.exp(jnp.minimum(x, 10))  # beyond, the quotient is 1 in float32
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
 class PReLU(nnx.Module):
     """`prelu` with one learnt slope per channel, as in torch; Flax's PReLU has a single slope."""
 

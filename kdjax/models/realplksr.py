@@ -20,17 +20,10 @@ import numpy as np
 from flax import nnx
 
 from kdjax import ops
-from kdjax.models.layers import Activation, LayerNorm2d, call, conv
+from kdjax.models.layers import Activation, LayerNorm2d, call, conv, mish
 from kdjax.models.model import Architecture
 from kdjax.models.reading import Files, Hparams, Known, Layout, Settled, Shapes, count, how_to_say, same_if, size
 from kdjax.ops.convolution import convolve
-
-
-def mish(x: jax.Array) -> jax.Array:
-    """x tanh(log(1 + e^x)) (Misra, 2019, arXiv:1908.08681), as a quotient of polynomials of e^x."""
-    e = jnp.exp(jnp.minimum(x, 10))  # beyond, the quotient is 1 in float32
-    n = e * (e + 2)
-    return x * (n / (n + 2))
 
 
 class GroupNorm(nnx.Module):

@@ -24,6 +24,7 @@ UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("RealCUGAN", (r"unet1\.conv1\.conv\.0\.weight",)),
     ("MDSR, which has one network for several scales", (r"pre_process\.0\.0\.body\.0\.weight", r"head\.0\.weight")),
     ("RealPLKSR with DySample", (r"feats\.1\.lk\.conv\.weight", r"to_img\.offset\.weight")),
+    ("MoSR with DySample", (r"gblocks\.1\.fc1\.weight", r"upsampler\.offset\.weight")),
     ("PLKSR, the one that is not RealPLKSR", (r"feats\.1\.channe_mixer\.0\.weight",)),
     ("RCAN with an un-shuffled input", (r"head\.1\.weight", r"body\.0\.body\.0\.body\.3\.conv_du\.0\.weight")),
     ("SRResNet of the first ESRGAN (MSRResNet0 of KAIR)", (r"model\.1\.sub\.0\.res\.0\.weight",)),
