@@ -364,17 +364,20 @@ def plan(options: argparse.Namespace, output: Path) -> None:
     seconds, cached = 3600 * options.hours, 0
     per_step = _seconds_per_step(values, output)
     if "output" in values["terms"]:
-        alone = _seconds_per_step({**values, "terms": dict(task=values["terms"]["task"])}, output)
+        without = {**values, "terms": dict(task=values["terms"]["task"])}
+        with_teacher, per_step = per_step, _seconds_per_step(without, output)
         room = shutil.disk_usage(output).free // 10 // (6 * teacher.network.channels * values["data.crop"] ** 2)
-        if cached := min(samples_to_cache(seconds, per_step, alone), room):
+        cached = min(samples_to_cache(seconds, with_teacher, per_step), room)
+        if cached:
             values["teacher.cache"] = str(output / "answers")
-            seconds -= cached / _BATCH * (per_step - alone)
-            print(
-                f"  {cached:,} answers of the teacher are written down first: a step takes {alone:.2f} s without it,"
-                f" {per_step:.2f} s with it",
-                flush=True,
-            )
-            per_step = alone
+            seconds -= cached / _BATCH * (with_teacher - per_step)
+            does = f"writes {cached:,} answers down first"
+        elif scale == 1 and with_teacher > _LEAST_GAIN * per_step:
+            # More steps are worth more (docs/results.md). An upscaler's images are what its student is for.
+            values, does = without, "takes no part in the training"
+        else:
+            per_step, does = with_teacher, "answers in every step"
+        print(f"  the teacher {does}", flush=True)
     steps = max(50, round(seconds / per_step))
     print(f"  {per_step:.2f} s a step: {steps:,} steps in {options.hours:g} hours", flush=True)
     every = max(1, steps // 10)

@@ -138,6 +138,19 @@ def test_the_command_goes_to_the_end_and_continues(
     }  # fmt: skip
 
 
+def test_a_teacher_whose_answers_are_worth_less_than_their_steps_stays_out_of_the_training(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """There is no time to write enough of them down, and in every step they would cost two thirds of it."""
+    monkeypatch.setattr(shrink, "shrink", lambda teacher, *_, **__: (teacher, []))
+    monkeypatch.setattr(autodistill, "_seconds_per_step", lambda values, output: 0.1 * len(values["terms"]) ** 1.5)
+    flags = [str(folder / "teacher.pth"), "--data", str(folder / "photos"), "--hours", "0.01", "--crops", "1"]
+    autodistill.plan(autodistill.make_parser().parse_args(flags), tmp_path)
+    config = parse(load(str(tmp_path / "config.py")).to_dict())
+    assert set(config.terms) == {"task"} and config.teacher.cache == "" and config.train.steps == 360
+    assert "the teacher takes no part in the training" in capfd.readouterr().out
+
+
 def test_degraded_images_alone_are_enough(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
