@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ import programs
 import pytest
 from PIL import Image
 from test_config import load
+from test_models import TINY
 
 from kdjax import config, data, models, train
 from kdjax.files import LOCK, locked, whole_file, write_json
@@ -336,6 +338,23 @@ def test_another_student_or_teacher_does_not_continue_a_run(finished: tuple[Path
     setup, _ = prepared(student={"arch": "dncnn", "hparams": {"num_feat": 4, "depth": 3}})
     with pytest.raises(config.ConfigError, match=r"another student: .*srvggnetcompact.* before, .*dncnn"):
         run_files.check_same_run(setup, finished[0])
+
+
+@pytest.mark.parametrize("arch", TINY)
+def test_any_student_continues_its_run(arch: str, tmp_path: Path) -> None:
+    """Its hyper-parameters may be lists, which JSON has in place of tuples, and may have become more since."""
+    student = models.network(arch, TINY[arch]).init(jax.random.key(0))
+    setup = SimpleNamespace(student=student, teacher=None, config=config.parse({}))
+    run_files.claim(setup, tmp_path)
+    run_files.check_same_run(setup, tmp_path)
+    entry = json.loads((tmp_path / "run.json").read_text())
+    given = entry["student"]["hparams"] = {name: entry["student"]["hparams"][name] for name in TINY[arch]}
+    write_json(tmp_path / "run.json", entry)
+    run_files.check_same_run(setup, tmp_path)
+    given[next(iter(given))] += 1
+    write_json(tmp_path / "run.json", entry)
+    with pytest.raises(config.ConfigError, match="another student"):
+        run_files.check_same_run(setup, tmp_path)
 
 
 def photographs(folder: Path, count: int) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -67,11 +69,11 @@ def claim(setup: Setup, workdir: Path) -> None:
 def check_same_run(setup: Setup, workdir: Path) -> None:
     """Refuses to continue a run with another student or another teacher file."""
     before, now = read_json(workdir / "run.json"), identity(setup)
-    changed = [
-        f"{what}: {before.get(what)} before, {now[what]} now"
-        for what, compared in (("student", lambda entry: entry), ("teacher", lambda entry: entry and entry["identity"]))
-        if compared(before.get(what)) != compared(now[what])
-    ]
+    same = {
+        "student": _is_student(before.get("student") or {}, setup.student),
+        "teacher": (before.get("teacher") or {}).get("identity") == (setup.teacher and setup.teacher.identity),
+    }
+    changed = [f"{what}: {before.get(what)} before, {now[what]} now" for what, is_same in same.items() if not is_same]
     if changed:
         raise ConfigError(f"{workdir} holds a run with another {'; '.join(changed)}; give a new --workdir")
     try:
@@ -81,6 +83,16 @@ def check_same_run(setup: Setup, workdir: Path) -> None:
         return
     for change in config_lib.changes(config_before, config_lib.to_dict(setup.config)):
         log.info(f"config changed since the last start: {change}")
+
+
+def _is_student(entry: Mapping[str, Any], student: models.Model) -> bool:
+    """Whether an entry of run.json is this student, in JSON's types and with the hyper-parameters of its time."""
+    if entry.get("arch") != student.arch:
+        return False
+    try:
+        return student.network.architecture.complete(entry.get("hparams", {})) == student.hparams
+    except ValueError:
+        return False
 
 
 def export(student: models.Model, params: models.Params, workdir: Path) -> None:
