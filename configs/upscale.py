@@ -8,7 +8,7 @@
 FOLDER has clean images, which are made small as in Real-ESRGAN. The student learns the teacher's images and not the
 clean ones: those of a network that was trained with a GAN are not the nearest to the truth, and are meant to be. The
 teacher answers beforehand, since in every step it would take most of the time. `:quick` is a smaller student in a
-short run; both variants need a teacher's file, too. See docs/upscaling.md.
+short run; both variants need a teacher's file, too.
 """
 
 from denoise import cosine, shorten
