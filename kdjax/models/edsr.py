@@ -82,11 +82,7 @@ class EDSR(nnx.Module):
         self.conv_first = conv3x3(num_in_ch * unshuffle**2, num_feat, rngs=rngs)
         self.body = nnx.List([ResidualBlock(num_feat, res_scale, init="torch", rngs=rngs) for _ in range(num_block)])
         self.conv_after_body = conv3x3(num_feat, num_feat, rngs=rngs)
-        layers: list[nnx.Module] = []
-        for factor in upsampling_steps(upscale):
-            layers.append(conv3x3(num_feat, num_feat * factor**2, rngs=rngs))
-            layers.append(Activation(lambda x, factor=factor: ops.pixel_shuffle(x, factor)))
-        self.upsample = nnx.List(layers)
+        self.upsample = upsampling(num_feat, upscale, rngs=rngs)
         self.conv_last = conv3x3(num_feat, num_out_ch * unshuffle**2, rngs=rngs)
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -103,6 +99,15 @@ class EDSR(nnx.Module):
             x = layer(x)
         x = ops.pixel_shuffle(self.conv_last(x), self.unshuffle) / self.img_range + mean
         return x[:, : height * self.upscale, : width * self.upscale], features
+
+
+def upsampling(num_feat: int, upscale: int, *, rngs: nnx.Rngs) -> nnx.List:
+    """Returns convolutions and pixel shuffles in turn, which enlarge `upscale` times; RCAN uses them too."""
+    layers: list[nnx.Module] = []
+    for factor in upsampling_steps(upscale):
+        layers.append(conv3x3(num_feat, num_feat * factor**2, rngs=rngs))
+        layers.append(Activation(lambda x, factor=factor: ops.pixel_shuffle(x, factor)))
+    return nnx.List(layers)
 
 
 def upsampling_steps(upscale: int) -> tuple[int, ...]:

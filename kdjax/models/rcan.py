@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kdjax import ops
-from kdjax.models.edsr import RGB_MEAN, img_range_of, upsampling_steps
+from kdjax.models.edsr import RGB_MEAN, img_range_of, upsampling
 from kdjax.models.layers import Activation, MeanOverImage, call, conv, conv3x3, run_blocks
 from kdjax.models.model import Architecture, Shrink
 from kdjax.models.reading import (
@@ -126,11 +125,7 @@ class RCAN(nnx.Module):
             [ResidualGroup(num_feat, num_block, squeeze_factor, res_scale, rngs=rngs) for _ in range(num_group)]
         )
         self.conv_after_body = conv3x3(num_feat, num_feat, rngs=rngs)
-        layers: list[nnx.Module] = []
-        for factor in upsampling_steps(upscale):
-            layers.append(conv3x3(num_feat, num_feat * factor**2, rngs=rngs))
-            layers.append(Activation(lambda x, factor=factor: ops.pixel_shuffle(x, factor)))
-        self.upsample = nnx.List(layers)
+        self.upsample = upsampling(num_feat, upscale, rngs=rngs)
         self.conv_last = conv3x3(num_feat, num_out_ch, rngs=rngs)
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
