@@ -38,9 +38,10 @@ from kdjax import commandline, cost, data, metrics, models, shrink, validation
 from kdjax.assets import MODEL_HELP, MODELS, TRAIN_PHOTOGRAPHS, locate
 from kdjax.data.cache import CACHE
 from kdjax.data.sources import existing, one_line
-from kdjax.degradations import make_degrade
+from kdjax.degradations import make_degrade, make_sigma
 from kdjax.files import write_bytes, write_text
 from kdjax.models import Model
+from kdjax.noise_level import estimate_sigma
 from kdjax.weights import load_weights, save_model, weights_options
 
 SIGMAS = (5.0, 10.0, 15.0, 25.0, 35.0, 50.0, 75.0)
@@ -79,7 +80,7 @@ def find_task(teacher: Model, images: Sequence[np.ndarray]) -> Task:
     before, after = {}, {}
     for sigma in SIGMAS:
         noisy = [validation.add_noise(image, sigma) for image in images]
-        outputs = dict(validation.restore(apply, teacher.params, noisy))
+        outputs = dict(validation.restore(apply, teacher.params, noisy, [sigma] * len(noisy)))
         after[sigma] = statistics.fmean(metrics.psnr(outputs[i], image) for i, image in enumerate(images))
         inputs = [np.round(np.clip(image, 0, 1) * 255).astype(np.uint8) for image in noisy]
         before[sigma] = statistics.fmean(map(metrics.psnr, inputs, images))
@@ -177,7 +178,9 @@ def answer(teacher: Model, paths: Sequence[str], folder: Path, seconds: float, l
         (folder / name).mkdir(parents=True, exist_ok=True)
     endless = _crops(paths, teacher.network.channels)
     while batch := list(itertools.islice(endless, _BATCH)):
-        answers = dict(validation.restore(apply, teacher.params, [crop / np.float32(255) for crop in batch]))
+        images = [crop / np.float32(255) for crop in batch]
+        sigmas = [estimate_sigma(image) for image in images] if teacher.network.takes_sigma else [0.0] * len(images)
+        answers = dict(validation.restore(apply, teacher.params, images, sigmas))
         for i, crop in enumerate(batch):
             data.write_image(folder / "lq" / f"{len(crops):04d}.png", crop)
             data.write_image(folder / "gt" / f"{len(crops):04d}.png", answers[i])
@@ -279,7 +282,7 @@ def look_at_degraded(teacher: Model, options: argparse.Namespace, output: Path, 
     }
     words = f"learns what the teacher makes of {len(crops)} crops of {crops[0].shape[0]}x{crops[0].shape[1]} pixels"
     pairs = ["--pairs", "against_teacher", str(val / "gt"), str(val / "lq")]
-    return Look(shrink.Images(jax.numpy.asarray(fitted), measured, None), words, config, pairs)
+    return Look(shrink.Images.of_lq(fitted, measured), words, config, pairs)
 
 
 def degraded_crops(paths: Sequence[str], task: Task, teacher: Model, count: int) -> shrink.Images:
@@ -292,14 +295,21 @@ def degraded_crops(paths: Sequence[str], task: Task, teacher: Model, count: int)
     images = [image for image in images if min(image.shape[:2]) >= 2 * side] or images
     side = min(side, *(min(image.shape[:2]) // scale * scale for image in images))
 
+    sigma_of = make_sigma(task.degrade)
+    keys = [jax.random.fold_in(jax.random.key(0), number) for number in range(count + shrink.MEASURED)]
+
     def crop(number: int) -> np.ndarray:
         image = images[number % len(images)]
         top, left = (random.integers(extent - side + 1) for extent in image.shape[:2])
         clean = image[top : top + side, left : left + side] / np.float32(255)
-        return np.asarray(degrade(jax.random.fold_in(jax.random.key(0), number), clean))
+        return np.asarray(degrade(keys[number], clean))
 
-    crops = [crop(number) for number in range(count + shrink.MEASURED)]
-    return shrink.Images(jax.numpy.asarray(np.stack(crops[: -shrink.MEASURED])), crops[-shrink.MEASURED :], None)
+    crops = [crop(number) for number in range(len(keys))]
+    fitted, measured = np.stack(crops[:count]), crops[count:]
+    if sigma_of is None:
+        return shrink.Images.of_lq(fitted, measured)
+    sigmas = [float(sigma_of(key)) for key in keys]
+    return shrink.Images(jax.numpy.asarray(fitted), jax.numpy.asarray(sigmas[:count]), measured, sigmas[count:], None)
 
 
 def config_text(command: str, values: Mapping[str, Any]) -> str:
@@ -340,7 +350,9 @@ def plan(options: argparse.Namespace, output: Path) -> None:
     images, words, task, measured = look(teacher, options, output, count)
     print(f"  {words}", flush=True)
     budget = shrink.Budget(latency=1 / options.speedup)
-    student, _ = shrink.shrink(teacher, images, budget, tell=lambda line: print(f"  {line}", flush=True))
+    blind = teacher.network.takes_sigma and (options.blind or bool(options.lq))  # of pairs, no level is known
+    tell = lambda line: print(f"  {line}", flush=True)  # noqa: E731
+    student, _ = shrink.shrink(teacher, images, budget, blind=blind, tell=tell)
     save_model(student, output / "start.pth")
     scale = teacher.network.scale
     hparams = {name: value for name, value in given.items() if name not in ("key", "arch")}
@@ -452,6 +464,7 @@ def make_parser() -> commandline.Parser:
     add("--output", type=Path, default=Path("distilled"), help="folder of the result")
     add("--speedup", type=float, default=4.0, help="how many times faster, measured on this device")
     add("--hours", type=float, default=1.0, help="about how long to train")
+    add("--blind", action="store_true", help="a student that is not told the noise level, of a teacher that is")
     add("--crops", type=int, default=0, help="fit the start to at most this many crops; 0 takes enough")
     parser.add_weights_options("the teacher")
     return parser

@@ -96,7 +96,8 @@ def measure_quality(networks: dict[str, Model], samples: list[Sample]) -> list[Q
     teacher_outputs: list[np.ndarray] = []
     for name, model in networks.items():
         apply = model.network.make_apply()
-        restored = dict(validation.restore(apply, model.params, [sample.lq for sample in samples]))
+        images, sigmas = [sample.lq for sample in samples], [sample.sigma for sample in samples]
+        restored = dict(validation.restore(apply, model.params, images, sigmas))
         outputs = [restored[position] for position in range(len(samples))]
         teacher_outputs = teacher_outputs or outputs
         pairs = zip(outputs, samples, strict=True)

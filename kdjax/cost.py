@@ -181,7 +181,7 @@ def compile_model(model: models.Model, shape: tuple[int, int, int, int], *, dtyp
       ValueError: if the network does not accept this shape.
     """
     apply = model.network.make_apply(dtype=dtype)
-    image_only = jax.jit(lambda params, x: apply(params, x)[0])
+    image_only = jax.jit(lambda params, x: apply(params, x, 25.0)[0])
     with telling_out_of_memory():
         params = jax.device_put(jax.tree.map(lambda leaf: np.asarray(leaf).astype(dtype), model.params))
         started = time.perf_counter()

@@ -60,9 +60,20 @@ _POLICY = b"default-src 'self' data: blob: 'unsafe-inline' 'unsafe-eval'; frame-
 
 
 def restore(
-    model: models.Model, path: str | os.PathLike[str], sigma: float, *, tile: int, tile_pad: int
+    model: models.Model,
+    path: str | os.PathLike[str],
+    sigma: float,
+    *,
+    level: float | None = None,
+    strength: float = 1.0,
+    tile: int,
+    tile_pad: int,
 ) -> tuple[np.ndarray, np.ndarray, float]:
     """Restores an image file; returns the model's input and output, uint8 of equal size, and the seconds it took.
+
+    Args:
+      sigma: of the noise to add first, on the scale of 0 to 255.
+      level, strength: the `sigma` and the `strength` of `kdjax.tiles.restore_image`.
 
     Raises:
       ImageError: if the file is not an image, or has too many pixels for a page.
@@ -73,7 +84,7 @@ def restore(
     height, width = (size * scale for size in image.shape[:2])
     noisy = validation.add_noise(image, sigma)
     started = time.perf_counter()
-    restored = restore_image(model, noisy, tile=tile, tile_pad=tile_pad)
+    restored = restore_image(model, noisy, tile=tile, tile_pad=tile_pad, sigma=level, strength=strength)
     seconds = time.perf_counter() - started
     given, made = (np.round(np.clip(x, 0, 1) * 255).astype(np.uint8) for x in (noisy, restored))
     return np.asarray(Image.fromarray(given).resize((width, height), Image.Resampling.BICUBIC)), made, seconds
@@ -102,18 +113,24 @@ def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: 
     """Builds the page for models by name; Gradio keeps uploads in `folder`, and reads nothing else."""
     import gradio as gr
 
-    def run(name: str, image: dict[str, Any] | None, sigma: float) -> tuple[tuple[np.ndarray, np.ndarray], str]:
+    def run(
+        name: str, image: dict[str, Any] | None, sigma: float, strength: float = 1.0, level: float = 0.0
+    ) -> tuple[tuple[np.ndarray, np.ndarray], str]:
         if not image or not image.get("path"):
             raise _error("Drop an image first.")
         path = image["path"]
         if not Path(path).resolve().is_relative_to(folder.resolve()) or not os.path.exists(path):
             raise _error("The image is gone: images dropped on the page are deleted after an hour. Drop it again.")
         try:
-            if not isinstance(sigma, int | float) or not 0 <= sigma <= _MOST_NOISE:
-                raise ValueError(f"the noise is {brief(sigma)}; it must be a number from 0 to {_MOST_NOISE}")
+            for what, value, most in (
+                ("noise", sigma, _MOST_NOISE), ("strength", strength, 1), ("noise level", level, _MOST_NOISE)
+            ):  # fmt: skip
+                if not isinstance(value, int | float) or not 0 <= value <= most:
+                    raise ValueError(f"the {what} is {brief(value)}; it must be a number from 0 to {most}")
             model = pick(loaded, str(name), "model").model
+            how = {"level": level or None, "strength": strength}
             with cost.telling_out_of_memory():
-                given, made, seconds = restore(model, path, sigma, tile=tile, tile_pad=tile_pad)
+                given, made, seconds = restore(model, path, sigma, **how, tile=tile, tile_pad=tile_pad)
         except cost.OutOfMemory as error:
             raise _error(f"out of memory: {error}; start the page with a smaller --tile") from error
         except ValueError as error:  # including ImageError: a fault of the upload, not of the program
@@ -135,6 +152,13 @@ def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: 
                 about = gr.Markdown(_about(next(iter(loaded.values()))), elem_id="about")
                 image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", elem_id="image")
                 sigma = gr.Slider(0, _MOST_NOISE, 0, step=1, label="Noise to add first, sigma of 255", elem_id="sigma")
+                strength = gr.Slider(
+                    0, 1, 1, step=0.05, label="Strength, for models that do not enlarge", elem_id="strength"
+                )
+                level = gr.Slider(
+                    0, _MOST_NOISE, 0, step=1, label="Noise level to tell the model, if it takes one; 0 estimates it",
+                    elem_id="level",
+                )  # fmt: skip
                 button = gr.Button("Restore", variant="primary", elem_id="restore")
                 gr.Examples([str(photo) for photo in _photographs()], image, label="Bundled photographs")
             with gr.Column(scale=2):
@@ -144,7 +168,7 @@ def build_page(loaded: dict[str, Loaded], folder: Path, *, tile: int, tile_pad: 
                 timing = gr.Markdown(elem_id="timing")
         name.change(lambda chosen: _about(loaded[chosen]), name, about, api_visibility="private")
         # Gradio's preprocessing would convert anything but 8-bit RGB, and report only "Error" for files it cannot open.
-        button.click(run, [name, image, sigma], [slider, timing], api_name="restore", preprocess=False)
+        button.click(run, [name, image, sigma, strength, level], [slider, timing], api_name="restore", preprocess=False)
     return page
 
 
@@ -163,7 +187,8 @@ def _about(loaded: Loaded) -> str:
     model = loaded.model
     scale = model.network.scale
     enlarges = f", upscales {scale}x" if scale > 1 else ""
-    return f"{model.arch}, {models.count_params(model.params):,} parameters{enlarges}"
+    is_told = ", is told the noise level" if model.network.takes_sigma else ""
+    return f"{model.arch}, {models.count_params(model.params):,} parameters{enlarges}{is_told}"
 
 
 def _photographs() -> list[Path]:

@@ -51,7 +51,8 @@ class Recipe:
     """Everything about a run that is not an array.
 
     Attributes:
-      student: a pure function `apply(params, x) -> (output, features)`, as returned by `Network.make_apply`.
+      student: a pure function `apply(params, x, sigma) -> (output, features)`, as returned by `Network.make_apply`;
+        without `sigma` below, it is called with two arguments.
       teacher: likewise; None if no term needs a teacher, or if the batch already has its outputs.
       terms: from `kdjax.terms.make_terms`, and any of your own.
       optimizer: any optax transformation; `make_optimizer` builds those a config can name.
@@ -60,6 +61,8 @@ class Recipe:
       ema_warmup: limit the decay to (1 + step) / (10 + step), as in TensorFlow. Otherwise the average is one of the
         initial values for the first 1 / (1 - decay) steps, as in BasicSR.
       degrade: `degrade(key, image, window)` makes the lq of one (h, w, c) image if the batch has none.
+      sigma: `sigma(key)` is the noise level that `degrade` draws for this key, for networks that are told it; None if
+        it makes something else than white noise.
       crop: side of the gt crop to train on, cut from larger images as if after degrading them; 0 uses whole images.
       sharpen: sharpens gt first.
       accumulate: number of parts to split a batch into; must divide the batch size.
@@ -72,6 +75,7 @@ class Recipe:
     learning_rate: Schedule
     ema_decay: float
     degrade: Degrade | None = None
+    sigma: Callable[[jax.Array], jax.Array] | None = None
     crop: int = 0
     sharpen: bool = False
     accumulate: int = 1
@@ -101,11 +105,12 @@ class State:
 class Scene(NamedTuple):
     """The inputs of `learn`: a batch's images, the teacher's outputs for them, and a key per sample.
 
-    `labelled` is as in `kdjax.terms.Context`.
+    `sigma` is the noise level of each lq (b,), None if it is not known; `labelled` is as in `kdjax.terms.Context`.
     """
 
     gt: jax.Array
     lq: jax.Array
+    sigma: jax.Array | None
     labelled: jax.Array | None
     teacher: Forward | None
     keys: jax.Array
@@ -118,6 +123,8 @@ def make_setting(
     teacher_params: Params | None,
     lq: tuple[int, ...],
     key: jax.Array,
+    *,
+    sigma: float | None = None,
 ) -> Setting:
     """Returns the setting for `kdjax.terms.make_terms`: the output shapes of both networks. Runs neither of them.
 
@@ -125,11 +132,17 @@ def make_setting(
       teacher: None if no term needs one; then `teacher_params` is None too.
       lq: shape (b, h, w, c) of the degraded images of a training batch.
       key: for initialising adapters.
+      sigma: any noise level, for networks that are told it.
     """
     image = jax.ShapeDtypeStruct(lq, jnp.float32)
-    run = lambda apply, params: Forward(*jax.eval_shape(apply, params, image))  # noqa: E731
+    run = lambda apply, params: jax.eval_shape(lambda x: forward(apply, params, x, sigma), image)  # noqa: E731
     theirs: Any = teacher and run(teacher, teacher_params)
     return Setting(run(student, student_params), theirs, lq, key)
+
+
+def forward(apply: Apply, params: Params, images: jax.Array, sigma: jax.Array | float | None) -> Forward:
+    """Runs a network; without a noise level, it may be a function of two arguments."""
+    return Forward(*(apply(params, images) if sigma is None else apply(params, images, sigma)))
 
 
 def make_frozen(terms: Iterable[Term], teacher_params: Params | None) -> Params:
@@ -243,21 +256,22 @@ def observe(
 def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Params, batch: Batch, key: jax.Array) -> Scene:
     """`observe` for one part; here `labelled` holds weights."""
     gt, lq = make_pair(recipes[0], batch, key)
+    sigma = noise_levels(recipes[0], batch, key)
     keys = sample_keys(jax.random.fold_in(key, Stream.TERMS), batch["index"])
     labelled = batch.get("labelled")
     users = [(t, step) for recipe, step in zip(recipes, steps, strict=True) for t in recipe.terms if t.needs_teacher]
     if not users:
-        return Scene(gt, lq, labelled, None, keys)
+        return Scene(gt, lq, sigma, labelled, None, keys)
     if "teacher" in batch:
         answers = jax.tree.map(lambda array: array.astype(jnp.float32), batch["teacher"])
-        return Scene(gt, lq, labelled, Forward(answers["output"], answers["features"]), keys)
+        return Scene(gt, lq, sigma, labelled, Forward(answers["output"], answers["features"]), keys)
     teacher_apply = next(recipe.teacher for recipe in recipes if recipe.teacher)
-    run = lambda: Forward(*teacher_apply(frozen["teacher"], lq))  # noqa: E731
+    run = lambda: forward(teacher_apply, frozen["teacher"], lq, sigma)  # noqa: E731
     if not all(term.sometimes_off for term, _ in users):
-        return Scene(gt, lq, labelled, run(), keys)
+        return Scene(gt, lq, sigma, labelled, run(), keys)
     wanted = jnp.any(jnp.stack([term.weight(step) != 0 for term, step in users]))
     nothing = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(run))  # noqa: E731
-    return Scene(gt, lq, labelled, jax.lax.cond(wanted, run, nothing), keys)
+    return Scene(gt, lq, sigma, labelled, jax.lax.cond(wanted, run, nothing), keys)
 
 
 def learn(recipe: Recipe, state: State, frozen: Params, scene: Scene) -> tuple[State, Metrics]:
@@ -305,8 +319,8 @@ def learn(recipe: Recipe, state: State, frozen: Params, scene: Scene) -> tuple[S
 def term_values(recipe: Recipe, step: jax.Array, frozen: Params, params: Params, scene: Scene) -> Metrics:
     """Returns the unweighted value of every term; one whose weight is 0 at this step is not computed and gives 0."""
     teacher = recipe.teacher
-    ask_teacher: Any = teacher and (lambda images: Forward(*teacher(frozen["teacher"], images)))
-    student = Forward(*recipe.student(params["student"], scene.lq))
+    ask_teacher: Any = teacher and (lambda images: forward(teacher, frozen["teacher"], images, scene.sigma))
+    student = forward(recipe.student, params["student"], scene.lq, scene.sigma)
     theirs: Any = scene.teacher
     context = Context(student, theirs, scene.gt, scene.lq, scene.labelled, ask_teacher, scene.keys)
     values = {}
@@ -403,7 +417,7 @@ def diagnose(recipe: Recipe, state: State, frozen: Params, batch: Batch, key: ja
 
     def compare(part: Scene) -> Metrics:
         assert part.teacher is not None
-        output = recipe.student(state.params["student"], part.lq)[0]
+        output = forward(recipe.student, state.params["student"], part.lq, part.sigma).output
         better = losses.teacher_is_better(output, part.teacher.output, part.gt)
         return {
             "teacher_better": jnp.mean(better if part.labelled is None else better * part.labelled),
@@ -440,6 +454,11 @@ def _pair_of(recipe: Recipe, key: jax.Array, index: jax.Array, sample: Batch) ->
     elif "is_paired" in sample:
         lq = jnp.where(sample["is_paired"], lq, degrade(degrade_key, whole_gt, window))
     return gt, lq
+
+
+def noise_levels(recipe: Recipe, batch: Batch, key: jax.Array) -> jax.Array | None:
+    """Returns the noise level of each of a batch's degraded images (b,), None if they are not known."""
+    return jax.vmap(recipe.sigma)(sample_keys(key, _sample_numbers(batch))) if recipe.sigma else None
 
 
 def sample_keys(key: jax.Array, index: jax.Array) -> jax.Array:
@@ -479,6 +498,6 @@ def _mean_over_parts(function: Callable[[Scene], Any], scene: Scene, parts: int)
     return jax.tree.map(lambda array: array / parts, total)
 
 
-def eval_step(apply: Apply, params: Params, lq: jax.Array) -> jax.Array:
-    """Returns the restored images as uint8 (b, h*scale, w*scale, c)."""
-    return ops.to_uint8(apply(params, ops.to_float(lq))[0])
+def eval_step(apply: Apply, params: Params, lq: jax.Array, sigma: jax.Array | None = None) -> jax.Array:
+    """Returns the restored images as uint8 (b, h*scale, w*scale, c); sigma is as in `Network.make_apply`."""
+    return ops.to_uint8(apply(params, ops.to_float(lq), sigma)[0])

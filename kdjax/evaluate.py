@@ -69,12 +69,13 @@ def make_restore(
     """
     if tile:
         restorer = Restorer(model, tile=tile, tile_pad=tile_pad, x8=x8, dtype=dtype)
-        return lambda images: (
-            (i, np.asarray(to_uint8(jnp.asarray(restorer(image))))) for i, image in enumerate(images)
+        return lambda images, sigmas: (
+            (i, np.asarray(to_uint8(jnp.asarray(restorer(image, sigma)))))
+            for i, (image, sigma) in enumerate(zip(images, sigmas, strict=True))
         )
     apply = model.network.make_apply(dtype=dtype)
     apply = self_ensemble(apply) if x8 else apply
-    return lambda images: validation.restore(apply, model.params, images)
+    return lambda images, sigmas: validation.restore(apply, model.params, images, sigmas)
 
 
 # ---- parsing the command line ----------------------------------------------------------------------------------

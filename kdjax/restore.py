@@ -400,6 +400,17 @@ def make_parser() -> commandline.Parser:
         metavar="N",
         help="refuse larger images; default: those that would take more than half of the free memory",
     )
+    add(
+        "--sigma",
+        type=float,
+        help="noise level from 0 to 255, for a model that is told it; by default it is estimated for each image",
+    )
+    add(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="how much of the noise to remove, from 0 to 1, by blending; default: 1",
+    )
     add("--x8", action="store_true", help="average over the eight flips and rotations, at eight times the cost")
     add("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_weights_options()
@@ -415,6 +426,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be 0 or more")
     if options.max_megapixels is not None and not options.max_megapixels > 0:
         parser.error(f"--max-megapixels {options.max_megapixels:g} must be more than 0")
+    if options.sigma is not None and not 0 <= options.sigma <= 255:
+        parser.error(f"--sigma {options.sigma:g} must be from 0 to 255")
+    if not 0 <= options.strength <= 1:
+        parser.error(f"--strength {options.strength:g} must be from 0 to 1")
     if options.quality is not None and not 1 <= options.quality <= 100:
         parser.error(f"--quality {options.quality} must be from 1 to 100")
     if os.path.basename(options.suffix) != options.suffix:
@@ -443,6 +458,14 @@ def restore_all(options: argparse.Namespace, stop: StopSignals) -> list[str]:
     model, scale, channels = loaded.model, loaded.model.network.scale, loaded.model.network.channels
     if channels not in (1, 3):
         raise ValueError(f"{loaded.path} takes images of {channels} channels; images have 1 or 3")
+    if options.sigma is not None and not model.network.takes_sigma:
+        raise ValueError(
+            f"--sigma {options.sigma:g}: {loaded.path} is not told the noise level; use --strength to remove less of it"
+        )
+    if options.strength != 1 and scale > 1:
+        raise ValueError(
+            f"--strength {options.strength:g}: {loaded.path} enlarges images, so there is nothing to blend"
+        )
     print(f"{loaded.path}: {model.arch}, {models.count_params(model.params):,} parameters, scale {scale},")
     print(f"  weights under {loaded.key!r}, sha256 {loaded.sha256}")
     try:
@@ -457,7 +480,14 @@ def restore_all(options: argparse.Namespace, stop: StopSignals) -> list[str]:
     on_devices = dataclasses.replace(model, params=jax.device_put(model.params))
     dtype = jnp.bfloat16 if options.bf16 else jnp.float32
     restore = functools.partial(
-        restore_image, on_devices, tile=options.tile, tile_pad=options.tile_pad, x8=options.x8, dtype=dtype
+        restore_image,
+        on_devices,
+        tile=options.tile,
+        tile_pad=options.tile_pad,
+        x8=options.x8,
+        dtype=dtype,
+        sigma=options.sigma,
+        strength=options.strength,
     )
     max_pixels = None if options.max_megapixels is None else options.max_megapixels * 1e6
     failures = run(left, restore, scale, options.quality, stop, max_pixels=max_pixels)

@@ -2,6 +2,7 @@
 
     python -m kdjax.shrink --model teacher.pth --data photographs --sigma 25 --speedup 4 --output student.pth
     python -m kdjax.shrink --model x4plus.pth --lq small_photographs --size num_block=12 --output student.pth
+    python -m kdjax.shrink --model ffdnet.pth --data photographs --sigma 0 50 --blind --speedup 4 --output student.pth
 
 A few images are needed: clean ones, which get noise, or degraded ones as they are. Without sizes, several ways to meet
 the speed-up or the cost are tried, by measured time on this device, and the one nearest to the model is taken. The
@@ -27,6 +28,7 @@ from kdjax import commandline, cost, data, metrics, models, validation
 from kdjax.assets import MODEL_HELP, TRAIN_PHOTOGRAPHS, locate
 from kdjax.models import Model, shrinking
 from kdjax.models.shrinking import Trace
+from kdjax.noise_level import estimate_sigma
 from kdjax.weights import check_target, load_weights, save_model, weights_options
 from kdjax.weights.hparams import parse_hparams
 
@@ -44,11 +46,22 @@ class BudgetError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Crops (b, h, w, c) to fit layers to, and images for measuring: lq in about [0, 1], gt uint8 or None."""
+    """Crops (b, h, w, c) to fit layers to, and images for measuring: lq in about [0, 1], gt uint8 or None.
+
+    `fitted_sigma` (b,) and `measured_sigma` are their noise levels, for models that are told.
+    """
 
     fitted: jax.Array
+    fitted_sigma: jax.Array
     measured: list[np.ndarray]
+    measured_sigma: list[float]
     gt: list[np.ndarray] | None
+
+    @classmethod
+    def of_lq(cls, fitted: np.ndarray, measured: Sequence[np.ndarray]) -> Images:
+        """Returns degraded images, float in about [0, 1], with their noise levels estimated."""
+        sigma = jnp.array([estimate_sigma(image) for image in fitted])
+        return cls(jnp.asarray(fitted), sigma, list(measured), [estimate_sigma(image) for image in measured], None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +81,13 @@ class Trial:
     psnr: float
 
 
-def load_images(clean: str | None, lq: str | None, sigma: float, model: Model, *, limit: int = 0) -> Images:
-    """Reads images: `clean` with noise of `sigma` (0..255 scale), or `lq` as they are. Some are kept for measuring.
+def load_images(
+    clean: str | None, lq: str | None, sigma: tuple[float, float], model: Model, *, limit: int = 0
+) -> Images:
+    """Reads images: `clean` with noise, or `lq` as they are. Some are kept for measuring.
+
+    The noise's `sigma` (0..255 scale) is drawn for each crop between the two given, and is spread over them in the
+    images that are kept.
 
     `limit` is the number of crops to fit layers to; 0 takes as many as memory and time allow.
 
@@ -94,9 +112,12 @@ def load_images(clean: str | None, lq: str | None, sigma: float, model: Model, *
     fitted = np.stack(crops)
     gt = [_centre(image) for image in held_out]
     if lq:
-        return Images(jnp.asarray(fitted), [image / np.float32(255) for image in gt], None)
-    fitted = fitted + random.normal(0, sigma / 255, fitted.shape).astype(np.float32)
-    return Images(jnp.asarray(fitted), [validation.add_noise(image, sigma) for image in gt], gt)
+        return Images.of_lq(fitted, [image / np.float32(255) for image in gt])
+    sigmas = random.uniform(*sigma, len(fitted)).astype(np.float32)
+    fitted = fitted + random.normal(0, 1, fitted.shape).astype(np.float32) * (sigmas[:, None, None, None] / 255)
+    levels = [float(level) for level in np.linspace(*sigma, len(gt))]
+    noisy = [validation.add_noise(image, level) for image, level in zip(gt, levels, strict=True)]
+    return Images(jnp.asarray(fitted), jnp.asarray(sigmas), noisy, levels, gt)
 
 
 def _centre(image: np.ndarray) -> np.ndarray:
@@ -104,10 +125,11 @@ def _centre(image: np.ndarray) -> np.ndarray:
     return image[top : top + _MEASURED_SIDE, left : left + _MEASURED_SIDE]
 
 
-def restored(model: Model, images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns the model's uint8 images, in order."""
-    outputs = dict(validation.restore(model.network.make_apply(), model.params, images))
-    return [outputs[i] for i in range(len(images))]
+def restored(model: Model, images: Images) -> list[np.ndarray]:
+    """Returns the model's uint8 images of those for measuring, in order."""
+    apply = model.network.make_apply()
+    outputs = dict(validation.restore(apply, model.params, images.measured, images.measured_sigma))
+    return [outputs[i] for i in range(len(images.measured))]
 
 
 def psnr(images: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
@@ -139,30 +161,37 @@ class Clock:
 
 
 def shrink(
-    teacher: Model, images: Images, budget: Budget, *, tell: Callable[[str], None] = lambda line: None
+    teacher: Model,
+    images: Images,
+    budget: Budget,
+    *,
+    blind: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> tuple[Model, list[Trial]]:
     """Returns the student that is nearest to the teacher of those that meet the budget, and all that were tried.
 
-    Each way of being smaller, alone and together with the others, is taken as large as the budget allows.
+    Each way of being smaller, alone and together with the others, is taken as large as the budget allows. With `blind`,
+    the student is not told the noise level, even if the teacher is.
 
     Raises:
       BudgetError: none meets it.
       ValueError: the architecture cannot be shrunk.
     """
-    trace = shrinking.trace(teacher, images.fitted)
-    part = images.fitted[: max(1, len(images.fitted) // _TRIAL)]
-    of_part = Trace({path: output[: len(part)] for path, output in trace.outputs.items()}, trace.weights)
-    wanted = restored(teacher, images.measured)
+    trace = shrinking.trace(teacher, images.fitted, images.fitted_sigma)
+    count = max(1, len(images.fitted) // _TRIAL)
+    part = images.fitted[:count], images.fitted_sigma[:count]
+    of_part = Trace({path: output[:count] for path, output in trace.outputs.items()}, trace.weights)
+    wanted = restored(teacher, images)
     clock = Clock(teacher)
     trials: list[Trial] = []
     nearest = 1.0
     for sizes in ways(teacher):
-        student, reached = _largest(teacher, trace, sizes, budget, clock)
+        student, reached = _largest(teacher, trace, sizes, budget, clock, blind)
         nearest = min(nearest, reached)
         if student is None or any(student.hparams == trial.model.hparams for trial in trials):
             continue
-        fitted = shrinking.fit(teacher, student.network, part, known=of_part)
-        trial = Trial(fitted, clock.part(fitted), psnr(restored(fitted, images.measured), wanted))
+        fitted = shrinking.fit(teacher, student.network, *part, known=of_part)
+        trial = Trial(fitted, clock.part(fitted), psnr(restored(fitted, images), wanted))
         trials.append(trial)
         tell(f"{_sizes(teacher, trial.model)}: {1 / trial.part:.1f}x faster, {trial.psnr:.2f} dB to the model")
     if not trials:
@@ -172,7 +201,7 @@ def shrink(
             f" the model's {kind}; the nearest takes {nearest:.3g}"
         )
     best = max(trials, key=lambda trial: trial.psnr)
-    return shrinking.fit(teacher, best.model.network, images.fitted, known=trace), trials
+    return shrinking.fit(teacher, best.model.network, images.fitted, images.fitted_sigma, known=trace), trials
 
 
 def ways(teacher: Model) -> Iterator[tuple[str, ...]]:
@@ -211,15 +240,26 @@ def scaled(teacher: Model, trace: Trace, sizes: Sequence[str], part: float) -> d
     return hparams
 
 
+def blinded(teacher: Model) -> dict[str, Any]:
+    """Returns the hyper-parameters of a network like the teacher that is not told the noise level.
+
+    Raises:
+      ValueError: the teacher is not told either.
+    """
+    if not teacher.network.takes_sigma:
+        raise ValueError(f"this {teacher.arch} is blind already: it is not told the noise level")
+    return dict.fromkeys(shrinking.structure_of(teacher).inputs, False)
+
+
 def _largest(
-    teacher: Model, trace: Trace, sizes: Sequence[str], budget: Budget, clock: Clock
+    teacher: Model, trace: Trace, sizes: Sequence[str], budget: Budget, clock: Clock, blind: bool
 ) -> tuple[Model | None, float]:
     """Returns the largest student within the budget, untrained, or None; and the least part of the cost seen."""
     macs = _macs(teacher.network)
     limit = budget.macs or budget.latency or 1.0
     asked, best, nearest = limit, None, 1.0
     for _ in range(4):
-        network = _by_macs(teacher, trace, sizes, asked * macs)
+        network = _by_macs(teacher, trace, sizes, asked * macs, blind)
         of_macs = _macs(network) / macs
         if budget.macs:
             return (network.init(jax.random.key(0)) if of_macs <= limit else None), of_macs
@@ -236,11 +276,11 @@ def _largest(
     return best, nearest
 
 
-def _by_macs(teacher: Model, trace: Trace, sizes: Sequence[str], limit: float) -> models.Network:
+def _by_macs(teacher: Model, trace: Trace, sizes: Sequence[str], limit: float, blind: bool) -> models.Network:
     """Returns the network of the largest part whose multiply-accumulates are within the limit, or the smallest one."""
 
     def network(part: float) -> models.Network:
-        return shrinking.check(teacher, scaled(teacher, trace, sizes, part))
+        return shrinking.check(teacher, scaled(teacher, trace, sizes, part) | (blinded(teacher) if blind else {}))
 
     low, high = 0.0, 1.0
     for _ in range(7):
@@ -272,11 +312,18 @@ def make_parser() -> commandline.Parser:
     add("--model", required=True, help=MODEL_HELP)
     add("--output", required=True, help="file to write: .pth or .safetensors")
     add("--data", help='folder of clean images, or "embedded"')
-    add("--sigma", type=float, help="standard deviation of the noise to add to them, on the scale of 0 to 255")
+    add(
+        "--sigma",
+        type=float,
+        nargs="+",
+        metavar="SIGMA",
+        help="standard deviation of the noise to add to them, on the scale of 0 to 255; two for a range",
+    )
     add("--lq", help="folder of degraded images, instead of --data")
     add("--speedup", type=float, help="how many times faster, measured on this device")
     add("--macs", type=float, help="part of the multiply-accumulates, such as 0.25")
     add("--size", action="append", default=[], metavar="NAME=VALUE", help="a size of your own, such as num_block=12")
+    add("--blind", action="store_true", help="a student that is not told the noise level, of a model that is")
     add("--crops", type=int, default=0, help=f"fit to at most this many crops of {SIDE} pixels; 0 takes enough")
     parser.add_weights_options()
     return parser
@@ -289,8 +336,11 @@ def _parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give either --data DIR, with --sigma, or --lq DIR")
     if (options.data is None) != (options.sigma is None):
         parser.error("--data and --sigma go together")
-    if options.sigma is not None and not 0 <= options.sigma <= 255:
-        parser.error(f"--sigma {options.sigma:g} must be from 0 to 255")
+    if options.sigma is not None:
+        levels = " ".join(f"{sigma:g}" for sigma in options.sigma)
+        if len(options.sigma) > 2 or not all(0 <= sigma <= 255 for sigma in options.sigma):
+            parser.error(f"--sigma {levels} must be one or two numbers from 0 to 255")
+        options.sigma = min(options.sigma), max(options.sigma)
     if sum((options.speedup is not None, options.macs is not None, bool(options.size))) != 1:
         parser.error("give one of --speedup, --macs and --size")
     if options.crops < 0:
@@ -311,13 +361,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         teacher = loaded.model
         print(f"{loaded.path}: {teacher.arch}, {models.count_params(teacher.params):,} parameters")
         sizes = parse_hparams(options.size)
-        network = shrinking.check(teacher, teacher.hparams | sizes)
-        images = load_images(options.data, options.lq, options.sigma or 0.0, teacher, limit=options.crops)
+        network = shrinking.check(teacher, teacher.hparams | sizes | (blinded(teacher) if options.blind else {}))
+        images = load_images(options.data, options.lq, options.sigma or (0.0, 0.0), teacher, limit=options.crops)
         if sizes:
-            student = shrinking.fit(teacher, network, images.fitted)
+            student = shrinking.fit(teacher, network, images.fitted, images.fitted_sigma)
         else:
             budget = Budget(options.macs, options.speedup and 1 / options.speedup)
-            student, _ = shrink(teacher, images, budget, tell=lambda line: print(f"  {line}", flush=True))
+            tell = lambda line: print(f"  {line}", flush=True)  # noqa: E731
+            student, _ = shrink(teacher, images, budget, blind=options.blind, tell=tell)
         save_model(student, options.output)
     except (ValueError, OSError, cost.OutOfMemory) as error:
         commandline.fail(str(error))
@@ -328,10 +379,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(teacher: Model, student: Model, images: Images) -> None:
     """Prints cost and quality of both, measured in turns."""
     rows = cost.measure({"model": teacher, "student": student}, size=(_LATENCY_SIDE, _LATENCY_SIDE), repeats=_REPEATS)
-    wanted = restored(teacher, images.measured)
+    wanted = restored(teacher, images)
     print(f"         parameters       GMAC  time at {_LATENCY_SIDE}x{_LATENCY_SIDE}  PSNR on {len(wanted)} images")
     for row, model in zip(rows, (teacher, student), strict=True):
-        outputs = restored(model, images.measured)
+        outputs = restored(model, images)
         quality = "" if images.gt is None else f"{psnr(outputs, images.gt):.2f} dB"
         if model is student:
             quality += f"{', ' if quality else ''}{psnr(outputs, wanted):.2f} dB to the model"

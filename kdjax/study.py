@@ -287,7 +287,8 @@ def mean_psnr(apply: Apply, params: Params, samples: list[Sample]) -> float:
 
 def restore_all(apply: Apply, params: Params, samples: list[Sample]) -> list[np.ndarray]:
     """Returns the restored images, in the order of the samples."""
-    restored = dict(validation.restore(apply, jax.device_get(params), [sample.lq for sample in samples]))
+    images, sigmas = [sample.lq for sample in samples], [sample.sigma for sample in samples]
+    restored = dict(validation.restore(apply, jax.device_get(params), images, sigmas))
     return [restored[i] for i in range(len(samples))]
 
 

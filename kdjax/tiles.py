@@ -41,10 +41,13 @@ import numpy as np
 
 from kdjax import models, ops, sharding
 from kdjax.models.ensemble import self_ensemble
+from kdjax.noise_level import estimate_sigma
 from kdjax.weights import load_model
 
 FEATHER = 8  # input pixels over which neighbouring tiles cross-fade, rounded up to the model's multiple
 _LARGEST_FLOAT = 16.0  # for images meant to be in [0, 1]: noise reaches 2 or 3, an image in [0, 255] exceeds this
+
+_ESTIMATED_SIDE = 1024  # pixels a side, for estimating the noise level
 
 Told = Callable[[int, int], None]  # called with (tiles done, tiles in total)
 
@@ -58,6 +61,7 @@ class Restorer:
     Attributes:
       scale: output pixels per input pixel, along each side.
       channels: of the images it takes: 3 for RGB, 1 for grey.
+      takes_sigma: whether the model is told the noise level.
 
     Args:
       tile: side of a tile in input pixels; 0 runs the whole image at once, compiling once per size.
@@ -89,6 +93,7 @@ class Restorer:
             if not isinstance(value, int | np.integer) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
         self.scale, self.channels = model.network.scale, model.network.channels
+        self.takes_sigma = model.network.takes_sigma
         self._multiple = model.network.multiple
         self._pad_mode: Any = model.network.pad_mode
         self._tile, self._tile_pad = (ops.round_up(int(size), self._multiple) for size in (tile, tile_pad))
@@ -99,11 +104,13 @@ class Restorer:
         self._every, self._first = (every, params), (first, sharding.replicate(params, first))  # share memory
         self._tiles_per_device = int(tiles_per_device)
 
-    def __call__(self, image: np.ndarray, *, progress: Told | None = None) -> np.ndarray:
+    def __call__(self, image: np.ndarray, sigma: float | None = None, *, progress: Told | None = None) -> np.ndarray:
         """Restores one image.
 
         Args:
           image: (h, w, channels): float in about [0, 1], or uint8 or uint16, which are divided by 255 or 65535.
+          sigma: the standard deviation of its noise on the scale of 0 to 255, for models that are told it
+            (`kdjax.models.Network.takes_sigma`); for them, None estimates it (`kdjax.noise_level`).
           progress: called after each batch with the number of tiles done and the total.
 
         Returns:
@@ -113,18 +120,21 @@ class Restorer:
           ValueError: if the image has another shape or dtype, or contains nan or inf.
         """
         output = np.empty((0, 0, 0), np.float32)  # width and channels are set by the first rows
-        for top, rows in self.bands(image, progress=progress):
+        for top, rows in self.bands(image, sigma, progress=progress):
             if not output.size:
                 output = np.empty((image.shape[0] * self.scale, *rows.shape[1:]), np.float32)
             output[top : top + len(rows)] = rows
         return output
 
-    def bands(self, image: np.ndarray, *, progress: Told | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    def bands(
+        self, image: np.ndarray, sigma: float | None = None, *, progress: Told | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Restores one image from top to bottom, holding at most two rows of tiles.
 
         Args:
           image: as for `__call__`; anything with a shape, a dtype and slicing, such as np.memmap. It is read in
             windows.
+          sigma: as for `__call__`.
           progress: as for `__call__`.
 
         Returns:
@@ -135,11 +145,13 @@ class Restorer:
           ValueError: as for `__call__`; nan and inf only when the iterator reaches them.
         """
         self._check(image)
-        return self._bands(image, progress)
+        if sigma is None and self.takes_sigma:
+            sigma = _estimated(image)
+        return self._bands(image, np.float32(sigma or 0), progress)
 
-    def _bands(self, image: np.ndarray, progress: Told | None) -> Iterator[tuple[int, np.ndarray]]:
+    def _bands(self, image: np.ndarray, sigma: np.float32, progress: Told | None) -> Iterator[tuple[int, np.ndarray]]:
         height, width = (self._divide(size) for size in image.shape[:2])
-        outputs = self._run(image, height, width, progress)
+        outputs = self._run(image, sigma, height, width, progress)
         scale, unfinished = self.scale, np.zeros((0, 0, 0), np.float32)
         for i, top in enumerate(height.starts):
             band = np.zeros((0, 0, 0), np.float32)
@@ -157,10 +169,12 @@ class Restorer:
             yield top * scale, band[:finished, : image.shape[1] * scale]
             unfinished = band[finished:]
 
-    def _run(self, image: np.ndarray, height: _Side, width: _Side, progress: Told | None) -> Iterator[np.ndarray]:
+    def _run(
+        self, image: np.ndarray, sigma: np.float32, height: _Side, width: _Side, progress: Told | None
+    ) -> Iterator[np.ndarray]:
         """Yields the model's outputs for the windows, one row of windows at a time."""
         places = list(itertools.product(height.starts, width.starts))
-        dispatched = self._dispatch(image, places, (height.window, width.window))
+        dispatched = self._dispatch(image, sigma, places, (height.window, width.window))
         done = 0
         # pairwise asks for the next batch before yielding this one, so the host cuts tiles while the devices compute.
         for batch, _ in itertools.pairwise(itertools.chain(dispatched, [None])):
@@ -175,7 +189,7 @@ class Restorer:
             yield from tiles
 
     def _dispatch(
-        self, image: np.ndarray, places: Sequence[tuple[int, int]], window: tuple[int, int]
+        self, image: np.ndarray, sigma: np.float32, places: Sequence[tuple[int, int]], window: tuple[int, int]
     ) -> Iterator[tuple[jax.Array, int]]:
         """Yields batches of outputs, possibly still being computed, with the number of windows in each."""
         alone = len(places) == 1  # more devices would only repeat the work
@@ -186,7 +200,7 @@ class Restorer:
             batch = np.zeros((batch_size, *window, self.channels), np.float32)  # the last batch is padded with black
             for position, place in enumerate(chunk):
                 batch[position] = self._cut(image, place, window)
-            output = self._step(params, jax.device_put(batch, sharding.split_batch(mesh)))
+            output = self._step(params, jax.device_put(batch, sharding.split_batch(mesh)), sigma)
             if output.shape[1:3] != (window[0] * self.scale, window[1] * self.scale):
                 raise ValueError(
                     f"the model returned {output.shape[1]}x{output.shape[2]} for {window[0]}x{window[1]} pixels, wanted"
@@ -235,6 +249,12 @@ class Restorer:
         return _Side(window, starts, np.array(shares, np.float32))
 
 
+def _estimated(image: np.ndarray) -> float:
+    """Returns the noise level of an image, estimated from its centre."""
+    top, left = (max(0, size - _ESTIMATED_SIDE) // 2 for size in image.shape[:2])
+    return estimate_sigma(np.asarray(image[top : top + _ESTIMATED_SIDE, left : left + _ESTIMATED_SIDE]))
+
+
 class _Side(NamedTuple):
     """How one side of an image is split: windows of `window` pixels, at `starts`.
 
@@ -254,6 +274,8 @@ def restore_image(
     tile_pad: int = 16,
     x8: bool = False,
     dtype: jnp.dtype = jnp.float32,
+    sigma: float | None = None,
+    strength: float = 1.0,
     progress: Told | None = None,
 ) -> np.ndarray:
     """Restores an image array and returns the same kind of array.
@@ -271,6 +293,8 @@ def restore_image(
         "embedded".
       image: (h, w) grey, or (h, w, c) with c of 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha); uint8,
         uint16, or float in about [0, 1].
+      sigma: as for `Restorer.__call__`.
+      strength: 1 for the restored image, 0 for the image as it is, or a blend of both; for models that do not enlarge.
 
     Returns:
       The image at h x scale, w x scale pixels, with the dtype and number of dimensions of `image`. Integers are clipped
@@ -285,6 +309,11 @@ def restore_image(
     if not isinstance(model, models.Model):
         model = load_model(model)
     restorer = Restorer(model, tile=tile, tile_pad=tile_pad, x8=x8, dtype=dtype)
+    if not 0 <= strength <= 1 or (strength != 1 and restorer.scale > 1):
+        raise ValueError(
+            f"strength={strength:g}: wanted a number from 0 to 1, and 1 for a model that enlarges: it blends the image"
+            " with the restored one"
+        )
     image = np.asarray(image)
     planes = image[..., None] if image.ndim == 2 else image
     if planes.ndim != 3 or planes.shape[2] not in (1, 2, 3, 4) or 0 in planes.shape:
@@ -301,8 +330,11 @@ def restore_image(
     for i, colours in enumerate(inputs):
         into = slice(i, i + 1) if len(inputs) > 1 else slice(number)
         told = progress and (lambda done, total, i=i: progress(i * total + done, len(inputs) * total))
-        for top, rows in restorer.bands(colours, progress=told):
+        for top, rows in restorer.bands(colours, sigma, progress=told):
             rows = rows.mean(2, keepdims=True) if number == 1 else rows
+            if strength != 1:
+                before = planes[top : top + len(rows), :, :number][..., into if len(inputs) > 1 else slice(None)]
+                rows = before / np.float32(_largest_value(image.dtype)) * np.float32(1 - strength) + strength * rows
             restored[top : top + len(rows), :, into] = _as_dtype(rows, image.dtype)
     if number < planes.shape[2]:
         alpha = planes[..., number:]
@@ -343,9 +375,9 @@ def _as_dtype(image: np.ndarray, dtype: np.dtype) -> np.ndarray:
 @functools.lru_cache(maxsize=32)
 def _compiled_step(
     network: models.Network, x8: bool, dtype: jnp.dtype
-) -> Callable[[models.Params, jax.Array], jax.Array]:
-    """Returns the model as a jitted function of parameters and images, shared by all its Restorers."""
+) -> Callable[[models.Params, jax.Array, np.float32], jax.Array]:
+    """Returns the model as a jitted function of parameters, images and sigma, shared by all its Restorers."""
     apply = network.make_apply(dtype=dtype)
     if x8:
         apply = self_ensemble(apply)
-    return jax.jit(lambda params, x: apply(params, x)[0])
+    return jax.jit(lambda params, x, sigma: apply(params, x, sigma)[0])

@@ -17,24 +17,29 @@ import jax
 import numpy as np
 
 from kdjax import sharding
-from kdjax.degradations import make_degrade
+from kdjax.degradations import make_degrade, make_sigma
 from kdjax.distill import eval_step
 from kdjax.metrics import named
 from kdjax.models import Apply, Params
+from kdjax.noise_level import estimate_sigma
 from kdjax.streams import Stream
 
 Values = dict[str, float]  # by metric
-# Takes float32 (h, w, c) images and yields (position, restored uint8 image), in any order.
-Restore = Callable[[Sequence[np.ndarray]], Iterator[tuple[int, np.ndarray]]]
+# Takes float32 (h, w, c) images and their noise levels, and yields (position, restored uint8 image), in any order.
+Restore = Callable[[Sequence[np.ndarray], Sequence[float]], Iterator[tuple[int, np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image to restore: `lq` float32 (h, w, c) in about [0, 1], `gt` uint8 (h*scale, w*scale, c)."""
+    """One image to restore: `lq` float32 (h, w, c) in about [0, 1], `gt` uint8 (h*scale, w*scale, c).
+
+    `sigma` is the noise level of lq on the scale of 0 to 255, estimated where it is not known.
+    """
 
     name: str
     lq: np.ndarray
     gt: np.ndarray
+    sigma: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +58,9 @@ def add_noise(gt: np.ndarray, sigma: float) -> np.ndarray:
 
 def make_sample(name: str, gt: np.ndarray, lq: np.ndarray | None, sigma: float) -> Sample:
     """Makes a sample from a uint8 `gt` and its uint8 `lq`, or with the benchmark's noise if `lq` is None."""
-    return Sample(name, add_noise(gt, sigma) if lq is None else np.asarray(lq, np.float32) / 255, gt)
+    if lq is None:
+        return Sample(name, add_noise(gt, sigma), gt, sigma)
+    return Sample(name, np.asarray(lq, np.float32) / 255, gt, estimate_sigma(lq))
 
 
 def degraded_samples(
@@ -68,18 +75,24 @@ def degraded_samples(
     """
     step = jax.jit(make_degrade(degrade, scale=scale))
     key = jax.random.fold_in(jax.random.key(0), Stream.VALIDATION)
-    lqs = (step(jax.random.fold_in(key, i), gt.astype(np.float32) / 255) for i, gt in enumerate(gts))
-    return [Sample(name, np.asarray(lq), gt) for name, lq, gt in zip(names, lqs, gts, strict=True)]
+    sigma_of, samples = make_sigma(degrade), []
+    for i, (name, gt) in enumerate(zip(names, gts, strict=True)):
+        key_of_image = jax.random.fold_in(key, i)
+        lq = np.asarray(step(key_of_image, gt.astype(np.float32) / 255))
+        sigma = float(sigma_of(key_of_image)) if sigma_of else estimate_sigma(lq)
+        samples.append(Sample(name, lq, gt, sigma))
+    return samples
 
 
 def restore(
     apply: Apply,
     params: Params,
     images: Sequence[np.ndarray],
+    sigmas: Sequence[float],
     *,
     keep_going: Callable[[], bool] = lambda: True,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Restores float32 (h, w, c) images of any size, one per local device at a time.
+    """Restores float32 (h, w, c) images of any size, with noise of `sigmas`, one per local device at a time.
 
     Compiles once per image size. Yields each uint8 image with its position, grouped by size. Stops early when
     `keep_going()` returns false.
@@ -97,7 +110,8 @@ def restore(
             chunk = positions[start : start + mesh.size]
             filled = chunk + chunk[-1:] * (mesh.size - len(chunk))  # repeat the last to fill the devices
             lq = np.stack([images[position] for position in filled])
-            outputs = np.asarray(step(params, jax.device_put(lq, sharding.split_batch(mesh))))
+            sigma = np.array([sigmas[position] for position in filled], np.float32)
+            outputs = np.asarray(step(params, *jax.device_put((lq, sigma), sharding.split_batch(mesh))))
             yield from zip(chunk, outputs, strict=False)
 
 
@@ -121,7 +135,7 @@ def measure(
 ) -> list[Values]:
     """Returns the `values` of every sample; calls `each(position, output, values)` as samples are restored."""
     measured: dict[int, Values] = {}
-    for position, output in restore([sample.lq for sample in samples]):
+    for position, output in restore([sample.lq for sample in samples], [sample.sigma for sample in samples]):
         measured[position] = values(output, samples[position].gt, names, context)
         each(position, output, measured[position])
     return [measured[position] for position in range(len(samples))]
@@ -145,5 +159,5 @@ def mean_score(scores: Sequence[Score]) -> Score:
 
 
 @functools.lru_cache(maxsize=32)
-def _jitted_eval_step(apply: Apply) -> Callable[[Params, jax.Array], jax.Array]:
+def _jitted_eval_step(apply: Apply) -> Callable[[Params, jax.Array, jax.Array], jax.Array]:
     return jax.jit(functools.partial(eval_step, apply))

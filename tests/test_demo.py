@@ -163,7 +163,7 @@ class Server(NamedTuple):
 
     def restore(self, file: object, model: object = "twice", sigma: object = 0, wait: bool = True) -> str:
         """The events of a restoration; begins it only where it is not to `wait`."""
-        body = json.dumps({"data": [model, file, sigma]}).encode()
+        body = json.dumps({"data": [model, file, sigma, 1, 0]}).encode()
         _, answer = self.request("POST", "/gradio_api/call/restore", body, Content_Type="application/json")
         return self.request("GET", f"/gradio_api/call/restore/{json.loads(answer)['event_id']}")[1] if wait else ""
 

@@ -37,6 +37,7 @@ CASES = {
     "rrdbnet": ("rrdbnet", dict(num_feat=4, num_block=2, num_grow_ch=4, scale=1)),
     "srvggnetcompact": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2, unshuffle=2)),
     "srvggnetcompact-leaky": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=1, act_type="leakyrelu")),
+    "ffdnet": ("dncnn", dict(num_feat=4, depth=3, unshuffle=2, noise_map=True, residual=False)),
     "dncnn-grey": ("dncnn", dict(num_in_ch=1, num_feat=4, depth=3)),
     "rrdbnet-plus": ("rrdbnet", dict(num_feat=4, num_block=1, num_upsample=1, scale=2, plus=True)),
     "rrdbnet-ranks": ("rrdbnet", dict(scale=2, num_feat=4, num_block=1, num_grow_ch=4, ranks=(0, 2, 3, 2, 1) * 3)),

@@ -63,7 +63,7 @@ def test_the_quick_form_runs(name: str, tmp_path: Path, monkeypatch: pytest.Monk
         assert [row["weight/output"] for row in rows] == [5, 2, 1, 0]
         assert rows[-1]["loss/output"] == 0
     if name == "shrink":
-        image = preparation.first_images(setup)[:4]
+        image = preparation.first_images(setup)[0][:4]
         untrained = setup.student.network.init(jax.random.key(0))
         wanted = setup.teacher.model(image)[0]
         errors = [float(jnp.mean((model(image)[0] - wanted) ** 2)) for model in (setup.student, untrained)]

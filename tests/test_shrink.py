@@ -45,7 +45,7 @@ LOW_RANKS = {
     "srvggnetcompact": ((0, 3, 4, 2, 2),),
     "rrdbnet": ((0, 3, 0, 2, 5) * 3,),
 }
-FULL_DNCNN = {"num_in_ch": 3, "num_feat": 8, "depth": 5, "unshuffle": 1, "ranks": ()}
+FULL_DNCNN = network("dncnn", dict(num_feat=8, depth=5)).hparams
 CASES = [(arch, sizes) for arch, several in SMALLER.items() for sizes in several]
 
 

@@ -19,7 +19,7 @@ def test_every_image_comes_back_once_with_its_own_result(network: tuple) -> None
     rng = np.random.default_rng(0)
     sizes = [(5, 6), (6, 5), (5, 6), (4, 4), (5, 6), (5, 6), (5, 6), (6, 5)]
     images = [rng.random((*size, 3), dtype=np.float32) for size in sizes]
-    outputs = dict(validation.restore(*network, images))
+    outputs = dict(validation.restore(*network, images, [0.0] * len(images)))
     assert sorted(outputs) == list(range(len(images)))
     apply, params = network
     for position, image in enumerate(images):
@@ -31,12 +31,12 @@ def test_every_image_comes_back_once_with_its_own_result(network: tuple) -> None
 def test_it_ends_when_told_to(network: tuple) -> None:
     images = [np.zeros((4, 4, 3), np.float32)] * 12
     going = iter([True, True, False])
-    assert len(list(validation.restore(*network, images, keep_going=lambda: next(going)))) == 8
+    assert len(list(validation.restore(*network, images, [0.0] * 12, keep_going=lambda: next(going)))) == 8
 
 
 def test_the_input_is_shown_in_the_size_of_gt() -> None:
     lq = np.array([[[-0.1], [0.5]]], np.float32)
-    sample = Sample("a", lq, np.zeros((2, 4, 1), np.uint8))
+    sample = Sample("a", lq, np.zeros((2, 4, 1), np.uint8), 0.0)
     np.testing.assert_array_equal(validation.input_picture(sample)[..., 0], [[0, 0, 128, 128], [0, 0, 128, 128]])
 
 

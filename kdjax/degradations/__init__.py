@@ -37,6 +37,7 @@ __all__ = [
     "draw_choices",
     "is_8_bit",
     "make_degrade",
+    "make_sigma",
     "preset",
     "usm_sharpen",
 ]
@@ -100,6 +101,7 @@ class Degradation(NamedTuple):
       apply: (choices, key, image, settings) -> lq; if it resizes, (..., scale, window) -> that window of lq.
       resizes: whether lq can be smaller than the image.
       is_8_bit: whether lq is 8-bit data, multiples of 1/255 from 0 to 1.
+      is_white: whether it adds white Gaussian noise of standard deviation choices["sigma"], and nothing else.
     """
 
     settings: type
@@ -107,6 +109,7 @@ class Degradation(NamedTuple):
     apply: Callable[..., jax.Array]
     resizes: bool = False
     is_8_bit: bool = False
+    is_white: bool = False
 
 
 def add_gaussian_noise(choices: Mapping, key: jax.Array, image: jax.Array, *_: Any) -> jax.Array:
@@ -143,8 +146,10 @@ def _compress(choices: Mapping, key: jax.Array, image: jax.Array, *_: Any) -> ja
 
 
 DEGRADATIONS: dict[str, Degradation] = {
-    "awgn": Degradation(Awgn, lambda key, settings: ({"sigma": settings.sigma}, key), add_gaussian_noise),
-    "awgn_blind": Degradation(AwgnBlind, _draw_blind_sigma, add_gaussian_noise),
+    "awgn": Degradation(
+        Awgn, lambda key, settings: ({"sigma": jnp.float32(settings.sigma)}, key), add_gaussian_noise, is_white=True
+    ),
+    "awgn_blind": Degradation(AwgnBlind, _draw_blind_sigma, add_gaussian_noise, is_white=True),
     "poisson_gauss": Degradation(PoissonGauss, _draw_sensor, _add_sensor_noise),
     "jpeg": Degradation(Jpeg, _draw_quality, _compress, is_8_bit=True),
     "realesrgan": Degradation(realesrgan.Settings, realesrgan.draw, realesrgan.apply, resizes=True, is_8_bit=True),
@@ -194,6 +199,15 @@ def make_degrade(spec: Mapping[str, Any], *, scale: int = 1) -> Degrade:
 def is_8_bit(spec: Mapping[str, Any]) -> bool:
     """Whether `make_degrade(spec)` produces 8-bit data, multiples of 1/255 from 0 to 1."""
     return DEGRADATIONS[spec["name"]].is_8_bit
+
+
+def make_sigma(spec: Mapping[str, Any]) -> Callable[[jax.Array], jax.Array] | None:
+    """Returns `sigma(key)`, the standard deviation (0..255 scale) of the noise of `make_degrade(spec)` for a key.
+
+    None if that is not all it does: then no single number describes what it makes of an image.
+    """
+    settings, chosen = _settings(spec), DEGRADATIONS[spec["name"]]
+    return (lambda key: chosen.draw(key, settings)[0]["sigma"]) if chosen.is_white else None
 
 
 def draw_choices(spec: Mapping[str, Any], key: jax.Array) -> Any:

@@ -111,7 +111,7 @@ def _write_onnx(model: models.Model, path: Path, about: dict[str, str]) -> dict[
         raise ExportError(
             f"ONNX needs the packages onnx and onnxruntime ({error}): pip install 'kdjax[onnx]'"
         ) from error
-    path.write_bytes(onnx_model(model, _any_image(model), about).SerializeToString(deterministic=True))
+    path.write_bytes(onnx_model(model, _any_inputs(model), about).SerializeToString(deterministic=True))
     return {"opset": str(OPSET), "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
 
 
@@ -128,8 +128,15 @@ def verify_onnx(model: models.Model, path: Path) -> dict[str, Any]:
         onnx.checker.check_model(path, full_check=True)
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-        def run(x: np.ndarray) -> np.ndarray:
-            (output,) = session.run(["output"], {"input": x.transpose(0, 3, 1, 2)})
+        def run(x: np.ndarray, *sigma: np.ndarray) -> np.ndarray:
+            inputs = dict(
+                zip(
+                    ("input", "sigma"),
+                    (x.transpose(0, 3, 1, 2), *(s.reshape(-1, 1, 1, 1) for s in sigma)),
+                    strict=False,
+                )
+            )
+            (output,) = session.run(["output"], inputs)
             return np.asarray(output).transpose(0, 2, 3, 1)
 
         return _compare(model, run)
@@ -145,14 +152,14 @@ def verify_onnx(model: models.Model, path: Path) -> dict[str, Any]:
 def _write_stablehlo(model: models.Model, path: Path, about: dict[str, str]) -> dict[str, str]:
     apply = model.network.make_apply()
 
-    def restore(x: jax.Array) -> jax.Array:
-        return apply(model.params, x)[0]
+    def restore(*inputs: jax.Array) -> jax.Array:
+        return apply(model.params, *inputs)[0]
 
-    image = _any_image(model)
+    inputs = _any_inputs(model)
     before = jax.config.jax_traceback_in_locations_limit  # ty: ignore[missing-attribute]
     jax.config.update("jax_traceback_in_locations_limit", 0)  # keeps local source paths out of the file
     try:
-        exported = export.export(jax.jit(restore), platforms=PLATFORMS)(image)
+        exported = export.export(jax.jit(restore), platforms=PLATFORMS)(*inputs)
         path.write_bytes(exported.serialize())
     finally:
         jax.config.update("jax_traceback_in_locations_limit", before)
@@ -171,29 +178,33 @@ def verify_stablehlo(model: models.Model, path: Path) -> dict[str, Any]:
 # ---- shared ------------------------------------------------------------------------------------------------------
 
 
-def _any_image(model: models.Model) -> jax.ShapeDtypeStruct:
-    """Returns an NHWC image of symbolic batch, height and width.
+def _any_inputs(model: models.Model) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns an NHWC image of symbolic batch, height and width, and sigma (batch,) if the model is told it.
 
     Raises:
-      ExportError: if the network cannot be traced with it.
+      ExportError: if the network cannot be traced with them.
     """
-    image = jax.ShapeDtypeStruct((*export.symbolic_shape("b, h, w"), model.network.channels), jnp.float32)
+    sizes = export.symbolic_shape("b, h, w")
+    image = jax.ShapeDtypeStruct((*sizes, model.network.channels), jnp.float32)
+    inputs = (image, jax.ShapeDtypeStruct(sizes[:1], jnp.float32)) if model.network.takes_sigma else (image,)
     try:
-        jax.eval_shape(model.network.make_apply(), model.params, image)
+        jax.eval_shape(model.network.make_apply(), model.params, *inputs)
     except Exception as error:  # a user's network may raise anything for a symbolic size
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise ExportError(f"the network cannot be traced for all sizes of image at once: {reason}") from error
-    return image
+    return inputs
 
 
-def _compare(model: models.Model, run: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+def _compare(model: models.Model, run: Callable[..., Any]) -> dict[str, Any]:
     """Compares `run` with the model on images of CHECKED_SIZES, both on the CPU in float32."""
     rng = np.random.default_rng(0)
     differences, bound = [], BOUND
     with jax.default_device(jax.devices("cpu")[0]):
         for batch, height, width in CHECKED_SIZES:
             image = rng.random((batch, height, width, model.network.channels), np.float32)
-            wanted, found = np.asarray(model(jnp.asarray(image))[0]), np.asarray(run(image))
+            sigma = [rng.uniform(5, 50, batch).astype(np.float32)] if model.network.takes_sigma else []
+            wanted = np.asarray(model(jnp.asarray(image), *map(jnp.asarray, sigma))[0])
+            found = np.asarray(run(image, *sigma))
             if found.shape != wanted.shape:
                 raise ExportError(
                     f"for an image of shape {image.shape} it returns {found.shape}, the model {wanted.shape}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,11 +20,13 @@ OPSET = 17
 IR_VERSION = 8  # the one of that operator set: older runtimes refuse newer ones
 
 
-def onnx_model(model: models.Model, image: jax.ShapeDtypeStruct, about: dict[str, str]) -> onnx.ModelProto:
+def onnx_model(model: models.Model, inputs: Sequence[jax.ShapeDtypeStruct], about: dict[str, str]) -> onnx.ModelProto:
     """Converts the model to one ONNX graph: `input` (batch, channels, height, width) to `output`, float32, any size.
 
+    A model that is told the noise level has a second input, `sigma` (batch, 1, 1, 1), on the scale of 0 to 255.
+
     Args:
-      image: what the network is traced with: NHWC, with the symbolic sizes b, h and w.
+      inputs: what the network is traced with: an NHWC image with the symbolic sizes b, h and w, and sigma (b,).
       about: added to the file's metadata, along with what the model itself provides.
 
     Raises:
@@ -32,12 +35,14 @@ def onnx_model(model: models.Model, image: jax.ShapeDtypeStruct, about: dict[str
     channels, scale = model.network.channels, model.network.scale
     apply = model.network.make_apply()
     params = jax.tree.map(np.asarray, model.params)
-    closed = jax.make_jaxpr(lambda params, x: apply(params, x)[0])(params, image)
+    closed = jax.make_jaxpr(lambda params, *inputs: apply(params, *inputs)[0])(params, *inputs)
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True], instantiate=True)  # drops features that the image does not need
     named = [Constant(leaf, _dotted(path)) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
 
     graph = Graph(PRIMITIVES, FUNCTIONS)
-    (output,) = graph.run(jaxpr, closed.consts, [*named, Tensor("input")])
+    tensors = [Tensor("input"), Tensor("sigma", axes=(0,))][: len(inputs)]
+    infos = [_image_info("input", ["batch", channels, "height", "width"]), _image_info("sigma", ["batch", 1, 1, 1])]
+    (output,) = graph.run(jaxpr, closed.consts, [*named, *tensors])
     shape = closed.out_avals[0].shape
     graph.node("Identity", graph.operand(output, NCHW), output="output")
     graph.merge_biases()
@@ -46,7 +51,7 @@ def onnx_model(model: models.Model, image: jax.ShapeDtypeStruct, about: dict[str
         onnx.helper.make_graph(
             graph.nodes,
             model.arch,
-            [_image_info("input", ["batch", channels, "height", "width"])],
+            infos[: len(inputs)],
             [_image_info("output", ["batch", int(shape[3]), spatial["height"], spatial["width"]])],
             graph.used_initializers(),
         ),

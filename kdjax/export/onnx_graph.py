@@ -41,12 +41,14 @@ class Tensor:
     Attributes:
       name: of the four-dimensional ONNX tensor.
       axes: axes[i] is the tensor axis that holds axis i of the JAX array.
-      unshuffle: factor of an `ops.pixel_unshuffle` still to be applied to the tensor; the next convolution absorbs it.
+      unshuffle: factor of an `ops.pixel_unshuffle` still to be applied to the tensor; a convolution absorbs it.
+      channels: of the tensor, where there is such a factor.
     """
 
     name: str
     axes: tuple[int, ...] = NCHW
     unshuffle: int = 1
+    channels: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,11 +121,15 @@ class Graph:
                 shape[axis] = size
             order = np.argsort(axes[-value.array.ndim :])
             return self.initializer(value.array.transpose(order).reshape(shape), value.name)
-        if value.unshuffle > 1:
-            raise UnsupportedOperation("pixel_unshuffle is supported in front of a convolution only")
         if value.axes != axes:
             raise UnsupportedOperation(f"arrays with their axes at {value.axes} and {axes} of NCHW meet")
-        return value.name
+        return self._unshuffled(value) if value.unshuffle > 1 else value.name
+
+    def _unshuffled(self, value: Tensor) -> str:
+        """Moves pixels into channels, with a convolution: ONNX's SpaceToDepth orders the channels differently."""
+        f, channels = value.unshuffle, value.channels
+        kernel = np.eye(channels * f * f, dtype=np.float32).reshape(-1, channels, f, f)
+        return self.node("Conv", value.name, self.initializer(kernel), kernel_shape=[f, f], strides=[f, f])
 
     def run(self, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
         """Adds the nodes of a jaxpr and returns its results."""

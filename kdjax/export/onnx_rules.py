@@ -6,7 +6,7 @@ A rule takes the graph, the equation and the values of its inputs, adds nodes an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -178,9 +178,11 @@ def _reshape(graph: Graph, equation: Any, x: Tensor, *_: Value) -> Tensor:
 
 
 def _placed(axes: Sequence[int | None]) -> tuple[int, ...]:
-    """Returns where the axes of an array are; new axes take the free places in order."""
+    """Returns where the axes of an array are; new axes take the places of an image's, or the free ones in order."""
     if len(axes) > 4:
         raise UnsupportedOperation(f"arrays of {len(axes)} axes are not supported")
+    if len(axes) == 4 and all(axis in (None, place) for axis, place in zip(axes, NCHW, strict=True)):
+        return NCHW
     free = iter(sorted(set(range(4)) - set(axes)))
     return tuple(next(free) if axis is None else axis for axis in axes)
 
@@ -288,7 +290,7 @@ def _pixel_shuffle(graph: Graph, equation: Any, x: Tensor) -> Tensor:
 
 def _pixel_unshuffle(graph: Graph, equation: Any, x: Tensor) -> Tensor:
     factor = math.isqrt(_channels(equation.outvars[0]) // _channels(equation.invars[0]))
-    return Tensor(graph.operand(x, NCHW), NCHW, factor)
+    return Tensor(graph.operand(x, NCHW), NCHW, factor, _channels(equation.invars[0]))
 
 
 def _upsample_nearest(graph: Graph, equation: Any, x: Tensor) -> Tensor:
@@ -310,16 +312,28 @@ def _resize(graph: Graph, equation: Any, x: Tensor, **how: str) -> Tensor:
 
 def _pad_to_multiple(graph: Graph, equation: Any, x: Tensor) -> Tensor:
     """Gathers pixels, as in `ops`: ONNX's padding modes cannot reflect an image smaller than its border."""
+
+    def index(position: str, size: Any) -> str:
+        period = graph.node("Max", graph.size(2 * (size - 1)), graph.size(1))
+        position = graph.node("Mod", position, period)
+        return graph.node("Min", position, graph.node("Sub", period, position))
+
+    return _padded(graph, equation, x, index)
+
+
+def _repeat_to_multiple(graph: Graph, equation: Any, x: Tensor) -> Tensor:
+    return _padded(graph, equation, x, lambda position, size: graph.node("Min", position, graph.size(size - 1)))
+
+
+def _padded(graph: Graph, equation: Any, x: Tensor, index: Callable[[str, Any], str]) -> Tensor:
+    """Pads at the bottom and right; `index(position, size)` is where a pixel at each position comes from."""
     name = graph.operand(x, NCHW)
     scalar = lambda number: graph.initializer(np.array(number, np.int64))  # noqa: E731
     for axis in (1, 2):
         size, padded = (atom.aval.shape[axis] for atom in (equation.invars[0], equation.outvars[0]))
         if size != padded:
-            period = graph.node("Max", graph.size(2 * (size - 1)), graph.size(1))
-            count = graph.node("Squeeze", graph.size(padded))
-            position = graph.node("Mod", graph.node("Range", scalar(0), count, scalar(1)), period)
-            index = graph.node("Min", position, graph.node("Sub", period, position))
-            name = graph.node("Gather", name, index, axis=NCHW[axis])
+            positions = graph.node("Range", scalar(0), graph.node("Squeeze", graph.size(padded)), scalar(1))
+            name = graph.node("Gather", name, index(positions, size), axis=NCHW[axis])
     return Tensor(name)
 
 
@@ -338,6 +352,7 @@ FUNCTIONS: dict[str, Rule] = {
     "upsample_nearest": _upsample_nearest,
     "upsample_bilinear": _upsample_bilinear,
     "pad_to_multiple": _pad_to_multiple,
+    "repeat_to_multiple": _repeat_to_multiple,
     "leaky_relu": _leaky_relu,
     "prelu": _prelu,
 }

@@ -1,10 +1,14 @@
-"""DnCNN without batch normalisation (Zhang et al., 2017, arXiv:1608.03981), in KAIR's layout `model.N`.
+"""DnCNN without batch normalisation, FDnCNN and FFDNet, in KAIR's layout `model.N`.
 
-The network predicts the noise and subtracts it: y = x - net(x). KAIR's DnCNN weights have batch normalisation already
-folded into the convolutions, as here. Initial values are ours: with torch's, activations shrink at every ReLU, and a
-deep stack can learn nothing for a thousand steps. `unshuffle` is our addition: the network runs at 1/unshuffle of the
-input's height and width, with about unshuffle^2 times fewer multiplications at the same num_feat. `ranks` is another:
-in a convolution of rank r, a 3x3 convolution writes r channels, and a 1x1 convolution makes its outputs of them.
+DnCNN (Zhang et al., 2017, arXiv:1608.03981) predicts the noise and subtracts it: y = x - net(x). KAIR's weights have
+batch normalisation already folded into the convolutions, as here. FDnCNN and FFDNet (Zhang et al., 2018,
+arXiv:1710.04026) are told the noise level, as one more input channel (`noise_map`), and predict the clean image
+(`residual` False); FFDNet runs at half of the height and width (`unshuffle` 2).
+
+Initial values are ours: with torch's, activations shrink at every ReLU, and a deep stack can learn nothing for a
+thousand steps. With `unshuffle`, the network has about unshuffle^2 times fewer multiplications at the same num_feat.
+`ranks` is our addition: in a convolution of rank r, a 3x3 convolution writes r channels, and a 1x1 convolution makes
+its outputs of them.
 
 Features: `model.N` for every convolution and ReLU of the list. All but the last have num_feat channels at 1/unshuffle
 of the input's height and width.
@@ -16,6 +20,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -44,7 +49,7 @@ from kdjax.models.reading import (
 
 
 class DnCNN(nnx.Module):
-    """(b, h, w, num_in_ch) -> the same shape, and features.
+    """(b, h, w, num_in_ch) -> the same shape, and features. With `noise_map`, its input has one more channel for it.
 
     `depth` is the number of convolutions, `ranks` their ranks, 0 for a full one; () makes all of them full.
 
@@ -59,6 +64,8 @@ class DnCNN(nnx.Module):
         depth: int = 20,
         unshuffle: int = 1,
         ranks: tuple[int, ...] = (),
+        noise_map: bool = False,
+        residual: bool = True,
         *,
         remat: bool = False,
         rngs: nnx.Rngs,
@@ -67,24 +74,33 @@ class DnCNN(nnx.Module):
             raise ValueError(f"depth={depth}: DnCNN needs a first and a last convolution, so at least 2")
         if ranks and len(ranks) != depth:
             raise ValueError(f"ranks={ranks} has {len(ranks)} numbers; DnCNN of depth {depth} needs as many, or none")
-        self.remat, self.unshuffle = remat, unshuffle
+        self.remat, self.unshuffle, self.takes_sigma, self.residual = remat, unshuffle, noise_map, residual
         self.multiple = unshuffle
+        self.pad_mode = "edge" if noise_map else "reflect"  # as FFDNet's, and as kdjax's own students
         num_image = num_in_ch * unshuffle**2
         ranks = ranks or (0,) * depth
         layers: list[nnx.Module] = []
         for i, rank in enumerate(ranks[:-1]):
-            layers.append(conv3x3(num_feat if i else num_image, num_feat, rank=rank, init="relu", rngs=rngs))
+            num_in = num_feat if i else num_image + noise_map
+            layers.append(conv3x3(num_in, num_feat, rank=rank, init="relu", rngs=rngs))
             layers.append(Activation(jax.nn.relu))
-        layers.append(conv3x3(num_feat, num_image, rank=ranks[-1], init="residual", rngs=rngs))
+        last = "residual" if residual else "relu"
+        layers.append(conv3x3(num_feat, num_image, rank=ranks[-1], init=last, rngs=rngs))
         self.model = nnx.List(layers)
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         _, height, width, _ = image.shape
-        x = ops.pixel_unshuffle(ops.pad_to_multiple(image, self.unshuffle), self.unshuffle)
+        pad = ops.repeat_to_multiple if self.pad_mode == "edge" else ops.pad_to_multiple
+        padded = pad(image, self.unshuffle)
+        x = ops.pixel_unshuffle(padded[..., : image.shape[-1] - self.takes_sigma], self.unshuffle)
+        if self.takes_sigma:
+            image, level = image[..., :-1], ops.pixel_unshuffle(padded[..., -1:], self.unshuffle)
+            x = jnp.concatenate([x, level[..., :1]], -1)  # the level of one pixel of each square
         features = {}
         for i, layer in enumerate(self.model):
             x = features[f"model.{i}"] = call(layer, x, remat=self.remat)
-        return image - ops.pixel_shuffle(x, self.unshuffle)[:, :height, :width], features
+        x = ops.pixel_shuffle(x, self.unshuffle)[:, :height, :width]
+        return image - x if self.residual else x, features
 
 
 # ---- its files -------------------------------------------------------------------------------------------------
@@ -94,24 +110,22 @@ class DnCNN(nnx.Module):
 KAIR_EPS = 1e-4
 TORCH_EPS = 1e-5
 PUBLISHED_SIZES = {(64, 17), (64, 20)}  # num_feat, depth
+PUBLISHED_FFDNETS = {(96, 12), (64, 15)}
 
 
 def _infer(shapes: Shapes, stated: Hparams) -> dict[str, Any]:
     last = count(shapes, r"model\.([0-9]+)(?:\.1)?\.weight") - 1
     inputs = size(shapes, 1, "model.0.weight", "model.0.0.weight", default=3)
     outputs = size(shapes, 0, f"model.{last}.weight", f"model.{last}.1.weight", default=inputs)
-    if inputs == outputs + 1:
-        raise WeightsError(
-            f"it looks like FDnCNN or FFDNet: the first convolution reads {inputs} channels and the last writes"
-            f" {outputs}, so one input is a noise level map; only DnCNN, which has none, is supported"
-        )
-    num_in_ch, unshuffle = unshuffled(inputs, stated)
+    noise_map = inputs == outputs + 1
+    num_in_ch, unshuffle = unshuffled(outputs, stated, grey=noise_map)
     return {
         "num_in_ch": num_in_ch,
         "num_feat": size(shapes, 0, "model.0.weight", "model.0.1.weight", default=64),
         "depth": max(2, last // 2 + 1),
         "unshuffle": unshuffle,
         "ranks": ranks(shapes, [f"model.{i}" for i in range(0, last + 1, 2)]),
+        "noise_map": noise_map,
     }
 
 
@@ -123,8 +137,11 @@ def _settle(known: Known) -> Settled:
             "its tensors fit DnCNN of depth 7 and IRCNN alike; IRCNN, whose convolutions are dilated, is not supported;"
             " if it is DnCNN, pass arch='dncnn'"
         )
+    has_map = known.hparams["noise_map"]
     settled, notes = settle_unshuffle(known)
-    if sizes not in PUBLISHED_SIZES:
+    if has_map:  # FDnCNN or FFDNet
+        settled, notes = {} if "residual" in known.stated else {"residual": False}, []
+    if sizes not in PUBLISHED_SIZES | (PUBLISHED_FFDNETS if has_map else set()):
         notes.append(
             "ReLU was assumed, as in every published DnCNN; one with leaky ReLU has the same tensors"
             " and is not supported"
@@ -208,5 +225,5 @@ ARCHITECTURE = Architecture(
         is_extra=lambda key: key.endswith((".running_mean", ".running_var")),
     ),
     order=("model",),
-    shrink=Shrink(("num_feat", "depth", "ranks"), stack="model"),
+    shrink=Shrink(("num_feat", "depth", "ranks"), stack="model", inputs=("noise_map",)),
 )

@@ -19,13 +19,15 @@ def self_ensemble(apply: Apply) -> Apply:
         x = jnp.where(flips[0], x[:, ::-1], x)
         return jnp.where(flips[1], x[:, :, ::-1], x)
 
-    def ensemble(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        output, features = apply(params, x)
+    def ensemble(
+        params: Params, x: jax.Array, sigma: jax.Array | float | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        output, features = apply(params, x, sigma)
         total = output
         # Two loops, because a transposed image has a different shape.
         for transposed, flips in ((False, [(1, 0), (0, 1), (1, 1)]), (True, [(0, 0), (1, 0), (0, 1), (1, 1)])):
             view = x.swapaxes(1, 2) if transposed else x
-            one = lambda flip, view=view: turned(apply(params, turned(view, flip))[0], flip)  # noqa: E731
+            one = lambda flip, view=view: turned(apply(params, turned(view, flip), sigma)[0], flip)  # noqa: E731
             views = jax.lax.map(one, jnp.array(flips, bool)).sum(0)
             total = total + (views.swapaxes(1, 2) if transposed else views)
         return total / 8, features

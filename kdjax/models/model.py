@@ -18,7 +18,8 @@ from kdjax.models.reading import Files
 from kdjax.names import brief, nearest
 
 Params = dict[str, Any]
-Apply = Callable[[Params, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
+# (params, x, sigma=None) -> (output, features); see `Network.make_apply`.
+Apply = Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Shrink:
       trunk: a pattern for the paths of all convolutions whose outputs are added to the residual stream.
       is_linear: nothing but convolutions reads or makes the stream, so that its channels can be rotated.
       shuffled: a pattern for the paths of convolutions whose outputs a pixel shuffle makes a larger image of.
+      inputs: hyper-parameters for additional inputs, which a smaller network may do without.
     """
 
     sizes: tuple[str, ...]
@@ -46,6 +48,7 @@ class Shrink:
     trunk: str = ""
     is_linear: bool = True
     shuffled: str = ""
+    inputs: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +58,7 @@ class Architecture:
     Attributes:
       module: the Flax class. Its constructor's arguments, except `rngs` and `remat`, are the hyper-parameters. Called
         with a float NHWC image, it returns (output, features). Its attributes `multiple` and `pad_mode` say how it
-        pads.
+        pads, and `takes_sigma` that the image's last channel is a noise level map.
       files: how to read other programs' weight files; None if only kdjax writes them.
       order: the names of its parts in torch's registration order, for writing files.
       shrink: how it can be made smaller; None if it cannot.
@@ -182,14 +185,25 @@ class Network:
 
     @property
     def pad_mode(self) -> str:
-        """The padding mode at the bottom and right, as in `np.pad`: "reflect", or "constant" for zeros (NAFNet).
+        """The padding mode at the bottom and right, as in `np.pad`: "reflect", "edge", or "constant" for zeros.
 
         Read from the module's attribute `pad_mode`; "reflect" if it has none.
         """
         return getattr(self._module, "pad_mode", "reflect")
 
+    @property
+    def takes_sigma(self) -> bool:
+        """Whether it is told the noise level of its input, as FFDNet is.
+
+        Read from the module's attribute `takes_sigma`; False if it has none.
+        """
+        return getattr(self._module, "takes_sigma", False)
+
     def make_apply(self, *, remat: bool = False, dtype: jnp.dtype = jnp.float32) -> Apply:
-        """Returns the network as a pure function `apply(params, x) -> (output, features)`.
+        """Returns the network as a pure function `apply(params, x, sigma=None) -> (output, features)`.
+
+        x is (b, h, w, c); sigma is the standard deviation of its noise on the scale of 0 to 255, a number or (b,). A
+        network that `takes_sigma` needs it, others ignore it.
 
         Args:
           remat: recompute each block's activations in the backward pass instead of storing them.
@@ -201,7 +215,10 @@ class Network:
             split = self._split_with_remat if remat else self._split
             run = lambda params, x: _merged(*split, params)(x)  # noqa: E731
 
-        def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        def apply(
+            params: Params, x: jax.Array, sigma: jax.Array | float | None = None
+        ) -> tuple[jax.Array, dict[str, jax.Array]]:
+            x = self.module_input(x, sigma)
             result = run(jax.tree.map(lambda leaf: leaf.astype(dtype), params), x.astype(dtype))
             output, features = result if self.architecture.is_checked else self._checked_result(result, x)
             return output.astype(jnp.float32), features
@@ -235,7 +252,23 @@ class Network:
         """Returns one forward pass's multiply-accumulates in convolutions and matrix products, for this image size."""
         apply = self.make_apply()
         image = jax.ShapeDtypeStruct((1, height, width, self.channels), jnp.float32)
-        return macs.count(lambda params, x: apply(params, x)[0], self.abstract_params, image)
+        return macs.count(lambda params, x: apply(params, x, 0.0)[0], self.abstract_params, image)
+
+    def module_input(self, x: jax.Array, sigma: jax.Array | float | None) -> jax.Array:
+        """Returns what the module takes: x (b, h, w, c), with sigma / 255 as one more channel if it `takes_sigma`.
+
+        Raises:
+          ValueError: it needs sigma, which is None.
+        """
+        if not self.takes_sigma:
+            return x
+        if sigma is None:
+            raise ValueError(
+                f"{self.arch} is told the noise level of its input: give sigma, the standard deviation of the noise on"
+                " the scale of 0 to 255, a number or one for each image"
+            )
+        level = jnp.reshape(jnp.asarray(sigma, jnp.float32) / 255, (-1, 1, 1, 1))
+        return jnp.concatenate([x, jnp.broadcast_to(level, (*x.shape[:3], 1))], axis=-1)
 
     @property
     def _is_linen(self) -> bool:
@@ -257,8 +290,10 @@ class Network:
         multiple, mode = getattr(module, "multiple", 1), getattr(module, "pad_mode", "reflect")
         if type(multiple) is not int or multiple < 1:
             raise ValueError(f"{self.arch}: its attribute multiple={multiple!r} must be a positive whole number")
-        if mode not in ("reflect", "constant"):
-            raise ValueError(f'{self.arch}: its attribute pad_mode={mode!r} must be "reflect" or "constant" (zeros)')
+        if mode not in ("reflect", "edge", "constant"):
+            raise ValueError(
+                f'{self.arch}: its attribute pad_mode={mode!r} must be "reflect", "edge" or "constant" (zeros)'
+            )
         return module
 
     @functools.cached_property
@@ -298,7 +333,7 @@ class Network:
         Raises:
           ValueError: it has variables besides its parameters, such as those of batch normalisation.
         """
-        variables = self._module.init(key, jnp.zeros((1, 64, 64, self.channels)))
+        variables = self._module.init(key, jnp.zeros((1, 64, 64, self.channels + self.takes_sigma)))
         if others := sorted(set(variables) - {"params"}):
             raise ValueError(
                 f"{self.architecture.module.__name__} has {', '.join(others)} besides its parameters; only trained"
@@ -333,6 +368,8 @@ class Network:
 class Model:
     """A network with its weights; `model(x)` returns (output, features) for float NHWC x in [0, 1].
 
+    `model(x, sigma)` tells it the noise level, which a network that `takes_sigma` needs; see `Network.make_apply`.
+
     Attributes:
       params: a nested dict of arrays whose path is the torch module path
         (`params["body"]["0"]["rdb1"]["conv1"]["kernel"]`).
@@ -349,8 +386,8 @@ class Model:
     def hparams(self) -> dict[str, Any]:
         return self.network.hparams
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return self.network.jitted(self.params, x)
+    def __call__(self, x: jax.Array, sigma: jax.Array | float | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return self.network.jitted(self.params, x, sigma)
 
 
 def count_params(params: Params) -> int:

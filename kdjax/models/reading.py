@@ -204,17 +204,18 @@ def num_steps(upscale: int) -> int:
     return 1 if upscale == 3 else upscale.bit_length() - 1
 
 
-def unshuffled(inputs: int, stated: Hparams) -> tuple[int, int]:
+def unshuffled(inputs: int, stated: Hparams, *, grey: bool = False) -> tuple[int, int]:
     """Returns the image's colour channels and the un-shuffle factor, given a first convolution with `inputs` channels.
 
-    12 and 48 channels are taken as RGB un-shuffled by 2 and 4. Anything else must be stated.
+    12 and 48 channels are taken as RGB un-shuffled by 2 and 4; with `grey`, 4 are taken as grey ones un-shuffled by 2.
+    Anything else must be stated.
     """
     if "unshuffle" in stated:
         unshuffle = max(1, stated["unshuffle"])
     elif "num_in_ch" in stated:
         unshuffle = max(1, math.isqrt(inputs // max(1, stated["num_in_ch"])))
     else:
-        unshuffle = {12: 2, 48: 4}.get(inputs, 1)
+        unshuffle = {12: 2, 48: 4, **({4: 2} if grey else {})}.get(inputs, 1)
     return max(1, inputs // unshuffle**2), unshuffle
 
 

@@ -31,6 +31,8 @@ from kdjax.models.model import Shrink, params_of
 from kdjax.models.regression import Kernel
 from kdjax.names import pick
 
+Sigma = jax.Array | float | None
+
 _PIXELS = 100_000  # of images: 170 times the inputs of a 3x3 convolution of 64 channels
 _BYTES = 1 << 30  # of what the teacher computes from them
 _DAMAGE_IMAGES, _DAMAGE_SIDE = 2, 32  # images, and their side, on which dropped blocks are tried
@@ -46,6 +48,8 @@ def check(teacher: Model, hparams: Mapping[str, Any]) -> Network:
     student = network(teacher.arch, hparams)
     for name, value in student.hparams.items():
         ours = teacher.hparams[name]
+        if name in shrink.inputs and ours and not value:
+            continue
         if name not in shrink.sizes and value != ours:
             raise ValueError(
                 f"a shrunk network can differ from its teacher in {', '.join(shrink.sizes)} only: {name}={value} is not"
@@ -76,7 +80,7 @@ def structure_of(teacher: Model) -> Shrink:
 def num_images(teacher: Model, side: int) -> int:
     """Returns how many images of side x side pixels `fit` should have: of enough pixels, and within its memory."""
     image = jax.ShapeDtypeStruct((1, side, side, teacher.network.channels), jnp.float32)
-    outputs = jax.eval_shape(lambda image: trace(teacher, image).outputs, image)
+    outputs = jax.eval_shape(lambda image: trace(teacher, image, 0.0).outputs, image)
     size = sum(4 * leaf.size for leaf in jax.tree.leaves(outputs))
     return max(1, min(_PIXELS // side**2, _BYTES // size))
 
@@ -94,8 +98,8 @@ class Trace:
     weights: dict[str, Any]
 
 
-def trace(model: Model, images: jax.Array) -> Trace:
-    """Runs the model on images (b, h, w, c) in [0, 1], layer by layer."""
+def trace(model: Model, images: jax.Array, sigma: Sigma = None) -> Trace:
+    """Runs the model on images (b, h, w, c) in [0, 1] with noise of sigma, layer by layer."""
     module = model.network.bind(model.params)
     paths = _paths(module)
     blocks = structure_of(model).blocks
@@ -110,7 +114,7 @@ def trace(model: Model, images: jax.Array) -> Trace:
         return y
 
     with intercept(record):
-        module(images)
+        module(model.network.module_input(images, sigma))
     return found
 
 
@@ -118,6 +122,7 @@ def fit(
     teacher: Model,
     student: Network,
     images: jax.Array,
+    sigma: Sigma = None,
     *,
     blocks: Mapping[str, Sequence[int]] | None = None,
     known: Trace | None = None,
@@ -125,7 +130,8 @@ def fit(
     """Returns the student with weights that make it approximate the teacher on images (b, h, w, c) in [0, 1].
 
     Args:
-      student: from `check`.
+      student: from `check`. It may be blind where the teacher is told the noise level.
+      sigma: of the images' noise, on the scale of 0 to 255: a number or (b,), for networks that are told it.
       blocks: the numbers of the teacher's blocks to keep, ascending, by the list they are in, as in
         {"body": (0, 2)}; default: from `choose_blocks`.
       known: the teacher's `trace` of these images, if it is at hand.
@@ -134,28 +140,33 @@ def fit(
     module = student.bind(zeros)
     structure = structure_of(teacher)
     if structure.blocks and not blocks:
-        blocks = choose_blocks(teacher, images, _counts(dict(_named(module)), structure.blocks))
-    fitting = _Fitting(structure, known or trace(teacher, images), module, blocks or {})
+        blocks = choose_blocks(teacher, images, _counts(dict(_named(module)), structure.blocks), sigma)
+    fitting = _Fitting(structure, known or trace(teacher, images, sigma), module, blocks or {})
     fitting.copy_scales(teacher.network.bind(teacher.params))
     with intercept(fitting.layer):
-        module(images)
+        module(student.module_input(images, sigma))
     return Model(student, jax.tree.map(np.asarray, params_of(module)))
 
 
-def choose_blocks(teacher: Model, images: jax.Array, counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+def choose_blocks(
+    teacher: Model, images: jax.Array, counts: Mapping[str, int], sigma: Sigma = None
+) -> dict[str, tuple[int, ...]]:
     """Returns the numbers of the teacher's blocks to keep, ascending, by the list they are in.
 
     One after another, that block is dropped without which the output changes least, on a few of the images.
 
     Args:
       counts: how many to keep, by list; one that is missing loses all.
+      sigma: as for `fit`.
     """
     side = min(_DAMAGE_SIDE, *images.shape[1:3])
     images = images[:_DAMAGE_IMAGES, :side, :side]
+    sigma = sigma[: len(images)] if isinstance(sigma, jax.Array) and sigma.ndim else sigma
+    inputs = teacher.network.module_input(images, sigma)
     module = teacher.network.bind(teacher.params)
     paths, blocks = _paths(module), structure_of(teacher).blocks
     kept = {(name, i) for name, count in _counts(paths.values(), blocks).items() for i in range(count)}
-    every, wanted = kept.copy(), teacher(images)[0]
+    every, wanted = kept.copy(), teacher(images, sigma)[0]
 
     def damage(dropped: set[tuple[str, int]]) -> float:
         def skip(layer: nnx.Module, x: jax.Array, run: Run) -> jax.Array:
@@ -166,7 +177,7 @@ def choose_blocks(teacher: Model, images: jax.Array, counts: Mapping[str, int]) 
             return x * (x * y).sum((0, 1, 2)) / jnp.maximum((x * x).sum((0, 1, 2)), 1e-12)
 
         with intercept(skip):
-            return float(jnp.mean((module(images)[0] - wanted) ** 2))
+            return float(jnp.mean((module(inputs)[0] - wanted) ** 2))
 
     def surplus() -> list[tuple[str, int]]:
         """Returns the blocks of lists that still have more than they are to keep, in order."""

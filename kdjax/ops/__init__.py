@@ -74,3 +74,13 @@ def pad_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
             position = jnp.arange(padded) % period
             x = jnp.take(x, jnp.minimum(position, period - position), axis=axis, mode="clip")
     return x
+
+
+@functools.partial(jax.jit, static_argnames="multiple")
+def repeat_to_multiple(x: jax.Array, multiple: int) -> jax.Array:
+    """Like `pad_to_multiple`, but repeats the last row and column."""
+    for axis in (1, 2):
+        padded = round_up(x.shape[axis], multiple)
+        if padded != x.shape[axis]:
+            x = jnp.take(x, jnp.arange(padded), axis=axis, mode="clip")
+    return x

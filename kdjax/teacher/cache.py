@@ -161,7 +161,7 @@ def make_answer(config: Config, recipe: distill.Recipe, teacher: Teacher, *, sid
 
     def answer(params: Params, batch: Batch, key: jax.Array) -> dict[str, jax.Array]:
         gt, lq = distill.make_pair(recipe, batch, key)
-        output, features = teacher.apply(params, lq)
+        output, features = distill.forward(teacher.apply, params, lq, distill.noise_levels(recipe, batch, key))
         # Without a canvas, gt is stored unchanged and sharpened in the step.
         fields = {"gt": stored(gt, stored_gt) if cuts else batch["gt"]}
         fields |= {"lq": stored(lq, stored_lq)} if keeps_lq else {}

@@ -1,7 +1,7 @@
 """Loads a run's teacher: one file, or several whose images are averaged, optionally with self-ensemble (x8).
 
-Either way the step sees one function `apply(params, x) -> (output, features)`. Features are those of the first file,
-for the image as it is.
+Either way the step sees one function `apply(params, x, sigma) -> (output, features)`. Features are those of the first
+file, for the image as it is.
 """
 
 from __future__ import annotations
@@ -91,8 +91,10 @@ def average(applies: Sequence[Apply], mix: Sequence[float]) -> Apply:
     """Averages several networks' images with weights, keeping the features of the first; params are {"0": ..., ...}."""
     parts = [part / math.fsum(mix) for part in mix]
 
-    def apply(params: Params, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        results = [each(params[str(i)], x) for i, each in enumerate(applies)]
+    def apply(
+        params: Params, x: jax.Array, sigma: jax.Array | float | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        results = [each(params[str(i)], x, sigma) for i, each in enumerate(applies)]
         mean = sum(part * output for part, (output, _) in zip(parts, results, strict=True))
         return jnp.asarray(mean), results[0][1]
 

@@ -85,9 +85,8 @@ class Monitor:
         if not self._teacher:
             return
         crops = [_centre(sample, _CHECK_CROP, self._scale) for sample in self.samples[:_CHECK_IMAGES]]
-        outputs = dict(
-            validation.restore(self._teacher.apply_float32, self._teacher.params, [crop.lq for crop in crops])
-        )
+        images, sigmas = [crop.lq for crop in crops], [crop.sigma for crop in crops]
+        outputs = dict(validation.restore(self._teacher.apply_float32, self._teacher.params, images, sigmas))
         teacher = validation.mean_score([validation.score(outputs[i], crop.gt) for i, crop in enumerate(crops)])
         before = validation.input_score(crops)
         log.info(f"teacher on {len(crops)} validation crops: {teacher.psnr:.2f} dB, its input {before.psnr:.2f} dB")
@@ -191,8 +190,8 @@ class Monitor:
         """Returns the mean score and the outputs to be shown in pictures; None if ended early."""
         here = sorted({*sharding.share(len(self.samples)), *(self._pictures if sharding.is_first() else ())})
         rows, outputs = [], {}
-        images = [self.samples[position].lq for position in here]
-        for i, output in validation.restore(apply, params, images, keep_going=keep_going):
+        images, sigmas = [self.samples[i].lq for i in here], [self.samples[i].sigma for i in here]
+        for i, output in validation.restore(apply, params, images, sigmas, keep_going=keep_going):
             score = validation.score(output, self.samples[here[i]].gt)
             rows.append([here[i], score.psnr, score.ssim])
             if here[i] in self._pictures:
@@ -209,8 +208,8 @@ class Monitor:
         folder.mkdir(parents=True, exist_ok=True)
         teacher_outputs = {}
         if self._teacher:
-            images = [self.samples[position].lq for position in outputs]
-            restored = dict(validation.restore(self._teacher.apply_float32, self._teacher.params, images))
+            images, sigmas = [self.samples[i].lq for i in outputs], [self.samples[i].sigma for i in outputs]
+            restored = dict(validation.restore(self._teacher.apply_float32, self._teacher.params, images, sigmas))
             teacher_outputs = {position: restored[i] for i, position in enumerate(outputs)}
         for position, output in outputs.items():
             sample = self.samples[position]
@@ -236,7 +235,7 @@ def _centre(sample: Sample, side: int, scale: int) -> Sample:
     top, left = (max(0, (size - side) // 2) for size in sample.lq.shape[:2])
     lq = sample.lq[top : top + side, left : left + side]
     gt = sample.gt[top * scale : (top + side) * scale, left * scale : (left + side) * scale]
-    return Sample(sample.name, lq, gt)
+    return Sample(sample.name, lq, gt, sample.sigma)
 
 
 def _side_by_side(images: Sequence[np.ndarray]) -> np.ndarray:

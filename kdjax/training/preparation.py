@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import importlib.util
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from kdjax import assets, cost, data, distill, models, sharding
 from kdjax.batch import Batch
 from kdjax.config import Config, ConfigError
-from kdjax.degradations import make_degrade
+from kdjax.degradations import make_degrade, make_sigma
 from kdjax.models import shrinking
 from kdjax.schedules import make_schedule
 from kdjax.streams import Stream
@@ -82,6 +82,7 @@ def prepare(config: Config) -> Setup:
         teacher and teacher.params,
         (config.data.batch_size, lq_side, lq_side, student.network.channels),
         jax.random.fold_in(jax.random.key(config.seed), Stream.ADAPTERS),
+        sigma=0.0,
     )
     learning_rate = make_schedule(config.train.lr)
     makes_lq = not config.data.lq or bool(config.data.unpaired)
@@ -100,10 +101,12 @@ def prepare(config: Config) -> Setup:
         ema_decay=config.train.ema_decay,
         ema_warmup=config.train.ema_warmup,
         degrade=make_degrade(config.degrade, scale=scale) if makes_lq else None,
+        sigma=None if config.data.lq else make_sigma(config.degrade),
         crop=config.data.crop,
         sharpen=config.data.gt_usm,
         accumulate=parts,
     )
+    _check_sigma_is_known(config, recipe, student, teacher)
     whole = [term.name for term in recipe.terms if not term.loss.is_mean]
     if parts > 1 and whole:
         raise ConfigError(
@@ -134,6 +137,24 @@ def prepare(config: Config) -> Setup:
         cache, recipe = teacher_cache.open_for(config, recipe, teacher, sample_settings(setup))
         setup = dataclasses.replace(setup, cache=cache, recipe=recipe)
     return _shrunk(setup) if config.student.weights == "teacher" else setup
+
+
+def _check_sigma_is_known(
+    config: Config, recipe: distill.Recipe, student: models.Model, teacher: Teacher | None
+) -> None:
+    """Raises a ConfigError if a network is told the noise level, and the run does not know it."""
+    if recipe.sigma:
+        return
+    networks = {"the student": student}
+    if teacher:
+        networks |= {f"the teacher {file.path}": file.model for file in teacher.files}
+    for name, model in networks.items():
+        if model.network.takes_sigma:
+            what = f"config.data.lq={config.data.lq!r}" if config.data.lq else f"degrade={config.degrade['name']!r}"
+            raise ConfigError(
+                f"{name} ({model.arch}) is told the noise level of its input, which is not known for {what}; use"
+                ' degrade=dict(name="awgn_blind", sigma=(0.0, 50.0)), or a network without a noise map'
+            )
 
 
 def on_these_devices(config: Config) -> Config:
@@ -187,25 +208,31 @@ def _shrunk(setup: Setup) -> Setup:
     """Returns the setup with a student that approximates the teacher on the first degraded images of the run."""
     assert setup.teacher is not None
     log.info("shrinking the teacher to the student")
-    student = shrinking.fit(setup.teacher.model, setup.student.network, first_images(setup))
+    student = shrinking.fit(setup.teacher.model, setup.student.network, *first_images(setup))
     return dataclasses.replace(
         setup, student=student, teacher=setup.teacher if needs_teacher(setup.config.terms) else None
     )
 
 
-def first_images(setup: Setup) -> jax.Array:
-    """Returns the degraded crops of the run's first steps, as many as `shrinking.num_images` says; the same in every"
-    " process."""
+def first_images(setup: Setup) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the degraded crops of the run's first steps and their noise levels, if known; the same in every process.
+
+    There are as many as `shrinking.num_images` says.
+    """
     assert setup.teacher is not None
     side = setup.config.data.crop // setup.student.network.scale
     count = shrinking.num_images(setup.teacher.model, side)
-    make_pair = jax.jit(functools.partial(distill.make_pair, dataclasses.replace(setup.recipe, teacher=None)))
+    recipe, key = dataclasses.replace(setup.recipe, teacher=None), jax.random.key(setup.config.seed)
+    make_lq = jax.jit(lambda batch: distill.make_pair(recipe, batch, key)[1])
     images: list[jax.Array] = []
+    sigmas: list[jax.Array] = []
     with open_batches(setup, start_step=0, is_whole=True) as batches:
         while sum(map(len, images)) < count:
-            batch = {name: array for name, array in next(batches).items() if name != "teacher"}
-            images.append(make_pair(batch, jax.random.key(setup.config.seed))[1])
-    return jnp.concatenate(images)[:count]
+            batch: Any = {name: array for name, array in next(batches).items() if name != "teacher"}
+            images.append(make_lq(batch))
+            if (sigma := distill.noise_levels(recipe, batch, key)) is not None:
+                sigmas.append(sigma)
+    return jnp.concatenate(images)[:count], jnp.concatenate(sigmas)[:count] if sigmas else None
 
 
 def open_batches(setup: Setup, *, start_step: int, is_whole: bool = False) -> data.TrainingData:
