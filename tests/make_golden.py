@@ -4,13 +4,14 @@
     python tests/make_golden.py
 
 Weights are random, of a size at which every branch counts and rounding errors do not grow. NAME.npz has an image `x`
-and the network's output `y`, (1, h, w, c).
+and the network's output `y`, (1, h, w, c). The last channel of DRUNet's `x` is its noise level map.
 """
 
 from pathlib import Path
 
 import numpy as np
 import torch
+from spandrel.architectures.DRUNet.__arch.network_unet import DRUNet
 from spandrel.architectures.MoSR.__arch.mosr_arch import MoSR
 from spandrel.architectures.PLKSR.__arch.RealPLKSR import RealPLKSR
 from spandrel.architectures.RCAN.__arch.rcan_arch import RCAN
@@ -28,8 +29,12 @@ def randomised(net: torch.nn.Module) -> torch.nn.Module:
     return net.eval()
 
 
-def write(name: str, net: torch.nn.Module, state: dict[str, torch.Tensor], size: tuple[int, int]) -> None:
+def write(
+    name: str, net: torch.nn.Module, state: dict[str, torch.Tensor], size: tuple[int, int], sigma: float | None = None
+) -> None:
     image = torch.rand(1, 3, *size)
+    if sigma is not None:
+        image = torch.cat([image, torch.full((1, 1, *size), sigma / 255)], 1)
     with torch.no_grad():
         output = net(image.clone())  # spandrel's RCAN changes its input
     arrays = {key: value.numpy().transpose(0, 2, 3, 1) for key, value in (("x", image), ("y", output))}
@@ -77,7 +82,14 @@ def rcan() -> None:
     write("rcan_x3", net, net.state_dict(), (16, 20))
 
 
+def drunet() -> None:
+    torch.manual_seed(0)
+    net = randomised(DRUNet(in_nc=4, out_nc=3, nc=[4, 6, 8, 10], nb=2))
+    write("drunet_color", net, net.state_dict(), (16, 24), sigma=30.0)
+
+
 if __name__ == "__main__":
+    drunet()
     span()
     realplksr()
     rcan()

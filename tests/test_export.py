@@ -38,6 +38,7 @@ CASES = {
     "srvggnetcompact": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2, unshuffle=2)),
     "srvggnetcompact-leaky": ("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=1, act_type="leakyrelu")),
     "ffdnet": ("dncnn", dict(num_feat=4, depth=3, unshuffle=2, noise_map=True, residual=False)),
+    "drunet": ("drunet", dict(num_feat=(4, 5, 6, 7), num_block=1)),
     "dncnn-grey": ("dncnn", dict(num_in_ch=1, num_feat=4, depth=3)),
     "rrdbnet-plus": ("rrdbnet", dict(num_feat=4, num_block=1, num_upsample=1, scale=2, plus=True)),
     "rrdbnet-ranks": ("rrdbnet", dict(scale=2, num_feat=4, num_block=1, num_grow_ch=4, ranks=(0, 2, 3, 2, 1) * 3)),
@@ -84,13 +85,16 @@ def exported(student: models.Model, tmp_path_factory: pytest.TempPathFactory) ->
     return {suffix: export_model(student, folder / f"net{suffix}").path for suffix in FORMATS}
 
 
-def run_onnx(path: Path, image: np.ndarray) -> np.ndarray:
+def run_onnx(path: Path, image: np.ndarray, *sigma: np.ndarray) -> np.ndarray:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(["output"], {"input": image.transpose(0, 3, 1, 2)})[0].transpose(0, 2, 3, 1)
+    inputs = {"input": image.transpose(0, 3, 1, 2)}
+    if sigma:
+        inputs["sigma"] = sigma[0].reshape(-1, 1, 1, 1)
+    return session.run(["output"], inputs)[0].transpose(0, 2, 3, 1)
 
 
-def run_stablehlo(path: Path, image: np.ndarray) -> np.ndarray:
-    return np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(image))
+def run_stablehlo(path: Path, image: np.ndarray, *sigma: np.ndarray) -> np.ndarray:
+    return np.asarray(jax.export.deserialize(bytearray(path.read_bytes())).call(image, *sigma))
 
 
 def test_there_is_a_case_of_every_architecture() -> None:
@@ -112,16 +116,18 @@ def test_every_architecture_in_every_format(case: str, tmp_path: Path) -> None:
 
     # A size that export did not check: smaller than what the image is padded to.
     image = np.random.default_rng(1).random((2, 1, 3, model.network.channels), np.float32)
-    wanted = np.asarray(model(image)[0])
+    sigma = [np.array([10, 50], np.float32)] if model.network.takes_sigma else []
+    wanted = np.asarray(model(image, *sigma)[0])
     for run, suffix in ((run_onnx, ".onnx"), (run_stablehlo, ".stablehlo")):
-        np.testing.assert_allclose(run(tmp_path / f"net{suffix}", image), wanted, atol=1e-5)
+        np.testing.assert_allclose(run(tmp_path / f"net{suffix}", image, *sigma), wanted, atol=1e-5)
 
     proto = onnx.load(tmp_path / "net.onnx")
     operators = {node.op_type for node in proto.graph.node}
     assert not operators & {"Transpose", "Where", "Reshape"}  # NCHW from end to end, activations as one operator
     names = [[dim.dim_param or dim.dim_value for dim in info.type.tensor_type.shape.dim] for info in proto.graph.input]
-    assert names == [["batch", model.network.channels, "height", "width"]]
-    assert [info.name for info in (*proto.graph.input, *proto.graph.output)] == ["input", "output"]
+    assert names == [["batch", model.network.channels, "height", "width"], ["batch", 1, 1, 1]][: 1 + len(sigma)]
+    inputs = ["input", "sigma"][: 1 + len(sigma)]
+    assert [info.name for info in (*proto.graph.input, *proto.graph.output)] == [*inputs, "output"]
     assert proto.opset_import[0].version == 17
     told = {entry.key: entry.value for entry in proto.metadata_props}
     assert told["arch"] == model.arch and told["scale"] == str(model.network.scale)

@@ -17,6 +17,7 @@ TINY = {
     "rrdbnet": dict(scale=1, num_feat=8, num_block=2, num_grow_ch=4),
     "srvggnetcompact": dict(num_feat=8, num_conv=2, upscale=1),
     "dncnn": dict(num_feat=8, depth=4),
+    "drunet": dict(num_feat=(4, 6, 8, 10), num_block=1),
     "edsr": dict(num_feat=8, num_block=2, upscale=1),
     "msrresnet": dict(num_feat=8, num_block=2, upscale=1),
     "nafnet": dict(width=4, enc_blk_nums=(1, 1), dec_blk_nums=(1, 1)),
@@ -42,7 +43,10 @@ def load_reference(folder: Path, name: str) -> tuple:
 @pytest.mark.parametrize("name", REFERENCES)
 def test_output_and_features_equal_the_reference(golden: Path, name: str) -> None:
     model, vectors = load_reference(golden, name)
-    output, features = model(vectors["x"])
+    x = vectors["x"]
+    if model.network.takes_sigma:  # the last channel is its noise level map
+        x, vectors["sigma"] = x[..., :-1], 255 * x[0, 0, 0, -1]
+    output, features = model(x, vectors.get("sigma"))
     np.testing.assert_allclose(output, vectors["y"], atol=1e-5)
     for key, expected in vectors.items():
         if key.startswith("feat:"):
@@ -125,7 +129,7 @@ def tiny(request: pytest.FixtureRequest) -> tuple:
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (8, 3)])
 def test_any_height_and_width_works(tiny: tuple, size: tuple[int, int]) -> None:
     _, _, model = tiny
-    assert model(jnp.ones((2, *size, 3)))[0].shape == (2, *size, 3)
+    assert model(jnp.ones((2, *size, 3)), 25.0)[0].shape == (2, *size, 3)
 
 
 def test_padding_to_a_multiple_does_not_change_the_image_it_covers() -> None:
@@ -138,11 +142,14 @@ def test_padding_to_a_multiple_does_not_change_the_image_it_covers() -> None:
 def test_feature_names_are_module_paths() -> None:
     x = jnp.ones((1, 8, 8, 3))
     nets = {arch: network(arch, TINY[arch]) for arch in TINY}
-    names = {arch: list(jax.eval_shape(net.make_apply(), net.abstract_params, x)[1]) for arch, net in nets.items()}
+    names = {
+        arch: list(jax.eval_shape(net.make_apply(), net.abstract_params, x, 25.0)[1]) for arch, net in nets.items()
+    }
     assert names == {
         "rrdbnet": ["body.0", "body.1", "conv_body", "conv_first"],
         "srvggnetcompact": [f"body.{i}" for i in range(7)],
         "dncnn": [f"model.{i}" for i in range(7)],
+        "drunet": ["m_body", *(f"m_down{i}" for i in (1, 2, 3)), "m_head", *(f"m_up{i}" for i in (1, 2, 3))],
         "edsr": ["body.0", "body.1", "conv_after_body", "conv_first"],
         "msrresnet": ["body.0", "body.1", "conv_first"],
         "nafnet": ["decoders.0", "decoders.1", "encoders.0", "encoders.1", "intro", "middle_blks"],
@@ -160,7 +167,7 @@ def test_remat_changes_neither_output_nor_gradient_but_what_is_stored(tiny: tupl
 
     def loss(remat: bool):
         apply = network(arch, hparams).make_apply(remat=remat)
-        return lambda params: jnp.sum(jnp.square(apply(params, x)[0]))
+        return lambda params: jnp.sum(jnp.square(apply(params, x, 25.0)[0]))
 
     (value, grads), (value_remat, grads_remat) = (
         jax.jit(jax.value_and_grad(loss(remat)))(model.params) for remat in (False, True)
@@ -176,10 +183,10 @@ def test_remat_changes_neither_output_nor_gradient_but_what_is_stored(tiny: tupl
 def test_bfloat16_inside_stays_near_and_comes_out_as_float32(tiny: tuple) -> None:
     arch, hparams, model = tiny
     x = jax.random.uniform(jax.random.key(1), (1, 8, 8, 3))
-    output, features = network(arch, hparams).make_apply(dtype=jnp.bfloat16)(model.params, x)
+    output, features = network(arch, hparams).make_apply(dtype=jnp.bfloat16)(model.params, x, 25.0)
     assert output.dtype == jnp.float32
     assert all(feature.dtype == jnp.bfloat16 for feature in features.values())
-    exact = model(x)[0]
+    exact = model(x, 25.0)[0]
     np.testing.assert_allclose(output, exact, atol=0.03 * max(1.0, float(jnp.abs(exact).max())))
 
 

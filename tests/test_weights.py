@@ -270,7 +270,6 @@ def test_ircnn_is_not_taken_for_dncnn(tmp_path: Path) -> None:
     [
         ("SwinIR", ["conv_first.weight", "layers.0.residual_group.blocks.0.norm1.weight", "conv_after_body.weight"]),
         ("Restormer", ["patch_embed.proj.weight", "encoder_level1.0.norm1.body.weight"]),
-        ("DRUNet", ["m_head.weight", "m_down1.0.res.0.weight"]),
         ("SCUNet", ["m_head.0.weight", "m_tail.0.weight"]),
         ("discriminator", ["conv0.weight", "conv1.weight_orig", "conv9.weight"]),
     ],

@@ -17,7 +17,21 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from kdjax.models import custom, dncnn, edsr, mosr, msrresnet, nafnet, rcan, realplksr, rrdbnet, span, srvgg, unet
+from kdjax.models import (
+    custom,
+    dncnn,
+    drunet,
+    edsr,
+    mosr,
+    msrresnet,
+    nafnet,
+    rcan,
+    realplksr,
+    rrdbnet,
+    span,
+    srvgg,
+    unet,
+)
 from kdjax.models.model import Apply, Architecture, Model, Network, Params, Shrink, count_params
 from kdjax.names import nearest
 
@@ -39,6 +53,7 @@ MODELS: dict[str, Architecture] = {
     "rrdbnet": rrdbnet.ARCHITECTURE,
     "srvggnetcompact": srvgg.ARCHITECTURE,
     "dncnn": dncnn.ARCHITECTURE,
+    "drunet": drunet.ARCHITECTURE,
     "edsr": edsr.ARCHITECTURE,
     "msrresnet": msrresnet.ARCHITECTURE,
     "rcan": rcan.ARCHITECTURE,

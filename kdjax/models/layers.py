@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.core import Tracer
 
+from kdjax import ops
 from kdjax.ops.convolution import convolve
 from kdjax.ops.winograd import narrow_conv3x3
 
@@ -177,6 +178,22 @@ def conv(
         bias_init=torch_bias_init(size * size * num_in // groups),
         rngs=rngs,
     )
+
+
+class UpConv(nnx.Module):
+    """A transposed convolution of 2x2 pixels at stride 2, without bias: a product, and a pixel shuffle.
+
+    The kernel is (2, 2, num_out, num_in), torch's `ConvTranspose2d.weight` as a convolution's would be stored.
+    """
+
+    def __init__(self, num_in: int, num_out: int, *, rngs: nnx.Rngs) -> None:
+        # torch's default takes the outputs for inputs here.
+        self.kernel = nnx.Param(TORCH_KERNEL_INIT(rngs.params(), (2, 2, num_out, num_in), jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        product = x @ kernel.transpose(3, 2, 0, 1).reshape(kernel.shape[3], -1)
+        return ops.pixel_shuffle(product, 2)
 
 
 @jax.jit  # a single call in the jaxpr, which `kdjax.export` recognises by name

@@ -17,7 +17,6 @@ UNSUPPORTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("HAT", (r"layers\.0\.residual_group\.blocks\.0\.conv_block\..*",)),
     ("SwinIR", (r"layers\.0\.residual_group\.blocks\.0\.norm1\.weight",)),
     ("Restormer", (r"patch_embed\.proj\.weight", r"encoder_level1\.0\..*")),
-    ("DRUNet", (r"m_head\.weight", r"m_down1\.0\..*")),
     ("SCUNet", (r"m_head\.0\.weight", r"m_tail\.0\.weight")),
     ("MPRNet", (r"shallow_feat1\.0\.weight",)),
     ("Uformer", (r"input_proj\.proj\.0\.weight",)),
