@@ -58,6 +58,6 @@ def get_config(variant: str = "") -> ConfigDict:
         shrunk_distilled=dict(**shrunk, terms=dict(output=output)),
         scratch_equal_compute=dict(compute_of="shrunk_distilled"),
         shrunk_equal_compute=dict(**shrunk, compute_of="shrunk_distilled"),
-        rival=dict(student=rival, train=dict(lr=dict(value=1.5e-3)), compute_of="shrunk_distilled"),
+        rival=dict(student=rival, train=dict(lr=dict(value=5e-4)), compute_of="shrunk_distilled"),
     )
     return study

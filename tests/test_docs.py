@@ -170,6 +170,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     denoiser = network("dncnn", dict(num_feat=8, depth=20)).init(key)
     student = network("srvggnetcompact", dict(num_feat=8, num_conv=2, upscale=1)).init(key)
     save_model(denoiser, folder / "cdncnn_sigma25.pth")
+    ffdnet = network("dncnn", dict(num_feat=8, depth=4, unshuffle=2, noise_map=True, residual=False)).init(key)
+    save_model(ffdnet, folder / "ffdnet_color.pth")
     for name in ("student.pth", "net_g_latest.pth"):
         save_model(student, folder / name)
     compact = dict(num_feat=8, num_conv=2, upscale=4, act_type="prelu")

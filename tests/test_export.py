@@ -394,6 +394,10 @@ SPANDREL = {
     + [CASES["rrdbnet-plus"]],
     "RealESRGAN Compact": [("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=upscale)) for upscale in (1, 2)],
     "DnCNN": [("dncnn", dict(num_feat=4, depth=17)), ("dncnn", dict(num_in_ch=1, num_feat=4, depth=20))],
+    "DRUNet": [
+        ("drunet", dict(num_feat=(4, 5, 6, 7), num_block=2)),
+        ("drunet", dict(num_in_ch=1, num_feat=(2, 3, 4, 5), num_block=2)),
+    ],
     "MoSR": [CASES["mosr"], CASES["mosr-gps"]],
     "NAFNet": [CASES["nafnet"]],
     "PLKSR": [CASES["realplksr"], CASES["realplksr-layers"]],
@@ -426,7 +430,10 @@ def test_spandrel_recognises_the_files(name: str, tmp_path: Path, spandrel: type
             path = export_model(model, tmp_path / f"net{suffix}").path
             found = spandrel.ModelLoader().load_from_file(str(path))
             assert (found.architecture.name, found.scale) == (name, model.network.scale)
+            given = torch.tensor(image.transpose(0, 3, 1, 2))
+            if model.network.takes_sigma:
+                given = torch.cat([given, torch.full_like(given[:, :1], 30 / 255)], 1)
             with torch.no_grad():
-                output = found.model.eval()(torch.tensor(image.transpose(0, 3, 1, 2))).numpy()
+                output = found.model.eval()(given).numpy()
             largest = max(1.0, np.abs(output).max())
-            np.testing.assert_allclose(output.transpose(0, 2, 3, 1), model(image)[0], atol=1e-5 * largest)
+            np.testing.assert_allclose(output.transpose(0, 2, 3, 1), model(image, 30.0)[0], atol=1e-5 * largest)

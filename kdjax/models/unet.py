@@ -36,7 +36,7 @@ class Stage(nnx.Module):
     """`num_conv` 3x3 convolutions, each followed by ReLU."""
 
     def __init__(self, num_feat: int, num_conv: int, *, rngs: nnx.Rngs) -> None:
-        self.convs = nnx.List([conv3x3(num_feat, num_feat, rngs=rngs) for _ in range(num_conv)])
+        self.convs = nnx.List([conv3x3(num_feat, num_feat, init="relu", rngs=rngs) for _ in range(num_conv)])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         for layer in self.convs:
@@ -70,7 +70,7 @@ class UNet(nnx.Module):
         self.down = nnx.List([conv(4 * width, 2 * width, 1, rngs=rngs) for width in widths[:-1]])
         self.up = nnx.List([conv(2 * width, 4 * width, 1, rngs=rngs) for width in widths[:-1]])
         self.decoder = nnx.List([Stage(width, num_conv_up or num_conv, rngs=rngs) for width in widths[:-1]])
-        self.conv_last = conv3x3(num_feat, num_in_ch * unshuffle**2, rngs=rngs)
+        self.conv_last = conv3x3(num_feat, num_in_ch * unshuffle**2, init="residual", rngs=rngs)
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         _, height, width, _ = image.shape
