@@ -310,8 +310,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setup = preparation.prepare(teacher_cache.without_cache(preparation.on_these_devices(config)))
         job = plan(setup, options.output, options.samples)
         assert setup.teacher is not None
-        log.info(f"teacher: {setup.teacher.identity}, {preparation.describe(setup.teacher.model)}")
+        log.info(f"teacher: {setup.teacher.identity}, {preparation.describe_teacher(setup.teacher)}")
         log.info(describe(job))
+        preparation.check_answers(setup)
         complete = write(job, process_index=options.process_id, process_count=options.num_processes)
     except (ValueError, OSError, FloatingPointError, DataError) as error:
         commandline.fail(str(error))

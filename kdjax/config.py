@@ -93,7 +93,15 @@ class Student:
 
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    weights: str = setting("", 'a .pth or .safetensors file, "embedded" or "fast"; empty if no term needs a teacher')
+    weights: str = setting(
+        "", 'a .pth, .safetensors or .onnx file, "embedded" or "fast"; empty if no term needs a teacher'
+    )
+    backend: str = setting(
+        "", '"spandrel" lets spandrel and PyTorch run the file; empty: kdjax, or ONNX Runtime', _one_of("", "spandrel")
+    )
+    features: tuple = setting(
+        (), "of a teacher that kdjax does not run: modules (spandrel) or tensors (ONNX) to return"
+    )
     key: str = setting(
         "auto", 'which weights of the file: "auto" takes params_ema, then params, then a bare state dict'
     )

@@ -64,6 +64,8 @@ def train(setup: Setup, monitor: Monitor, workdir: Path) -> str:
             write_json(workdir / "config.json", config_lib.to_dict(config))
             preparation.report(setup)
             monitor.report()
+            if setup.teacher and not setup.teacher.can_run:
+                preparation.check_answers(setup)
         with Logbook(
             workdir,
             resume_step=loop.step_of(states),
@@ -129,7 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = preparation.on_these_devices(config)
         with cost.telling_out_of_memory():
             setup = preparation.prepare(config)
-            monitor = Monitor(config.val, setup.student, setup.teacher)
+            monitor = Monitor(
+                config.val, setup.student, setup.teacher if setup.teacher and setup.teacher.can_run else None
+            )
         workdir = (options.workdir or Path("runs") / config.name).absolute()
     except (ValueError, OSError) as error:  # caused by the user's input; a traceback would hide the message
         problem = str(error)

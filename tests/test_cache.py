@@ -270,7 +270,7 @@ def test_what_cannot_be_written_is_refused(files: Path, made: Path, tmp_path: Pa
 def test_a_teacher_that_overflows_is_told(files: Path, tmp_path: Path) -> None:
     setup = preparation.prepare(configured(files))
     live = setup.teacher.apply
-    apply = lambda params, x: jax.tree.map(lambda y: y + 1e5, live(params, x))  # noqa: E731
+    apply = lambda *inputs: jax.tree.map(lambda y: y + 1e5, live(*inputs))  # noqa: E731
     setup = dataclasses.replace(setup, teacher=dataclasses.replace(setup.teacher, apply=apply))
     with pytest.raises(FloatingPointError, match="sample 0 is not finite in float16"):
         written(setup, tmp_path / "cache", 4)

@@ -31,8 +31,7 @@ def identity(setup: Setup) -> dict[str, object]:
     """Returns what a checkpoint depends on but does not contain."""
     return {
         "student": {"arch": setup.student.arch, "hparams": setup.student.hparams},
-        "teacher": setup.teacher
-        and {"files": [file.path for file in setup.teacher.files], "identity": setup.teacher.identity},
+        "teacher": setup.teacher and {"files": setup.teacher.paths, "identity": setup.teacher.identity},
     }
 
 

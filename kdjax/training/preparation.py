@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kdjax import assets, cost, data, distill, models, sharding
+from kdjax import assets, cost, data, distill, losses, models, sharding
 from kdjax.batch import Batch
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade, make_sigma
@@ -235,6 +235,36 @@ def first_images(setup: Setup) -> tuple[jax.Array, jax.Array | None]:
     return jnp.concatenate(images)[:count], jnp.concatenate(sigmas)[:count] if sigmas else None
 
 
+def check_answers(setup: Setup) -> None:
+    """Logs how good the teacher's answers to the run's first samples are, and warns if they do not improve the input.
+
+    They come from the cache, or from the teacher. Of networks that enlarge, nothing is compared.
+    """
+    if setup.teacher is None or setup.student.network.scale > 1:
+        return
+    recipe, key = dataclasses.replace(setup.recipe, teacher=None), jax.random.key(setup.config.seed)
+    with open_batches(setup, start_step=0, is_whole=True) as batches:
+        batch: Any = next(batches)
+    answers = batch.pop("teacher", None)
+    gt, lq = jax.jit(lambda batch: distill.make_pair(recipe, batch, key))(batch)
+    if answers:
+        output = jnp.asarray(answers["output"], jnp.float32)
+    else:
+        apply = setup.teacher.apply
+        run = jax.jit(lambda params, x, sigma: distill.forward(apply, params, x, sigma).output)
+        output = run(setup.teacher.params, lq, distill.noise_levels(recipe, batch, key))
+    labelled = jnp.asarray(batch.get("labelled", jnp.ones(len(gt), bool)))
+    if not labelled.any():
+        return
+    teacher, given = (float(losses.psnr_between(image[labelled], gt[labelled])) for image in (output, lq))
+    log.info(f"teacher on the first {int(labelled.sum())} samples: {teacher:.2f} dB, its input {given:.2f} dB")
+    if not teacher > given:
+        log.warning(
+            "WARNING: THE TEACHER DOES NOT IMPROVE ITS INPUT. A student will learn just that. Is it a model for this"
+            " noise (config.degrade), and are its weights the right ones (config.teacher)?"
+        )
+
+
 def open_batches(setup: Setup, *, start_step: int, is_whole: bool = False) -> data.TrainingData:
     """Opens the training batches from step `start_step` on: this process's part of them, or whole ones."""
     config = setup.config.data
@@ -298,8 +328,7 @@ def report(setup: Setup) -> None:
         log.info(f"unpaired images: {len(setup.unpaired)} from {config.data.unpaired}")
     if setup.teacher:
         log.info(f"teacher: {setup.teacher.identity}")
-        for file in setup.teacher.files:
-            log.info(f"teacher: {file.path}, {file.layout} layout, weights under {file.key!r}, {describe(file.model)}")
+        log.info(f"teacher: {describe_teacher(setup.teacher)}")
     if setup.cache:
         rounds = config.train.steps * config.data.batch_size / setup.cache.samples
         log.info(f"the teacher's answers: {setup.cache.samples:,} samples of {setup.cache.folder}, {rounds:.1f} times")
@@ -325,6 +354,16 @@ def warn_of_other_degradation(setup: Setup) -> None:
         f"WARNING: VALIDATION IS NOT ON WHAT THE RUN TRAINS ON, which is {trained}, but on noise of"
         f" config.val.sigma={val.sigma:g}. Set config.val.lq or config.val.sigma, or write"
         " config.val.degrade = config.degrade in the config file"
+    )
+
+
+def describe_teacher(teacher: Teacher) -> str:
+    """Describes a teacher's networks in a few words."""
+    if teacher.foreign:
+        return f"{teacher.foreign.path}, {teacher.foreign.about}"
+    return "; ".join(
+        f"{file.path}, {file.layout} layout, weights under {file.key!r}, {describe(file.model)}"
+        for file in teacher.files
     )
 
 

@@ -115,4 +115,7 @@ def _refuse_unsupported(keys: Iterable[str]) -> None:
     """Raises a WeightsError that names the network, if its keys are recognised but it is not supported."""
     for name, patterns in UNSUPPORTED:
         if all(any(re.fullmatch(pattern, key) for key in keys) for pattern in patterns):
-            raise WeightsError(f"it looks like {name}, which is not supported (supported: {', '.join(MODELS)})")
+            raise WeightsError(
+                f"it looks like {name}, which is not supported (supported: {', '.join(MODELS)}); what spandrel reads"
+                " can still be a teacher, with config.teacher.backend='spandrel' (docs/cached_teacher.md)"
+            )
