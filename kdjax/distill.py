@@ -135,12 +135,15 @@ def make_setting(
       sigma: any noise level, for networks that are told it.
     """
     image = jax.ShapeDtypeStruct(lq, jnp.float32)
-    run = lambda apply, params: jax.eval_shape(lambda x: forward(apply, params, x, sigma), image)  # noqa: E731
+
+    def run(apply: Apply, params: Params | None) -> Forward:
+        return jax.eval_shape(lambda params, x: forward(apply, params, x, sigma), params, image)
+
     theirs: Any = teacher and run(teacher, teacher_params)
     return Setting(run(student, student_params), theirs, lq, key)
 
 
-def forward(apply: Apply, params: Params, images: jax.Array, sigma: jax.Array | float | None) -> Forward:
+def forward(apply: Apply, params: Any, images: jax.Array, sigma: jax.Array | float | None) -> Forward:
     """Runs a network; without a noise level, it may be a function of two arguments."""
     return Forward(*(apply(params, images) if sigma is None else apply(params, images, sigma)))
 

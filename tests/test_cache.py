@@ -91,7 +91,7 @@ def content(folder: Path) -> dict[str, bytes]:
 def quantised(setup: preparation.Setup) -> preparation.Setup:
     """The run with the teacher's answers rounded to sixteenths from -1 to 1, which a cache keeps exactly."""
     live = setup.teacher.apply
-    apply = lambda params, x: jax.tree.map(lambda y: jnp.round(jnp.clip(y, -1, 1) * 16) / 16, live(params, x))  # noqa: E731
+    apply = lambda *given: jax.tree.map(lambda y: jnp.round(jnp.clip(y, -1, 1) * 16) / 16, live(*given))  # noqa: E731
     teacher = dataclasses.replace(setup.teacher, apply=apply)
     return dataclasses.replace(setup, teacher=teacher, recipe=dataclasses.replace(setup.recipe, teacher=apply))
 
