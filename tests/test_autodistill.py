@@ -176,7 +176,8 @@ def test_degraded_images_alone_are_enough(
     crops = [data.read_image(path) for path in sorted((output / "answered" / "train" / "lq").iterdir())]
     assert len(crops) == 24 and len({crop.tobytes() for crop in crops}) == 24
     teacher = load_model(folder / "teacher.pth")
-    np.testing.assert_array_equal(shrink.restored(teacher, [crops[5] / np.float32(255)])[0], answers[5])
+    one = crops[5][None] / np.float32(255)
+    np.testing.assert_array_equal(shrink.restored(teacher, shrink.Images.of_lq(one, one))[0], answers[5])
     rows = {row["model"]: row for row in json.loads((output / "results" / "results.json").read_text())["results"]}
     assert set(rows) == {"input", "student"} and rows["student"]["psnr"] > rows["input"]["psnr"] + 3
 

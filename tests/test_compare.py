@@ -94,7 +94,9 @@ def test_quality_is_that_of_evaluate(folder: Path) -> None:
         score = evaluate(networks[quality.model], samples)[0]
         assert (quality.psnr, quality.ssim) == (score.psnr, score.ssim)
     outputs = {
-        name: dict(validation.restore(m.network.make_apply(), m.params, [s.lq for s in samples]))
+        name: dict(
+            validation.restore(m.network.make_apply(), m.params, [s.lq for s in samples], [s.sigma for s in samples])
+        )
         for name, m in networks.items()
     }
     like = np.mean([validation.score(outputs["student"][i], outputs["teacher"][i]).psnr for i in range(3)])

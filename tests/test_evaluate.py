@@ -70,8 +70,8 @@ def test_tiles_give_the_whole_image(model: models.Model, dtype: jnp.dtype) -> No
     """Three convolutions see 3 pixels around each: with 4 around a tile there is nothing but rounding."""
     rng = np.random.default_rng(1)
     images = [rng.random((41, 30, 3), dtype=np.float32), rng.random((20, 47, 3), dtype=np.float32)]
-    whole = dict(make_restore(model, dtype=dtype)(images))
-    tiled = dict(make_restore(model, tile=16, tile_pad=4, dtype=dtype)(images))
+    whole = dict(make_restore(model, dtype=dtype)(images, [0.0] * len(images)))
+    tiled = dict(make_restore(model, tile=16, tile_pad=4, dtype=dtype)(images, [0.0] * len(images)))
     for i, image in enumerate(images):
         assert whole[i].shape == tiled[i].shape == image.shape and whole[i].dtype == tiled[i].dtype == np.uint8
         assert np.abs(np.int16(whole[i]) - tiled[i]).max() <= (1 if dtype == jnp.float32 else 3)
@@ -86,7 +86,7 @@ def test_x8_is_the_mean_over_flips_and_turns(model: models.Model) -> None:
             outputs.append(np.rot90(np.asarray(model(view[None].copy())[0][0])[:, ::flip], -turns))
     expected = np.round(np.clip(np.mean(outputs, axis=0), 0, 1) * 255)
     for engine in ({}, {"tile": 64}):
-        [(_, output)] = make_restore(model, x8=True, **engine)([image])
+        [(_, output)] = make_restore(model, x8=True, **engine)([image], [0.0])
         assert np.abs(output - expected).max() <= 1
 
 
@@ -170,7 +170,7 @@ def test_restored_images_are_saved(results: Path, model: models.Model) -> None:
     saved = sorted(str(path.relative_to(results / "images")) for path in results.rglob("images/**/*.png"))
     assert len(saved) == 2 * (2 * 3 + 1) and "clean/sigma_15/teacher_student/2.png" in saved
     gt = data.read_image(results.parent.parent / "clean" / "0.png")
-    [(_, expected)] = make_restore(model)([validation.add_noise(gt, 15.0)])
+    [(_, expected)] = make_restore(model)([validation.add_noise(gt, 15.0)], [15.0])
     np.testing.assert_array_equal(
         data.read_image(results / "images" / "clean" / "sigma_15" / "student_student" / "0.png"), expected
     )
