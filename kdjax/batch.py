@@ -9,7 +9,7 @@ class Answers(TypedDict):
     """The teacher's cached answers for a batch's lq.
 
     Attributes:
-      output: (b, h * scale, w * scale, c), in [0, 1].
+      output: (b, h * scale, w * scale, c), uint8 or float in [0, 1].
       features: {name: array (b, ...)}.
     """
 

@@ -89,6 +89,8 @@ def plan(setup: preparation.Setup, out: Path, samples: int, *, shard_bytes: int 
     """
     if setup.teacher is None or not any(term.needs_teacher for term in setup.recipe.terms):
         raise ConfigError("no loss term of the config uses the teacher, so there is nothing to cache")
+    if not setup.teacher.can_run:
+        raise ConfigError(f"config.teacher.outputs={setup.teacher.paths[0]!r} has the answers already; train with it")
     if samples < 1:
         raise ConfigError(f"--samples={samples}; it must be 1 or more")
     answer = teacher_cache.make_answer(setup.config, setup.recipe, setup.teacher, side=preparation.loaded_side(setup))

@@ -112,6 +112,7 @@ class Teacher:
         False, "average over the eight flips and rotations of the input, at eight times the cost"
     )
     dtype: str = setting("float32", "of the forward pass", _one_of("float32", "bfloat16"))
+    outputs: str = setting("", "instead of a file: folder of the images that a teacher has made of those in data.lq")
     cache: str = setting("", "folder of a teacher cache written by kdjax.cache; empty: the teacher itself is run")
 
 
@@ -240,6 +241,16 @@ class Config:
                 " config.data.gt; to add pairs, set config.data.lq to the partners of"
                 f" config.data.gt={data.gt or 'FOLDER'!r}"
             )
+        if self.teacher.outputs:
+            if not data.lq or data.unpaired or data.unlabelled:
+                raise ConfigError(
+                    f"config.teacher.outputs={brief(self.teacher.outputs)} are made of the images in config.data.lq, so"
+                    " that is needed, and config.data.unpaired and unlabelled cannot be used"
+                )
+            if given := [name for name in ("weights", "cache", "also") if getattr(self.teacher, name)]:
+                raise ConfigError(
+                    f"config.teacher.outputs takes the place of config.teacher.{given[0]}; give one of them"
+                )
         if data.unpaired_meta_info and not data.unpaired:
             raise ConfigError(
                 f"config.data.unpaired_meta_info={brief(data.unpaired_meta_info)} needs config.data.unpaired,"

@@ -266,7 +266,7 @@ def _observe(recipes: list[Recipe], steps: list[jax.Array], frozen: Params, batc
     if not users:
         return Scene(gt, lq, sigma, labelled, None, keys)
     if "teacher" in batch:
-        answers = jax.tree.map(lambda array: array.astype(jnp.float32), batch["teacher"])
+        answers = jax.tree.map(ops.to_float, batch["teacher"])
         return Scene(gt, lq, sigma, labelled, Forward(answers["output"], answers["features"]), keys)
     teacher_apply = next(recipe.teacher for recipe in recipes if recipe.teacher)
     run = lambda: forward(teacher_apply, frozen["teacher"], lq, sigma)  # noqa: E731

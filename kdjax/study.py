@@ -201,6 +201,10 @@ def make_group(configs: Mapping[str, Config]) -> Group:
     setups = {column: preparation.prepare(config) for column, config in configs.items()}
     first = next(iter(setups.values()))
     teacher = load_teacher(first.config.teacher, first.student)
+    if not teacher.can_run:
+        raise ConfigError(
+            f"a study measures its teacher, and {teacher.paths[0]!r} has answers only; give a teacher that can be run"
+        )
     return Group(setups, teacher, Monitor(first.config.val, first.student, teacher).samples)
 
 

@@ -320,7 +320,7 @@ def test_two_processes_never_write_the_same_part(files: Path, tmp_path: Path) ->
             {"terms": {"attention": dict(pairs=(("body.0", "conv_first", 1.0),), weight=1.0)}},
             "lacks the teacher's features conv_first, which the loss terms attention read; it has body.0, conv_body",
         ),
-        ({"terms": {"contrastive": dict(layers=(("body.0", 1.0),), weight=1.0)}}, "no cache can replace"),
+        ({"terms": {"contrastive": dict(layers=(("body.0", 1.0),), weight=1.0)}}, "nothing can replace"),
         ({"terms": {"task": TERMS["task"]}}, "no loss term uses the teacher"),
         ({"teacher": dict(cache="nowhere")}, "'nowhere' does not exist; `python -m kdjax.cache` writes a cache"),
     ],

@@ -1107,7 +1107,7 @@ def test_unlabelled_images_of_a_larger_scale_stand_for_their_gt(unlabelled_sourc
 def test_an_unlabelled_image_of_scale_1_is_not_copied(unlabelled_sources: dict) -> None:
     options = dict(crop=8, seed=3, hflip=True, rot=True, read=ImageCache(3, 2**20))
     samples = Samples(unlabelled_sources["degraded"], Kind.UNLABELLED, scale=1, **options)
-    gt, lq = samples.load(samples.pairs[0])
+    gt, lq, _ = samples.load(samples.pairs[0])
     assert gt is lq
 
 

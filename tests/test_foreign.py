@@ -232,3 +232,72 @@ def test_spandrels_errors_are_told(files: Path) -> None:
             load_teacher(
                 config.Teacher(**(dict(weights=str(files / "teacher.pth"), backend="spandrel") | options)), STUDENT
             )
+
+
+# ---- a folder of images --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answered(tmp_path: Path) -> Path:
+    """Clean, degraded and restored images, which say which they are: 100 + i, 50 + i and 200 + i, and where."""
+    rows, columns = np.mgrid[:40, :48] // 8
+    for kind, level, suffix in (("gt", 100, "png"), ("lq", 50, "png"), ("restored", 200, "jpg")):
+        (tmp_path / kind / "sub").mkdir(parents=True)
+        for i in range(3):
+            image = np.repeat((level + 5 * (rows + columns))[..., None], 3, 2).astype(np.uint8)
+            data.write_image(tmp_path / kind / "sub" / f"{i}.{suffix}", image)
+    return tmp_path
+
+
+def with_outputs(folder: Path, **changes: dict) -> config.Config:
+    values = load("denoise", "debug").to_dict()
+    values["terms"] = {"output": dict(criterion="l1", weight=1.0)}
+    values["data"] |= {"gt": str(folder / "gt"), "lq": str(folder / "lq"), "crop": 16, "batch_size": 8}
+    values["teacher"] = {"outputs": str(folder / "restored")}
+    for name, entries in changes.items():
+        values[name] = values[name] | entries
+    return config.parse(values)
+
+
+def test_images_of_a_teacher_are_cut_and_turned_with_the_others(answered: Path) -> None:
+    setup = preparation.prepare(with_outputs(answered))
+    assert setup.teacher.identity.startswith("3 files (names and sizes ") and not setup.teacher.can_run
+    with preparation.open_batches(setup, start_step=0) as batches:
+        batch = next(batches)
+    theirs = batch["teacher"]["output"].astype(int)
+    assert theirs.shape == batch["gt"].shape and len(np.unique(theirs[:, 0, 0, 0])) > 2
+    assert np.abs(theirs - batch["gt"] - 100).max() <= 3  # JPEG
+    assert np.abs(batch["gt"].astype(int) - batch["lq"] - 50).max() == 0
+    assert preparation.batch_shapes(setup)["teacher"]["output"].shape == theirs.shape
+    state = distill.init_state(setup.recipe, setup.student.params)
+    frozen = distill.make_frozen(setup.recipe.terms, None)
+    _, values = jax.jit(lambda s, b: distill.train_step(setup.recipe, s, frozen, b, jax.random.key(0)))(state, batch)
+    output = setup.student(jnp.asarray(batch["lq"] / np.float32(255)))[0]
+    np.testing.assert_allclose(values["loss/output"], np.abs(output - theirs / 255).mean(), rtol=1e-4)
+
+
+def test_images_of_a_teacher_that_do_not_fit_are_told(answered: Path) -> None:
+    feature = {"hint": dict(pairs=(("body.0", "conv", 1.0),), weight=1.0)}
+    for changes, message in (
+        (dict(data=dict(lq="")), "are made of the images in config.data.lq, so that is needed"),
+        (dict(teacher=dict(weights="embedded")), "takes the place of config.teacher.weights"),
+        (dict(teacher=dict(outputs=str(answered / "lq"))), "is the degraded image itself"),
+        (dict(teacher=dict(outputs="nowhere")), "'nowhere' does not exist"),
+        (dict(terms=feature), "the teacher has no feature 'conv'"),
+        (
+            dict(terms={"label_consistency": dict(weight=1.0)}),
+            "nothing can replace the teacher for the loss terms label",
+        ),
+    ):
+        with pytest.raises((ValueError, data.DataError), match=message):
+            preparation.prepare(with_outputs(answered, **changes))
+    with pytest.raises(ConfigError, match="has the answers already"):
+        cache.plan(preparation.prepare(with_outputs(answered)), answered / "cache", 8)
+    (answered / "restored" / "sub" / "1.jpg").unlink()
+    with pytest.raises(data.DataError, match=r"1 of 3 degraded images have none of their name"):
+        preparation.prepare(with_outputs(answered))
+    data.write_image(answered / "restored" / "sub" / "1.png", np.zeros((40, 40, 3), np.uint8))
+    setup = preparation.prepare(with_outputs(answered))
+    with preparation.open_batches(setup, start_step=0) as batches:
+        next(batches)
+        assert "the teacher's image is 40x40 pixels (width x height), gt" in batches.damaged["sub/1.png"]

@@ -11,7 +11,7 @@ for fast reading.
 
 from kdjax.data.cache import Cache, open_cache
 from kdjax.data.images import IMAGE_SUFFIXES, WRITTEN_SUFFIXES, ImageError, read_image, write_image
-from kdjax.data.pairs import ImagePair, find_pairs, find_unlabelled
+from kdjax.data.pairs import ImagePair, find_pairs, find_unlabelled, with_answers
 from kdjax.data.pipeline import (
     TrainingData,
     ValidationImage,
@@ -39,5 +39,6 @@ __all__ = [
     "read_image",
     "spread",
     "training_batches",
+    "with_answers",
     "write_image",
 ]

@@ -46,6 +46,7 @@ class ImagePair:
     name: str  # gt's path relative to its folder, with forward slashes
     gt: str
     lq: str | None  # None: a clean image
+    answer: str | None = None  # the image that a teacher has made of lq
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,45 @@ def find_unlabelled(folder: str, *, degraded: bool) -> list[ImagePair]:
     found = survey_unlabelled(folder)
     _tell_left_out(found, "unlabelled")
     return [replace(pair, lq=pair.gt) for pair in found.pairs] if degraded else found.pairs
+
+
+def with_answers(pairs: Sequence[ImagePair], answers: str, lq: str) -> list[ImagePair]:
+    """Returns the pairs with the images that a teacher has made of their lq files, found in a folder by name.
+
+    Args:
+      answers: folder or pack of the teacher's images, named as those in `lq` are, but for the suffix.
+      lq: folder or pack of the degraded images of all pairs; those of others may be there.
+
+    Raises:
+      DataError: a folder cannot be used, an answer is missing, or it is the lq itself.
+    """
+    role = "teacher's images (teacher.outputs)"
+    source, degraded = open_source(existing(answers, role), role), open_source(existing(lq, "degraded images"), "lq")
+    stems: dict[str, list[str]] = defaultdict(list)
+    for name in list_images(source, True, role)[0]:
+        stems[_stem(name)].append(name)
+    path_of = {degraded.path(name): name for name in list_images(degraded, True, "degraded images")[0]}
+    found, missing = [], []
+    for pair in pairs:
+        assert pair.lq is not None  # the caller has degraded images
+        name = path_of.get(pair.lq, "")
+        named = stems.get(_stem(name), [])
+        if name in named or len(named) == 1:
+            found.append(replace(pair, answer=source.path(name if name in named else named[0])))
+        else:
+            missing.append(pair.lq)
+    if missing:
+        lines = [
+            f"{role}: {len(missing)} of {len(pairs)} degraded images have none of their name in {source.folder!r}:"
+        ]
+        raise DataError(
+            "\n".join([*lines, *shortened(missing), "restore these too, or leave them out of the training"])
+        )
+    if same := [pair for pair in found if is_one_file(pair.answer or "", pair.lq)]:
+        raise DataError(
+            f"{role}: {same[0].answer!r} is the degraded image itself; give the folder of the restored ones"
+        )
+    return found
 
 
 def survey_unlabelled(folder: str) -> Found:

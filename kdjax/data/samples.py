@@ -72,7 +72,7 @@ class Samples:
         tried: list[str] = []
         for _ in range(DRAWS):
             try:
-                gt, lq = self.load(self.pairs[chosen])
+                gt, lq, answer = self.load(self.pairs[chosen])
                 break
             except ImageError as error:
                 first_damaged = chosen if first_damaged < 0 else first_damaged
@@ -90,6 +90,8 @@ class Samples:
         left = int(column * max(1, gt.shape[1] // grid - size + 1))
         flips = self._hflip and coins[0] < 0.5, self._rot and coins[1] < 0.5, self._rot and coins[2] < 0.5
         element: dict[str, Any] = {"gt": _flip(window(gt, top * grid, left * grid, self._crop, grid), *flips)}
+        if answer is not None:
+            element["answer"] = _flip(window(answer, top * grid, left * grid, self._crop, grid), *flips)
         if lq is not None:
             element["lq"] = _flip(window(lq, top, left, size, grid), *flips)
         elif self._blank_lq:
@@ -98,17 +100,23 @@ class Samples:
         element["damaged"] = np.int32(first_damaged)
         return element
 
-    def load(self, pair: ImagePair) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns gt and lq of a pair; raises `ImageError` if one cannot be read or the sizes do not match."""
+    def load(self, pair: ImagePair) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+        """Returns gt, lq and the teacher's image; raises `ImageError` if one is damaged or sizes do not match."""
         gt = self._read(pair.gt)
         if pair.lq is None:
-            return gt, None
+            return gt, None, None
         if pair.lq == pair.gt:  # an unlabelled image
-            return (gt if self._scale == 1 else gt.repeat(self._scale, 0).repeat(self._scale, 1)), gt
+            return (gt if self._scale == 1 else gt.repeat(self._scale, 0).repeat(self._scale, 1)), gt, None
         lq = self._read(pair.lq)
         if gt.shape[0] != self._scale * lq.shape[0] or gt.shape[1] != self._scale * lq.shape[1]:
             raise ImageError(size_message(pair, gt, lq, self._scale))
-        return gt, lq
+        answer = None if pair.answer is None else self._read(pair.answer)
+        if answer is not None and answer.shape != gt.shape:
+            raise ImageError(
+                f"{pair.answer}: the teacher's image is {size_text(answer)} pixels (width x height), gt {pair.gt} is"
+                f" {size_text(gt)}"
+            )
+        return gt, lq, answer
 
 
 @dataclass(frozen=True)
@@ -150,7 +158,10 @@ class Batches:
 
     def __getitem__(self, step: int) -> Batch:
         rows = [self._row(step, position) for position in self._block]
-        return cast(Batch, {key: np.stack([row[key] for row in rows]) for key in rows[0]})
+        batch: dict[str, Any] = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+        if "answer" in batch:
+            batch["teacher"] = {"output": batch.pop("answer"), "features": {}}
+        return cast(Batch, batch)
 
     def _row(self, step: int, position: int) -> dict[str, Any]:
         """Returns the sample at a position of the whole batch."""

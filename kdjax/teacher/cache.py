@@ -88,7 +88,7 @@ def features_read(terms: Iterable[Term]) -> tuple[str, ...]:
     terms = list(terms)
     if asking := [term.name for term in terms if term.loss.asks]:
         raise ConfigError(
-            f"no cache can replace the teacher for the loss terms {', '.join(asking)}: they ask it about images that"
+            f"nothing can replace the teacher for the loss terms {', '.join(asking)}: they ask it about images that"
             " are made in training; set their weights to 0, or train with config.teacher.cache=''"
         )
     return tuple(dict.fromkeys(name for term in terms for name in term.loss.reads))
@@ -190,6 +190,8 @@ def batch_shapes(config: Config, student: models.Model, *, side: int, cache: dat
     batch: Batch = {"gt": image(side), "index": number(jnp.int32)}
     if config.data.lq:
         batch["lq"] = image(side // student.network.scale)
+    if config.teacher.outputs:
+        batch["teacher"] = {"output": image(side), "features": {}}
     if config.data.unlabelled:
         batch["labelled"] = number(bool)
     if config.data.unpaired:

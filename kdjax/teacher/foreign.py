@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import abc
 import atexit
+import hashlib
 import importlib.util
+import os
 import subprocess
 import sys
 import threading
@@ -197,6 +199,24 @@ class Cached(Backend):
 
     def _run(self, images: np.ndarray, sigma: np.ndarray) -> list[np.ndarray]:
         raise ConfigError(f"{self.path} is not run, since config.teacher.cache is set")
+
+
+class Folder(Backend):
+    """Images that some program, or a person, has made of a run's degraded images."""
+
+    def __init__(self, path: str, *, channels: int, scale: int) -> None:
+        super().__init__(path, ())
+        self.about, self.channels, self.scale = "images that were made of the degraded ones", channels, scale
+
+    @property
+    def identity(self) -> str:
+        """A digest of the names and sizes of its files."""
+        files = sorted(file for file in Path(self.path).rglob("*") if file.is_file())
+        listing = "\n".join(f"{file.relative_to(self.path)} {file.stat().st_size}" for file in files)
+        return f"{len(files)} files (names and sizes {hashlib.sha256(os.fsencode(listing)).hexdigest()[:16]})"
+
+    def _run(self, images: np.ndarray, sigma: np.ndarray) -> list[np.ndarray]:
+        raise ConfigError(f"{self.path} has images, and no network that could be run on others")
 
 
 def open_backend(path: str, backend: str, features: Sequence[str], cache: Cache | None) -> Backend:

@@ -20,7 +20,7 @@ from kdjax import config, data, models
 from kdjax.config import ConfigError
 from kdjax.models import Apply, Params
 from kdjax.models.ensemble import self_ensemble
-from kdjax.teacher.foreign import Backend, Cached, backend_of, open_backend
+from kdjax.teacher.foreign import Backend, Cached, Folder, backend_of, open_backend
 from kdjax.weights import Loaded, load_weights
 
 _ENSEMBLE = ", averaged over the eight flips and rotations"
@@ -53,8 +53,8 @@ class Teacher:
 
     @property
     def can_run(self) -> bool:
-        """Whether it can be run; False if another program has written its answers into the run's cache."""
-        return not isinstance(self.foreign, Cached)
+        """Whether it can be run; False if another program has given its answers, to a cache or as images."""
+        return not isinstance(self.foreign, Cached | Folder)
 
     @property
     def model(self) -> models.Model:
@@ -78,6 +78,10 @@ def load_teacher(options: config.Teacher, student: models.Model) -> Teacher:
         not match the number of files.
       WeightsError: if a file cannot be read.
     """
+    if options.outputs:
+        images = Folder(options.outputs, channels=student.network.channels, scale=student.network.scale)
+        apply = images.make_apply()
+        return Teacher((), {}, apply, apply, images.identity, images)
     if not options.weights:
         raise ConfigError(
             'a teacher is needed: set config.teacher.weights to a .pth or .safetensors file or to "embedded", or set'

@@ -121,6 +121,10 @@ def prepare(config: Config) -> Setup:
         what="training",
     )
     pairs = data.spread(pairs, config.data.limit)
+    if config.teacher.outputs and teacher:
+        teacher_cache.features_read(recipe.terms)  # refuses what asks the teacher about other images
+        pairs = data.with_answers(pairs, config.teacher.outputs, config.data.lq)
+        recipe = dataclasses.replace(recipe, teacher=None)
     unlabelled = []
     if config.data.unlabelled:
         folder = assets.locate(config.data.unlabelled, assets.TRAIN_PHOTOGRAPHS)
