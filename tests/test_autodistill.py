@@ -15,6 +15,7 @@ from kdjax import assets, autodistill, data, shrink
 from kdjax.config import parse
 from kdjax.config_file import load
 from kdjax.models import Model, network
+from kdjax.teacher import task
 from kdjax.weights import load_model, save_model
 
 pytestmark = pytest.mark.once
@@ -44,21 +45,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory, teacher: Model) -> Path:
 
 
 def test_the_noise_is_found(teacher: Model) -> None:
-    task = autodistill.find_task(teacher, photographs(96))
-    low, high = task.degrade["sigma"]
-    assert task.degrade["name"] == "awgn_blind" and low <= 25 <= high and 25.0 in task.sigmas
+    found = task.find_task(teacher, photographs(96))
+    low, high = found.degrade["sigma"]
+    assert found.degrade["name"] == "awgn_blind" and low <= 25 <= high and 25.0 in found.sigmas
 
 
 def test_a_range_ends_where_the_quality_no_longer_falls_as_it_should() -> None:
     blind = {5.0: 38, 10.0: 35.5, 15.0: 34, 25.0: 31.5, 35.0: 30, 50.0: 28.3, 75.0: 22}
-    assert autodistill._range_around(50.0, blind) == (5.0, 50.0)
+    assert task._range_around(50.0, blind) == (5.0, 50.0)
     for_25 = {5.0: 32, 10.0: 31.9, 15.0: 31.8, 25.0: 31.2, 35.0: 26, 50.0: 20, 75.0: 15}
-    assert autodistill._range_around(25.0, for_25) == (25.0, 25.0)
+    assert task._range_around(25.0, for_25) == (25.0, 25.0)
 
 
 def test_a_teacher_that_upscales_gets_real_esrgans_degradation() -> None:
     double = network("srvggnetcompact", dict(num_feat=4, num_conv=1, upscale=2)).init(jax.random.key(0))
-    assert autodistill.find_task(double, []).degrade == {"name": "realesrgan"}
+    assert task.find_task(double, []).degrade == {"name": "realesrgan"}
 
 
 def test_validation_images_are_not_trained_on(folder: Path, tmp_path: Path) -> None:
