@@ -41,7 +41,7 @@ from kdjax.degradations import make_degrade, make_sigma
 from kdjax.files import write_bytes, write_text
 from kdjax.models import Model
 from kdjax.noise_level import estimate_sigma
-from kdjax.teacher.task import Task, find_task
+from kdjax.training.task import Task, find_task
 from kdjax.weights import load_weights, save_model, weights_options
 
 _TRIED, _TRIED_SIDE = 6, 160  # images for finding the noise, and their side

@@ -15,7 +15,7 @@ from kdjax import assets, autodistill, data, shrink
 from kdjax.config import parse
 from kdjax.config_file import load
 from kdjax.models import Model, network
-from kdjax.teacher import task
+from kdjax.training import task
 from kdjax.weights import load_model, save_model
 
 pytestmark = pytest.mark.once
