@@ -87,6 +87,10 @@ def test_devices_ask_it_for_their_own_samples(teacher: Model, files: Path) -> No
 
 def test_it_is_told_the_noise_level(files: Path) -> None:
     told = load_teacher(config.Teacher(weights=str(files / "ffdnet.onnx")), STUDENT)
+    settings = config.to_dict(configured(files, "ffdnet.onnx", "")) | {"degrade": {"name": "jpeg"}}
+    settings["terms"] = {"output": dict(criterion="l1", weight=1.0)}
+    with pytest.raises(ConfigError, match=r"ffdnet\.onnx is told the noise level.*not known for degrade='jpeg'"):
+        preparation.prepare(config.parse(settings))
     native = load_teacher(config.Teacher(weights=str(files / "ffdnet.pth")), STUDENT)
     sigma = np.linspace(5, 50, 8).astype(np.float32)
     wanted = native.apply(native.params, IMAGE, sigma)[0]
@@ -186,7 +190,7 @@ def test_a_student_cannot_begin_as_a_foreign_teacher(files: Path) -> None:
     values = config.to_dict(settings)
     values["terms"] = {"task": dict(criterion="l1", weight=1.0)}
     values["student"] |= {"weights": "teacher"}
-    with pytest.raises(ConfigError, match=r"teacher\.onnx is run by ONNX Runtime, so a student cannot begin"):
+    with pytest.raises(ConfigError, match=r"teacher\.onnx \(ONNX Runtime\) is not a network of kdjax"):
         preparation.prepare(config.parse(values))
 
 

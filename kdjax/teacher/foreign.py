@@ -46,7 +46,10 @@ class Backend(abc.ABC):
       features: the names of the features it returns.
       about: what it is, in words.
       channels, scale: of its images.
+      takes_sigma: whether it is told the noise level.
     """
+
+    takes_sigma = False
 
     def __init__(self, path: str, features: Sequence[str]) -> None:
         self.path, self.features = path, tuple(features)
@@ -126,7 +129,7 @@ class Onnx(Backend):
             raise ConfigError(
                 f"{path} takes {shapes}; wanted one image (batch, channels, height, width), and `sigma` if needed"
             )
-        self._image, self._takes_sigma = image.name, bool(others)
+        self._image, self.takes_sigma = image.name, bool(others)
         self._output = self._session.get_outputs()[0].name
         self.channels = image.shape[1] if isinstance(image.shape[1], int) else 3
         self.about = "ONNX Runtime"
@@ -135,7 +138,7 @@ class Onnx(Backend):
 
     def _run(self, images: np.ndarray, sigma: np.ndarray) -> list[np.ndarray]:
         inputs = {self._image: images.transpose(0, 3, 1, 2)}
-        if self._takes_sigma:
+        if self.takes_sigma:
             inputs["sigma"] = sigma.reshape(-1, 1, 1, 1)
         try:
             arrays = list(map(np.asarray, self._session.run([self._output, *self.features], inputs)))

@@ -65,7 +65,8 @@ class Teacher:
         """
         if self.foreign:
             raise ConfigError(
-                f"{self.foreign.path} is run by {self.foreign.about}, so a student cannot begin as the shrunk teacher"
+                f"{self.foreign.path} ({self.foreign.about}) is not a network of kdjax, so no student can begin as the"
+                " shrunk teacher"
             )
         return self.files[0].model
 

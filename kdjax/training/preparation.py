@@ -149,14 +149,16 @@ def _check_sigma_is_known(
     """Raises a ConfigError if a network is told the noise level, and the run does not know it."""
     if recipe.sigma:
         return
-    networks = {"the student": student}
+    told = {f"the student ({student.arch})": student.network.takes_sigma}
     if teacher:
-        networks |= {f"the teacher {file.path}": file.model for file in teacher.files}
-    for name, model in networks.items():
-        if model.network.takes_sigma:
+        told |= {f"the teacher {file.path}": file.model.network.takes_sigma for file in teacher.files}
+    if teacher and teacher.foreign:
+        told[f"the teacher {teacher.foreign.path}"] = teacher.foreign.takes_sigma
+    for name, is_told in told.items():
+        if is_told:
             what = f"config.data.lq={config.data.lq!r}" if config.data.lq else f"degrade={config.degrade['name']!r}"
             raise ConfigError(
-                f"{name} ({model.arch}) is told the noise level of its input, which is not known for {what}; use"
+                f"{name} is told the noise level of its input, which is not known for {what}; use"
                 ' degrade=dict(name="awgn_blind", sigma=(0.0, 50.0)), or a network without a noise map'
             )
 
