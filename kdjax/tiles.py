@@ -333,7 +333,7 @@ def restore_image(
         for top, rows in restorer.bands(colours, sigma, progress=told):
             rows = rows.mean(2, keepdims=True) if number == 1 else rows
             if strength != 1:
-                before = planes[top : top + len(rows), :, :number][..., into if len(inputs) > 1 else slice(None)]
+                before = planes[top : top + len(rows), :, into]
                 rows = before / np.float32(_largest_value(image.dtype)) * np.float32(1 - strength) + strength * rows
             restored[top : top + len(rows), :, into] = _as_dtype(rows, image.dtype)
     if number < planes.shape[2]:

@@ -263,8 +263,14 @@ def with_outputs(folder: Path, **changes: dict) -> config.Config:
     return config.parse(values)
 
 
-def test_images_of_a_teacher_are_cut_and_turned_with_the_others(answered: Path) -> None:
+def test_images_of_a_teacher_are_cut_and_turned_with_the_others(
+    answered: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     setup = preparation.prepare(with_outputs(answered))
+    with caplog.at_level("INFO", logger="kdjax"):
+        preparation.check_answers(setup)
+    said = re.search(r"first 8 samples: ([\d.]+) dB, its input ([\d.]+) dB", caplog.text)
+    assert said and abs(float(said[1]) - 8.1) < 0.3 and abs(float(said[2]) - 14.2) < 0.1  # 100 and 50 levels away
     assert setup.teacher.identity.startswith("3 files (names and sizes ") and not setup.teacher.can_run
     with preparation.open_batches(setup, start_step=0) as batches:
         batch = next(batches)

@@ -26,8 +26,9 @@ ENDLESS = 2**31 - 1  # length of the endless stream: Grain wants one
 
 
 class Samples:
-    """Maps a sample number to {gt, lq, damaged}; `damaged` is the index in `pairs` of an image that failed, or -1.
+    """Maps a sample number to {gt, lq, answer, damaged}.
 
+    `damaged` is the index in `pairs` of an image that failed, or -1.
     If several failed, it is the first, the one whose turn it was. So after one epoch each has been reported.
 
     `kind` selects the random streams. With `blank_lq`, clean images get an lq of zeros.

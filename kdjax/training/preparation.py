@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kdjax import assets, cost, data, distill, losses, models, sharding
+from kdjax import assets, cost, data, distill, losses, models, ops, sharding
 from kdjax.batch import Batch
 from kdjax.config import Config, ConfigError
 from kdjax.degradations import make_degrade, make_sigma
@@ -26,6 +26,8 @@ from kdjax.terms import make_terms, needs_teacher
 from kdjax.weights import load_weights
 
 log = logging.getLogger("kdjax")
+
+_CHECKED = 8  # samples at most whose answers are checked: one device has to hold them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,11 +252,11 @@ def check_answers(setup: Setup) -> None:
         return
     recipe, key = dataclasses.replace(setup.recipe, teacher=None), jax.random.key(setup.config.seed)
     with open_batches(setup, start_step=0, is_whole=True) as batches:
-        batch: Any = next(batches)
+        batch: Any = jax.tree.map(lambda array: array[:_CHECKED], next(batches))
     answers = batch.pop("teacher", None)
     gt, lq = jax.jit(lambda batch: distill.make_pair(recipe, batch, key))(batch)
     if answers:
-        output = jnp.asarray(answers["output"], jnp.float32)
+        output = ops.to_float(jnp.asarray(answers["output"]))
     else:
         apply = setup.teacher.apply
         run = jax.jit(lambda params, x, sigma: distill.forward(apply, params, x, sigma).output)
